@@ -1,0 +1,273 @@
+"""Drafter configuration: one dataclass, its speculators-format file, and what it refuses.
+
+A CTC drafter is a folder with `config.json` and `model.safetensors`. The file follows the speculators format
+that vLLM reads (`vllm/transformers_utils/configs/speculators`): no `model_type`, `speculators_model_type`
+"ctc", a `transformer_layer_config` for the Attention Draft Module's layers and a `speculators_config` with the
+default budget and the target (the "verifier"). Every field is checked when it is read: an unknown or
+contradictory one is refused with a sentence, never ignored.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+DRAFTER_SUBFOLDER = "ctc_drafter"
+"""A target folder may carry its drafter here; `{"method": "ctc"}` alone then finds it."""
+
+ARCHITECTURE = "CTCDraftModel"
+SPECULATORS_TYPE = "ctc"
+MAX_FRAMES = 64
+NUM_AUX_LAYERS = 5
+
+
+class DrafterConfigError(ValueError):
+    """A drafter's folder or options cannot be used; the message is one sentence that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of one drafter and of the target that it was trained for.
+
+    Hidden size and vocabulary are the target's own: embedding and head are shared with it and not saved.
+    `aux_hidden_state_layer_ids` counts layers of the target already run (1 = after the first layer), as
+    `eagle_aux_hidden_state_layer_ids` does in vLLM.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    target_num_layers: int
+    aux_hidden_state_layer_ids: tuple[int, ...]
+    num_frames: int = 12  # T
+    num_labels: int = 8  # U, the label horizon of training and the default number of speculative tokens
+    markov_rank: int = 0  # rank of the label-conditional head, 0 = none
+    num_layers: int = 1
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    intermediate_size: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    target: str = ""
+    target_architecture: str = "LlamaForCausalLM"
+
+    def __post_init__(self) -> None:
+        if not self.intermediate_size:
+            object.__setattr__(self, "intermediate_size", self.hidden_size * 8 // 3)
+        object.__setattr__(self, "aux_hidden_state_layer_ids", tuple(self.aux_hidden_state_layer_ids))
+        positive = ("hidden_size", "vocab_size", "target_num_layers", "num_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")  # fmt: skip
+        for name in positive:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise DrafterConfigError(f"CTC drafter: {name} must be a positive integer, not {getattr(self, name)!r}.")
+        if not 1 <= self.num_frames <= MAX_FRAMES:
+            raise DrafterConfigError(f"CTC drafter: num_frames must be 1 to {MAX_FRAMES}, not {self.num_frames}.")
+        if not 1 <= self.num_labels <= self.num_frames:
+            raise DrafterConfigError(
+                f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
+                f"{self.num_frames} labels; lower num_labels or raise num_frames."
+            )
+        if self.markov_rank < 0:
+            raise DrafterConfigError(f"CTC drafter: markov_rank must be 0 (no head) or more, not {self.markov_rank}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DrafterConfigError(
+                f"CTC drafter: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key/value heads; make one divide the other."
+            )
+        ids = self.aux_hidden_state_layer_ids
+        if not ids or any(a >= b for a, b in zip(ids, ids[1:])) or ids[0] < 1 or ids[-1] > self.target_num_layers:
+            raise DrafterConfigError(
+                f"CTC drafter: aux_hidden_state_layer_ids {list(ids)} must be increasing numbers from 1 to "
+                f"{self.target_num_layers}, the target's layers."
+            )
+
+    @classmethod
+    def for_target(cls, target_config: Any, target: str = "", **overrides: Any) -> "DrafterConfig":
+        """A drafter with the target's own layer shape; `target_config` is a Hugging Face configuration."""
+        heads = target_config.num_attention_heads
+        shape = dict(
+            hidden_size=target_config.hidden_size,
+            vocab_size=target_config.vocab_size,
+            target_num_layers=target_config.num_hidden_layers,
+            aux_hidden_state_layer_ids=default_aux_layer_ids(target_config.num_hidden_layers),
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(target_config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+            intermediate_size=target_config.intermediate_size,
+            rms_norm_eps=getattr(target_config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=target_config.max_position_embeddings,
+            target=target,
+            target_architecture=(getattr(target_config, "architectures", None) or ["LlamaForCausalLM"])[0],
+        )
+        return cls(**{**shape, **overrides})
+
+    def check_target(self, hidden_size: int, vocab_size: int, num_layers: int) -> None:
+        """Refuse a target of another shape (DrafterConfigError)."""
+        pairs = (
+            ("hidden size", self.hidden_size, hidden_size),
+            ("vocabulary size", self.vocab_size, vocab_size),
+            ("number of layers", self.target_num_layers, num_layers),
+        )
+        for what, mine, theirs in pairs:
+            if mine != theirs:
+                raise DrafterConfigError(
+                    f"The CTC drafter was trained for a target with {what} {mine}, but this target has {theirs}; "
+                    f"serve it with its own target{f' ({self.target})' if self.target else ''} or train a drafter "
+                    "for this one with `vllm-ctc train`."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The speculators-format content of `config.json`."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "speculators_model_type": SPECULATORS_TYPE,
+            "speculators_config": {
+                "algorithm": SPECULATORS_TYPE,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.num_labels}],
+                "verifier": {"name_or_path": self.target, "architectures": [self.target_architecture]},
+            },
+            "transformer_layer_config": {
+                "model_type": "qwen3",
+                "hidden_size": self.hidden_size,
+                "vocab_size": self.vocab_size,
+                "num_hidden_layers": self.num_layers,
+                "num_attention_heads": self.num_attention_heads,
+                "num_key_value_heads": self.num_key_value_heads,
+                "head_dim": self.head_dim,
+                "intermediate_size": self.intermediate_size,
+                "rms_norm_eps": self.rms_norm_eps,
+                "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+                "max_position_embeddings": self.max_position_embeddings,
+                "hidden_act": "silu",
+                "attention_bias": False,
+            },
+            "target_num_layers": self.target_num_layers,
+            "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
+            "num_frames": self.num_frames,
+            "markov_rank": self.markov_rank,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "DrafterConfig":
+        """Inverse of `to_dict`; refuses unknown, missing and contradictory fields (DrafterConfigError)."""
+        if raw.get("speculators_model_type") != SPECULATORS_TYPE:
+            raise DrafterConfigError(
+                f"This is not a CTC drafter: speculators_model_type is {raw.get('speculators_model_type')!r}, "
+                f"expected {SPECULATORS_TYPE!r}; give the folder that `vllm-ctc train` wrote."
+            )
+        try:
+            layer, spec = raw["transformer_layer_config"], raw["speculators_config"]
+            config = cls(
+                hidden_size=layer["hidden_size"],
+                vocab_size=layer["vocab_size"],
+                target_num_layers=raw["target_num_layers"],
+                aux_hidden_state_layer_ids=raw["aux_hidden_state_layer_ids"],
+                num_frames=raw["num_frames"],
+                num_labels=spec["proposal_methods"][0]["speculative_tokens"],
+                markov_rank=raw["markov_rank"],
+                num_layers=layer["num_hidden_layers"],
+                num_attention_heads=layer["num_attention_heads"],
+                num_key_value_heads=layer["num_key_value_heads"],
+                head_dim=layer["head_dim"],
+                intermediate_size=layer["intermediate_size"],
+                rms_norm_eps=layer["rms_norm_eps"],
+                rope_theta=layer["rope_parameters"]["rope_theta"],
+                max_position_embeddings=layer["max_position_embeddings"],
+                target=spec["verifier"]["name_or_path"],
+                target_architecture=spec["verifier"]["architectures"][0],
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise DrafterConfigError(
+                f"The CTC drafter's {CONFIG_NAME} lacks or garbles a field ({error!r}); train it again or restore the file."
+            ) from error
+        _refuse_differences(raw, config.to_dict(), "")
+        return config
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "DrafterConfig":
+        """Read and check `folder`; also that its weights file is there (DrafterConfigError)."""
+        folder = Path(folder)
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            raise DrafterConfigError(
+                f"No CTC drafter at {folder}: {CONFIG_NAME} is missing; give the folder that `vllm-ctc train` wrote."
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DrafterConfigError(f"{path} is not valid JSON ({error}); train the drafter again or restore the file.") from error
+        config = cls.from_dict(raw)
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise DrafterConfigError(
+                f"The CTC drafter at {folder} has no {WEIGHTS_NAME}; train it again or restore the file."
+            )
+        return config
+
+
+def _refuse_differences(given: Any, known: Any, where: str) -> None:
+    """Every leaf of `given` must be what `known` would write: refuses unknown and contradictory fields alike."""
+    if isinstance(known, dict):
+        if not isinstance(given, Mapping):
+            raise DrafterConfigError(f"The CTC drafter's {CONFIG_NAME}: {where} must be an object, not {given!r}.")
+        for key, value in given.items():
+            path = f"{where}.{key}" if where else key
+            if key not in known:
+                raise DrafterConfigError(
+                    f"The CTC drafter's {CONFIG_NAME} has an unknown field {path!r}; remove it or upgrade vllm-ctc-spec."
+                )
+            _refuse_differences(value, known[key], path)
+    elif given != known:
+        raise DrafterConfigError(
+            f"The CTC drafter's {CONFIG_NAME} says {where} = {given!r}, which contradicts the rest ({known!r} expected)."
+        )
+
+
+def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """Up to five layers of the target, evenly spread; never the last one, which some targets cannot report."""
+    last = max(1, num_layers - 1)
+    count = min(NUM_AUX_LAYERS, last)
+    if count == 1:
+        return (last,)
+    return tuple(round(1 + i * (last - 1) / (count - 1)) for i in range(count))
+
+
+SEARCHES = ("prefix", "argmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """What `--speculative-config` says about drafting beyond vLLM's own fields; keys there carry `ctc_`.
+
+    search: "prefix" drafts label by label from the exact prefix conditionals; "argmax" is the paper's greedy
+        decoding, the best symbol of each frame, collapsed (greedy drafts only).
+    """
+
+    search: str = "prefix"
+
+    @classmethod
+    def take_from(cls, speculative: dict[str, Any]) -> "ServingOptions":
+        """Remove the `ctc_*` keys from vLLM's dictionary and check them (DrafterConfigError)."""
+        given = {key.removeprefix("ctc_"): speculative.pop(key) for key in list(speculative) if key.startswith("ctc_")}
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                known = ", ".join(f"ctc_{n}" for n in names)
+                raise DrafterConfigError(f"Unknown speculative option 'ctc_{name}'; the CTC options are: {known}.")
+        options = cls(**given)
+        if options.search not in SEARCHES:
+            raise DrafterConfigError(f"ctc_search must be one of {', '.join(SEARCHES)}, not {options.search!r}.")
+        if options.search == "argmax" and speculative.get("draft_sample_method") == "probabilistic":
+            raise DrafterConfigError(
+                "ctc_search 'argmax' has no proposal probabilities; use ctc_search 'prefix' with "
+                "draft_sample_method 'probabilistic'."
+            )
+        return options

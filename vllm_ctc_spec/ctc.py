@@ -1,0 +1,173 @@
+"""The mathematics of CTC drafting in plain torch: the oracle for every kernel, and the losses' forward recursion.
+
+Words (Graves et al. 2006; Wen et al. 2024, arXiv 2412.00061): T *frames* give log-probabilities over the V tokens
+and a blank, independently; an *alignment* picks one symbol per frame; its *collapse* (merge repeats, drop blanks)
+is the label sequence. The *prefix probability* P(y_1..y_k) is the probability that the collapse of all T frames
+starts with y_1..y_k.
+
+For a prefix ending in y_k, two forward vectors over frames are enough: b[t], the mass of alignments of frames
+1..t that collapse to exactly this prefix and end in blank, and n[t], the same ending in y_k. A new label v is
+first emitted at frame t with mass p_t(v) * (b[t-1] + n[t-1]); if v repeats y_k only b[t-1] counts, because the
+repeat needs a blank between. Hence, for all v at once,
+
+    P(y_1..y_k, v) = sum_t p_t(v) * phi_v[t-1],    q(v | y_1..y_k) = P(y_1..y_k, v) / P(y_1..y_k),
+
+and 1 - sum_v q(v | prefix) is the probability that the drafter stops here.
+
+Arrays: `log_probs [..., T, V + 1]`, normalised over the last axis, blank last. Everything works in fp64 and fp32
+and is differentiable. `NEG` stands for log 0: `logaddexp(-inf, -inf)` has no gradient.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NEG = -1e30
+
+
+def collapse(alignment: Sequence[int], blank: int) -> list[int]:
+    """Merge repeats, then drop blanks."""
+    merged = [s for i, s in enumerate(alignment) if i == 0 or s != alignment[i - 1]]
+    return [s for s in merged if s != blank]
+
+
+def frame_log_probs(logits: Tensor, blank_odds: Tensor) -> Tensor:
+    """Log-probabilities over V tokens and blank: `[..., T, V]` and `[..., T]` to `[..., T, V + 1]`.
+
+    Blank is an odds against the whole vocabulary, logit_blank = logsumexp(logits) + beta, so that
+    P(blank) = sigmoid(beta).
+    """
+    label = torch.nn.functional.logsigmoid(-blank_odds).unsqueeze(-1) + torch.log_softmax(logits, -1)
+    blank = torch.nn.functional.logsigmoid(blank_odds).unsqueeze(-1)
+    return torch.cat([label, blank], -1).clamp_min(NEG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """One label prefix and its forward vectors: `n, b [T + 1]` in log space, index t = frames 1..t."""
+
+    labels: tuple[int, ...]
+    n: Tensor
+    b: Tensor
+    log_prob: Tensor  # log P(labels), scalar
+
+    @classmethod
+    def root(cls, log_probs: Tensor) -> "Prefix":
+        zero = log_probs.new_zeros(1)
+        b = torch.cat([zero, log_probs[:, -1].cumsum(0)])
+        return cls((), torch.full_like(b, NEG), b, log_probs.new_zeros(()))
+
+    def emission_weights(self) -> tuple[Tensor, Tensor]:
+        """phi_v[t-1] over t: for a new label, and for a repeat of the last one. Both `[T]`, log space."""
+        return torch.logaddexp(self.n, self.b)[:-1], self.b[:-1]
+
+    def joint(self, log_probs: Tensor) -> Tensor:
+        """log P(labels, v) for every v: `[V]`."""
+        fresh, repeat = self.emission_weights()
+        joint = torch.logsumexp(log_probs[:, :-1] + fresh[:, None], 0)
+        if self.labels:
+            last = self.labels[-1]
+            joint = joint.clone()
+            joint[last] = torch.logsumexp(log_probs[:, last] + repeat, 0)
+        return joint.clamp_min(NEG)
+
+    def conditional(self, log_probs: Tensor) -> Tensor:
+        """log q(v | labels) for every v: `[V]`; what is missing from 1 is the stop probability."""
+        return self.joint(log_probs) - self.log_prob
+
+    def extend(self, log_probs: Tensor, label: int) -> "Prefix":
+        fresh, repeat = self.emission_weights()
+        weight = repeat if self.labels and self.labels[-1] == label else fresh
+        emit = weight + log_probs[:, label]
+        n, b = [log_probs.new_tensor(NEG)], [log_probs.new_tensor(NEG)]
+        for t in range(log_probs.shape[0]):
+            n.append(torch.logaddexp(n[t] + log_probs[t, label], emit[t]))
+            b.append(torch.logaddexp(b[t], n[t]) + log_probs[t, -1])
+        return Prefix((*self.labels, label), torch.stack(n), torch.stack(b), torch.logsumexp(emit, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Drafted labels and the law that each was drawn from: `log_q [len(labels), V]`, normalised."""
+
+    labels: tuple[int, ...]
+    log_q: Tensor
+
+
+def chain(
+    log_probs: Tensor,
+    num_labels: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    label_bias: Tensor | None = None,
+    anchor: int = 0,
+) -> Chain:
+    """Draft up to `num_labels` labels from the prefix conditionals, given that the drafter goes on.
+
+    temperature 0 takes the most probable label; otherwise labels are drawn from q ** (1 / temperature).
+    label_bias `[V, V]`: row = last label (the anchor first), added to log q before normalising.
+    The chain is shorter where no label has any mass left.
+    """
+    prefix, labels, rows = Prefix.root(log_probs), [], []
+    for _ in range(num_labels):
+        scores = prefix.conditional(log_probs)
+        if scores.max() <= NEG / 2:
+            break
+        if label_bias is not None:
+            scores = scores + label_bias[labels[-1] if labels else anchor]
+        log_q = torch.log_softmax(scores / (temperature or 1.0), -1)
+        label = int(torch.multinomial(log_q.exp(), 1, generator=generator) if temperature else log_q.argmax())
+        labels.append(label)
+        rows.append(log_q)
+        prefix = prefix.extend(log_probs, label)
+    return Chain(tuple(labels), torch.stack(rows) if rows else log_probs.new_zeros(0, log_probs.shape[-1] - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelForward:
+    """The forward recursion along given labels, for a batch.
+
+    log_prefix [N, U]: log P(y_1..y_k), k = 1..U
+    log_fresh [N, U, T]: log(n + b) before label k, over frames t - 1 (a new label's emission weight)
+    log_repeat [N, U, T]: log b before label k (a repeated label's)
+    log_exact [N, U]: log of the mass of whole alignments that collapse to exactly y_1..y_k
+    """
+
+    log_prefix: Tensor
+    log_fresh: Tensor
+    log_repeat: Tensor
+    log_exact: Tensor
+
+
+def label_forward(label_log_probs: Tensor, blank_log_probs: Tensor, labels: Tensor) -> LabelForward:
+    """Prefix probabilities of whole sequences under autograd.
+
+    label_log_probs [N, T, U]: log p_t(y_k); blank_log_probs [N, T]; labels [N, U] (for repeats).
+    One step per frame over all labels at once: w[k] = logaddexp(b[k-1], n[k-1] unless y_k == y_{k-1}),
+    e[t, k] = w[k] + log p_t(y_k), n'[k] = logaddexp(n[k] + log p_t(y_k), e[t, k]),
+    b'[k] = logaddexp(b[k], n[k]) + log p_t(blank); log P_k = logsumexp_t e[t, k].
+    """
+    num_rows, num_frames, num_labels = label_log_probs.shape
+    is_repeat = torch.zeros_like(labels, dtype=torch.bool)
+    is_repeat[:, 1:] = labels[:, 1:] == labels[:, :-1]
+    n = label_log_probs.new_full((num_rows, num_labels + 1), NEG)
+    b = torch.cat([n.new_zeros(num_rows, 1), n[:, 1:]], 1)
+    emissions, fresh, repeat = [], [], []
+    for t in range(num_frames):
+        log_p, log_blank = label_log_probs[:, t], blank_log_probs[:, t, None]
+        both = torch.logaddexp(b, n)
+        fresh.append(both[:, :-1])
+        repeat.append(b[:, :-1])
+        emit = torch.where(is_repeat, b[:, :-1], both[:, :-1]) + log_p
+        n = torch.cat([n[:, :1], torch.logaddexp(n[:, 1:] + log_p, emit)], 1).clamp_min(NEG)
+        b = (both + log_blank).clamp_min(NEG)
+        emissions.append(emit)
+    return LabelForward(
+        log_prefix=torch.logsumexp(torch.stack(emissions), 0),
+        log_fresh=torch.stack(fresh, -1),
+        log_repeat=torch.stack(repeat, -1),
+        log_exact=torch.logaddexp(b, n)[:, 1:],
+    )
