@@ -1,0 +1,44 @@
+"""Collapse of an alignment: merge repeats, then drop blanks."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def collapse(
+    alignment: torch.Tensor,  # [B, T] int64
+    blank: int,
+    anchor: torch.Tensor,  # [B] int64
+    num_labels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B, num_labels] int64, [B] int32
+    """The CTC collapse. Frame `t` emits its symbol when it is not blank and differs from the symbol of frame `t - 1`;
+    the `i`-th emission is label `i`. A label follows itself only with a blank between: `a a - a` is `a a`.
+
+    Arguments:
+        alignment: [B, T] int64, one symbol per frame, `blank` among them.
+        blank: the id of the blank.
+        anchor: [B] int64, the token before the first label.
+        num_labels: N; more labels than N are cut.
+    Returns:
+        labels [B, N] int64 and lengths [B] int32, lengths <= N. Past the length stands the last label, or the anchor
+        if there is none: the target embeds every drafted id, so a filler must be a real token.
+
+    Why custom: one launch in place of about ten of torch, without the host synchronisation of a boolean index.
+    """
+    run = collapse_triton if alignment.is_cuda else collapse_reference
+    return run(alignment, blank, anchor, num_labels)
+
+
+def collapse_reference(
+    alignment: torch.Tensor, blank: int, anchor: torch.Tensor, num_labels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    emits = alignment != blank
+    emits[:, 1:] &= alignment[:, 1:] != alignment[:, :-1]
+    count = emits.cumsum(1)  # labels emitted up to and with each frame
+    lengths = count[:, -1].clamp(max=num_labels)
+    # Slot 0 is the anchor and slot i the i-th label; what is not kept goes to a last slot that is cut off.
+    slots = anchor.new_empty(alignment.shape[0], num_labels + 2)
+    slots[:, 0] = anchor
+    slots.scatter_(1, torch.where(emits, count, num_labels + 1).clamp(max=num_labels + 1), alignment)
+    filled = torch.arange(1, num_labels + 1, device=alignment.device).minimum(lengths[:, None])
+    return slots.gather(1, filled), lengths.int()
