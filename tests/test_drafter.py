@@ -1,5 +1,7 @@
 """The training module: save and load, what a query may see, and the start value of the blank."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -45,7 +47,17 @@ def test_damaged_weights_and_another_target_are_refused(drafter, weights, tmp_pa
         CTCDrafter.load(tmp_path, weights[0][:, :16], weights[1])
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DrafterConfigError, match="damaged"):
+    with pytest.raises(DrafterConfigError, match="are damaged"):
+        CTCDrafter.load(tmp_path, *weights)
+
+
+def test_weights_of_another_configuration_are_refused(drafter, weights, tmp_path):
+    drafter.save(tmp_path)
+    dataclasses.replace(CONFIG, markov_rank=4).save(tmp_path)
+    with pytest.raises(DrafterConfigError, match=r"markov_head.embedding.weight is \[50, 8\], expected \[50, 4\]"):
+        CTCDrafter.load(tmp_path, *weights)
+    dataclasses.replace(CONFIG, markov_rank=0).save(tmp_path)
+    with pytest.raises(DrafterConfigError, match="markov_head.embedding.weight is .* expected none"):
         CTCDrafter.load(tmp_path, *weights)
 
 

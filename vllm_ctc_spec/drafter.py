@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -188,12 +189,31 @@ class CTCDrafter(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, embedding: Tensor, head: Tensor) -> "CTCDrafter":
         config = DrafterConfig.load(folder)
+        check_weights(folder, config)
         drafter = cls(config, embedding, head)
-        try:
-            drafter.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
-        except Exception as error:
-            raise DrafterConfigError(
-                f"The CTC drafter's {WEIGHTS_NAME} does not fit its configuration or is damaged "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); train it again or restore the file."
-            ) from error
+        drafter.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
         return drafter
+
+
+def check_weights(folder: str | Path, config: DrafterConfig) -> None:
+    """Refuse a weights file whose names or shapes are not this configuration's (DrafterConfigError).
+
+    Reads the file's header only, so that it can run before anything large is loaded.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    with torch.device("meta"):
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        expected = {name: list(tensor.shape) for name, tensor in CTCDrafter(config, table, table).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            given = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} are damaged ({error}); train it again or restore the file."
+        ) from error
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise DrafterConfigError(
+                f"The CTC drafter's weights {path} do not fit its configuration: {name} is {given.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'none')}; train it again or restore the file."
+            )
