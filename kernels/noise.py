@@ -28,7 +28,7 @@ _KEY_STEP_A, _KEY_STEP_B = 0x9E3779B9, 0xBB67AE85
 def gumbel_noise(seed, position, token):
     """Gumbel(0, 1) noise of a block of tokens: seed and position int64 scalars, token int32 [BLOCK]."""
     zero = token * 0
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
+    low = zero + position.to(tl.int32)
     high = zero + (position >> 32).to(tl.int32)
     bits, _, _, _ = tl.philox(seed, token, low, zero + _SALT, high)
     u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07

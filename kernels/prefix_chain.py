@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
+from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, extend_kernel, root_kernel, score_kernel
 
-from vllm_ctc_spec.kernels.noise import gumbel_noise, gumbel_noise_reference
-
-# A label whose conditional probability is not above this counts as impossible, and a chain without a possible label
-# has ended. It keeps every division and every forward vector far from the subnormal numbers that GPUs flush to zero.
-IMPOSSIBLE = 1e-30
+# One program of a sweep scores a tile of tokens times (padded) frames, and with a Markov head does so for 16 rows: they
+# share a tile of W_out, and 16 is the least that a tensor core multiplies. Larger tiles spill registers on sm_90.
+_TILE = 4096
+_MAX_TOKENS, _MAX_TOKENS_MARKOV = 256, 128
+_MARKOV_ROWS = 16
 
 
 class ChainSampling(NamedTuple):
@@ -58,11 +59,11 @@ def prefix_chain(
         log_label, log_blank: [B, T] fp32.
         anchor: [B] int64, the token before the first label.
         num_labels: N, any relation to T.
-        markov: None, or the label-conditional head (W_in, W_out), each [V, r], of one dtype.
-        sampling: None for greedy, or `ChainSampling`. `draft_logits[slot, k]` receives `ell` before the temperature,
-            so that the law of label k is exactly `softmax(draft_logits[slot, k] / temperature)`; past the end it is
-            the one-hot row of the fill token (0 there, -inf elsewhere). Inert rows (slot -1) write nothing there and
-            their labels are arbitrary token ids.
+        markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
+        sampling: None for greedy, or `ChainSampling`, contiguous (draft_logits in V). `draft_logits[slot, k]` receives
+            `ell` before the temperature, so that the law of label k is exactly
+            `softmax(draft_logits[slot, k] / temperature)`; past the end it is the one-hot row of the fill token (0
+            there, -inf elsewhere). Inert rows (slot -1) write nothing there and their labels are arbitrary token ids.
     Returns:
         labels [B, N] int64 and lengths [B] int32, the number of labels before the end. Past the length stands the
         last label, or the anchor if there is none.
@@ -109,7 +110,7 @@ def prefix_chain_reference(
         mass = torch.bmm(state[:, :1], p)[:, 0]  # S(v), [B, V]
         if frame_p is not None:
             mass.scatter_(1, last, torch.bmm(state[:, 1:], frame_p)[:, 0])
-        mass = torch.nn.functional.threshold(mass, IMPOSSIBLE, 0.0)
+        mass = torch.where(mass > IMPOSSIBLE, mass, 0.0)
         ell = mass.log()
         if markov is not None:
             ell = torch.addmm(ell, w_in[last[:, 0]].float(), w_out)
@@ -148,3 +149,55 @@ def _noise(sampling: ChainSampling, num_labels: int, num_tokens: int) -> tuple[t
     positions = sampling.positions[:, None] + torch.arange(num_labels, device=slots.device)
     noise = gumbel_noise_reference(sampling.seeds[slots][:, None], positions, num_tokens)
     return noise * sampled[..., None], torch.where(sampled, 1 / temperature, 1.0)
+
+
+def prefix_chain_triton(
+    logits: torch.Tensor,
+    log_label: torch.Tensor,
+    log_blank: torch.Tensor,
+    anchor: torch.Tensor,
+    num_labels: int,
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sampling: ChainSampling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
+        raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
+    if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
+        raise ValueError("prefix_chain needs contiguous Markov weights [V, r]")
+    batch, num_frames, num_tokens = logits.shape
+    device = logits.device
+    block_t = triton.next_power_of_2(num_frames)
+    block_v = min(_MAX_TOKENS if markov is None else _MAX_TOKENS_MARKOV, _TILE // block_t)
+    num_blocks = triton.cdiv(num_tokens, block_v)
+    rows = 1 if markov is None else _MARKOV_ROWS
+    rank = 0 if markov is None else markov[0].shape[1]
+
+    labels = torch.empty(batch, num_labels, dtype=torch.int64, device=device)
+    lengths = torch.empty(batch, dtype=torch.int32, device=device)
+    last = torch.empty(batch, dtype=torch.int64, device=device)
+    state = torch.empty(batch, 2, num_frames, dtype=torch.float32, device=device)
+    block_best = torch.empty(batch, num_blocks, dtype=torch.float32, device=device)
+    block_token = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
+    log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
+    frames = (logits, logits.stride(0), logits.stride(1), log_label)
+    w_in, w_out = (None, None) if markov is None else markov
+    draft = (None,) * 5 + (0, 0)
+    if sampling is not None:
+        draft = (*sampling, sampling.draft_logits.stride(0), sampling.draft_logits.stride(1))
+
+    root_kernel[(batch,)](
+        log_blank, anchor.contiguous(), state, last, lengths, T=num_frames, BLOCK_T=block_t, num_warps=1
+    )
+    for k in range(num_labels):
+        score_kernel[(triton.cdiv(batch, rows), num_blocks)](
+            *frames, state, last, w_in, w_out, *draft, block_best, block_token, k, batch, num_tokens,
+            T=num_frames, BLOCK_T=block_t, BLOCK_V=block_v, ROWS=rows,
+            RANK=rank, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), SAMPLED=sampling is not None,
+            num_warps=4,
+        )  # fmt: skip
+        extend_kernel[(batch,)](
+            *frames, log_blank, state, last, *draft[3:], block_best, block_token, labels, lengths, k, num_labels,
+            num_blocks, T=num_frames, BLOCK_T=block_t, BLOCK_N=triton.next_power_of_2(num_blocks),
+            SAMPLED=sampling is not None, num_warps=4,
+        )  # fmt: skip
+    return labels, lengths
