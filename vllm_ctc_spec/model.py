@@ -1,0 +1,74 @@
+"""The Attention Draft Module as a vLLM model: DFlash's query and context machinery, frames on top.
+
+Same weights as `vllm_ctc_spec/drafter.py`, which says what the module computes; a test holds both to the same
+frames. The base class (vllm/model_executor/models/qwen3_dflash.py) writes the context's keys and values into the
+paged cache and runs 1 + T query slots a request; here the T slots after the anchor embed as learned frame queries,
+and the frames carry a blank odds beside the target's logits.
+"""
+
+import torch
+from torch import nn
+from vllm import _custom_ops as ops
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
+
+from vllm_ctc_spec.config import DrafterConfigError
+
+
+class MarkovTables(nn.Module):
+    """bias(v | last) = output.weight[v] . embedding.weight[last]; both `[V, r]`, read by the chain kernel."""
+
+    def __init__(self, vocab_size: int, rank: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, rank)
+        self.output = nn.Linear(rank, vocab_size, bias=False)
+
+
+class CTCDraftInner(DFlashQwen3Model):
+    def __init__(self, *, vllm_config: VllmConfig, start_layer_id: int = 0, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix)
+        config = self.config
+        self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size), requires_grad=False)
+        self.blank_head = nn.Linear(config.hidden_size, 1)
+        self.markov_head = MarkovTables(config.vocab_size, config.markov_rank) if config.markov_rank else None
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows come in groups of 1 + T a request: the anchor's embedding, then the learned frame queries."""
+        slot = torch.arange(input_ids.shape[0], device=input_ids.device) % (1 + self.frame_queries.shape[0])
+        queries = self.frame_queries[(slot - 1).clamp_min(0)]
+        return torch.where((slot == 0).unsqueeze(-1), self.embed_tokens(input_ids), queries)
+
+    def _normalize_context_k(self, all_k: torch.Tensor) -> torch.Tensor:
+        """all_k [layers, tokens, kv_heads, head_dim]. On a CPU, vLLM's `rms_norm` applies row 0 of a two-dimensional
+        weight to every layer, silently; there each layer is normalised by itself."""
+        if not all_k.is_cpu:
+            return super()._normalize_context_k(all_k)
+        normalized = torch.empty_like(all_k)
+        for layer, weight in enumerate(self._k_norm_weights):
+            ops.rms_norm(normalized[layer], all_k[layer], weight, self._rms_norm_eps)
+        return normalized
+
+
+class CTCDraftModel(DFlashQwen3ForCausalLM):
+    model_cls = CTCDraftInner
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        if not get_current_vllm_config().use_v2_model_runner:
+            raise DrafterConfigError(
+                "CTC speculative decoding needs vLLM's Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER or set it to 1."
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def compute_frames(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[n, H]` of frames to the target head's logits `[n, V]` and fp32 blank odds `[n]`."""
+        odds = self.model.blank_head(hidden_states).squeeze(-1)
+        return self.compute_logits(hidden_states), odds.float()
+
+    @property
+    def markov_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(W_in [V, r], W_out [V, r]) of the label-conditional head, or None."""
+        head = self.model.markov_head
+        return None if head is None else (head.embedding.weight, head.output.weight)
+
+    def _read_mask_embedding(self) -> None:
+        """Frame queries take the place of DFlash's mask embedding: there is no such file to look for."""

@@ -1,0 +1,302 @@
+"""Every touch on vLLM, in one place: `register()`, the entry point of the group `vllm.general_plugins`.
+
+`{"method": "ctc"}` is an alias, resolved where every form of the option passes, to vLLM's own method "dflash" with
+the draft architecture `CTCDraftModel`. All of vLLM's gates for DFlash (auxiliary hidden states, lookahead slots,
+hashing, async scheduling) then hold unpatched. The complete list:
+
+1. `ModelRegistry.register_model` for `CTCDraftModel` (public API).
+2. `register_speculator("ctc")`: vLLM reads the drafter's speculators-format `config.json` (public registry).
+3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
+4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration.
+5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
+6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, which may exceed 1 + N.
+7. On a CPU without Triton: `vllm_ctc_spec.cpu` (development, demo and CI only).
+
+It runs in the API server, the engine core and every worker, and may run more than once in each.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from vllm_ctc_spec.config import (
+    ARCHITECTURE,
+    DRAFTER_SUBFOLDER,
+    SPECULATORS_TYPE,
+    DrafterConfig,
+    DrafterConfigError,
+    ServingOptions,
+)
+from vllm_ctc_spec.drafter import check_weights
+
+logger = logging.getLogger("vllm.ctc_spec")
+
+SUPPORTED_RELEASES = ((0, 32), (0, 33))
+V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+_registered = False
+
+
+def register() -> None:
+    """Make `{"method": "ctc"}` known to this process. Idempotent.
+
+    On an unsupported vLLM nothing is touched except that `{"method": "ctc"}` ends with one sentence: an installed
+    plugin must never stop a server that does not ask for it.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    import vllm
+    from vllm import ModelRegistry
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.gpu import spec_decode
+
+    problem = unsupported_release(vllm.__version__) or _changed_hooks(EngineArgs, VllmConfig, spec_decode)
+    if problem:
+        EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
+        return
+    from vllm.transformers_utils.configs.speculators.algos import register_speculator
+
+    from vllm_ctc_spec import cpu
+
+    ModelRegistry.register_model(ARCHITECTURE, "vllm_ctc_spec.model:CTCDraftModel")
+    register_speculator(SPECULATORS_TYPE)(update_ctc)
+    EngineArgs.create_speculative_config = _resolving(EngineArgs.create_speculative_config)
+    EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
+    VllmConfig.num_lookahead_tokens = _looking_ahead(VllmConfig.num_lookahead_tokens)
+    _replace_init_speculator(spec_decode)
+    if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
+        cpu.install()
+
+
+def unsupported_release(version: str) -> str | None:
+    """One sentence where this vLLM is not supported."""
+    if Version(version).release[:2] in SUPPORTED_RELEASES:
+        return None
+    supported = " or ".join(f"{major}.{minor}.*" for major, minor in SUPPORTED_RELEASES)
+    return (
+        f"vllm-ctc-spec supports vLLM {supported}, but vLLM {version} is installed; "
+        "install a supported vLLM or a newer vllm-ctc-spec."
+    )
+
+
+def _changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str | None:
+    """One sentence where a function that `register` wraps is not the one it was written for."""
+    expected: dict[str, tuple[Any, list[str]]] = {
+        "EngineArgs.create_speculative_config": (
+            getattr(engine_args, "create_speculative_config", None),
+            ["self", "target_model_config", "target_parallel_config"],
+        ),
+        "init_speculator": (getattr(spec_decode, "init_speculator", None), ["vllm_config", "device", "req_states"]),
+        "VllmConfig.num_lookahead_tokens": (
+            getattr(getattr(vllm_config, "num_lookahead_tokens", None), "fget", None),
+            ["self"],
+        ),
+    }
+    for name, (function, parameters) in expected.items():
+        if function is None or list(inspect.signature(function).parameters) != parameters:
+            return f"vllm-ctc-spec cannot hook into this vLLM build: {name} has changed; install a released vLLM."
+    return None
+
+
+def _is_ctc(speculative_config: Any) -> bool:
+    draft = getattr(speculative_config, "draft_model_config", None)
+    return draft is not None and ARCHITECTURE in (draft.architectures or [])
+
+
+def _asks_for_ctc(speculative: Any) -> bool:
+    return isinstance(speculative, dict) and speculative.get("method") == SPECULATORS_TYPE
+
+
+def _refusing(original: Callable, problem: str) -> Callable:
+    @functools.wraps(original)
+    def create_speculative_config(self, *args, **kwargs):
+        if _asks_for_ctc(self.speculative_config):
+            raise DrafterConfigError(problem)
+        return original(self, *args, **kwargs)
+
+    return create_speculative_config
+
+
+def _resolving(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def create_speculative_config(self, target_model_config, target_parallel_config):
+        given = self.speculative_config
+        if not _asks_for_ctc(given):
+            config = original(self, target_model_config, target_parallel_config)
+            if _is_ctc(config):
+                raise DrafterConfigError(f'{config.model} is a CTC drafter: serve it with "method": "ctc".')
+            return config
+        speculative = {key.replace("-", "_"): value for key, value in given.items()}
+        for key, value in (("model", self.spec_model), ("num_speculative_tokens", self.spec_tokens)):
+            if value is not None and key not in speculative:
+                speculative[key] = value
+        options, drafter = resolve(speculative, target_model_config)
+        _select_v2_runner()
+        # The aliases of these two are merged above; vLLM would refuse to see both.
+        saved, self.speculative_config = (given, self.spec_model, self.spec_tokens), speculative
+        self.spec_model = self.spec_tokens = None
+        try:
+            config = original(self, target_model_config, target_parallel_config)
+        finally:
+            self.speculative_config, self.spec_model, self.spec_tokens = saved
+        hf_config = config.draft_model_config.hf_config
+        hf_config.ctc_search = options.search
+        # The drafter's rotary table must reach as far as the served context.
+        hf_config.max_position_embeddings = max(drafter.max_position_embeddings, target_model_config.max_model_len)
+        logger.info(
+            "CTC drafter %s (served as dflash): %d frames, %d speculative tokens, search %s.",
+            speculative["model"], drafter.num_frames, speculative["num_speculative_tokens"], options.search,
+        )  # fmt: skip
+        return config
+
+    return create_speculative_config
+
+
+def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, DrafterConfig]:
+    """Turn the user's `{"method": "ctc", ...}` into what vLLM's own `dflash` understands, in place.
+
+    `target` is vLLM's ModelConfig of the served model. Everything that can be wrong with the drafter or the options
+    is found here, before any weights load (DrafterConfigError).
+    """
+    options = ServingOptions.take_from(speculative)
+    folder = _drafter_folder(speculative, target.model)
+    drafter = DrafterConfig.load(folder)
+    drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
+    check_weights(folder, drafter)
+    budget = speculative.get("num_speculative_tokens")
+    if budget is None:
+        budget = drafter.num_labels
+    if not isinstance(budget, int) or not 1 <= budget <= drafter.num_frames:
+        raise DrafterConfigError(
+            f"num_speculative_tokens is {budget!r}, but this drafter's {drafter.num_frames} frames hold 1 to "
+            f"{drafter.num_frames} labels; choose a number in that range or leave it out for {drafter.num_labels}."
+        )
+    for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
+        if speculative.get(option):
+            raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
+    speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
+    return options, drafter
+
+
+def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:
+    """The drafter's local folder: as given, downloaded from the model hub, or inside the target's folder."""
+    model = speculative.get("model")
+    if model is None:
+        folder = Path(target) / DRAFTER_SUBFOLDER
+        if not folder.is_dir():
+            raise DrafterConfigError(
+                f'No CTC drafter given: add "model": DRAFTER to --speculative-config, or put the drafter into {folder}.'
+            )
+        return folder
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=speculative.get("revision")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DrafterConfigError(
+            f"No CTC drafter at {model}: it is neither a folder nor a model that the hub could deliver "
+            f"({type(error).__name__}); give the folder that `vllm-ctc train` wrote."
+        ) from error
+
+
+def _select_v2_runner() -> None:
+    """Refuse a forced V1 runner; on a CPU without Triton select V2 and install its kernels."""
+    from vllm import envs
+
+    from vllm_ctc_spec import cpu
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        raise DrafterConfigError(
+            f"CTC speculative decoding needs vLLM's Model Runner V2, but {V2_VARIABLE}=0 forces V1; unset it."
+        )
+    if cpu.is_needed():
+        os.environ[V2_VARIABLE] = "1"  # inherited by the engine core and the workers
+        cpu.install()
+
+
+def _checking(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def create_engine_config(self, *args, **kwargs):
+        config = original(self, *args, **kwargs)
+        if not _is_ctc(config.speculative_config):
+            return config
+        if not config.use_v2_model_runner:
+            raise DrafterConfigError(
+                "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
+                "fall back to V1 (see its warning above); remove that option."
+            )
+        scheduler = config.scheduler_config
+        slots = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
+        fitting = scheduler.max_num_batched_tokens // slots
+        if fitting < 1:
+            raise DrafterConfigError(
+                f"The CTC drafter needs {slots} draft slots a request, but max_num_batched_tokens is "
+                f"{scheduler.max_num_batched_tokens}; raise --max-num-batched-tokens."
+            )
+        if scheduler.max_num_seqs > fitting:
+            # The draft pass has max_num_batched_tokens rows; vLLM 0.33 lowers the number of active requests likewise.
+            logger.warning(
+                "Lowering max_num_seqs from %d to %d: the CTC drafter uses %d slots a request and "
+                "max_num_batched_tokens is %d.",
+                scheduler.max_num_seqs, fitting, slots, scheduler.max_num_batched_tokens,
+            )  # fmt: skip
+            scheduler.max_num_seqs = fitting
+        return config
+
+    return create_engine_config
+
+
+def _looking_ahead(original: property) -> property:
+    def num_lookahead_tokens(self) -> int:
+        tokens = original.fget(self)
+        if _is_ctc(self.speculative_config):
+            tokens = max(tokens, 1 + self.speculative_config.draft_model_config.hf_config.num_frames)
+        return tokens
+
+    return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _replace_init_speculator(spec_decode: Any) -> None:
+    original = spec_decode.init_speculator
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config, device, req_states):
+        if not _is_ctc(vllm_config.speculative_config):
+            return original(vllm_config, device, req_states)
+        from vllm_ctc_spec.proposer import CTCProposer
+
+        return CTCProposer(vllm_config, device)
+
+    spec_decode.init_speculator = init_speculator
+    runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if runner is not None:  # imported before this plugin ran, with the function under its own name
+        runner.init_speculator = init_speculator
+
+
+def update_ctc(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+    """Speculators hook: what vLLM's DFlash machinery reads from the draft's configuration.
+
+    `mask_token_id` fills the frame slots' input ids; the model puts its frame queries there.
+    """
+    config = DrafterConfig.from_dict(config_dict)
+    pre_trained_config.update(
+        architectures=[ARCHITECTURE],
+        draft_vocab_size=config.vocab_size,
+        target_hidden_size=config.hidden_size,
+        eagle_aux_hidden_state_layer_ids=list(config.aux_hidden_state_layer_ids),
+        dflash_config={"mask_token_id": 0, "causal": False},
+        num_frames=config.num_frames,
+        markov_rank=config.markov_rank,
+    )

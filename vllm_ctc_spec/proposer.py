@@ -1,0 +1,91 @@
+"""CTCProposer: vLLM's DFlash proposer, told about frames, with the CTC chain in place of per-slot sampling.
+
+`num_speculative_tokens` (N) is the verification budget, the checkpoint's frames (T) are the width of the drafter's
+forward; the two differ. After `super().__init__` has sized the draft buffers with N, DFlash's own machinery (query
+slots, sample indices, CUDA graphs) is told T. (vLLM V2 calls a proposer a speculator; base class:
+vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: its DSpark and DFlash2 subclasses.)
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+
+from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.frame_stats import frame_stats
+from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
+
+
+class CTCProposer(DFlashSpeculator):
+    _speculator_name = "CTC"
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        self.num_labels: int = vllm_config.speculative_config.num_speculative_tokens  # N
+        super().__init__(vllm_config, device)
+        hf_config = self.draft_model_config.hf_config
+        self.num_frames: int = hf_config.num_frames  # T
+        self.search: str = hf_config.ctc_search
+        self.num_speculative_steps = self.num_frames
+        self.num_query_per_req = 1 + self.num_frames
+        num_rows = self.max_num_reqs * self.num_frames
+        self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+
+    def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
+        """log q(v | prefix) up to a constant, fp32; -inf marks tokens that a row cannot propose."""
+        return torch.float32, float("-inf")
+
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        # Rows of one full verification, which is 1 + N a request and not 1 + T.
+        return min(num_reqs * (self.num_labels + 1), self.max_num_tokens)
+
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    ) -> None:
+        """One forward, then labels. Recorded in the draft's CUDA graph: fixed shapes, nothing is read on the host."""
+        hidden = self._run_model(
+            num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+        )
+        num_frames = self.num_frames
+        frames = hidden[self.sample_indices[: num_reqs * num_frames]]  # [R * T, H]
+        logits, blank_odds = self.model.compute_frames(frames)
+        logits = logits.view(num_reqs, num_frames, -1)
+        blank_odds = blank_odds.view(num_reqs, num_frames)
+        logsumexp, best, best_logit = frame_stats(logits)
+        log_label = logsigmoid(-blank_odds) - logsumexp
+        log_blank = logsigmoid(blank_odds)
+        slots = num_reqs * self.num_query_per_req
+        anchor = self.input_buffers.input_ids[:slots : self.num_query_per_req].long()
+        if self.search == "argmax":
+            blank = logits.shape[-1]
+            alignment = torch.where(log_blank > best_logit + log_label, blank, best)
+            labels, _ = collapse(alignment, blank, anchor, self.num_labels)
+        else:
+            labels, _ = prefix_chain(
+                logits, log_label, log_blank, anchor, self.num_labels, self.model.markov_tables, self._sampling(num_reqs)
+            )
+        self.draft_tokens[:num_reqs] = labels
+
+    def _sampling(self, num_reqs: int) -> ChainSampling | None:
+        """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the
+        target's draws, a draft's are keyed by the position before it."""
+        if self.draft_logits is None:
+            return None
+        first_frame = slice(0, num_reqs * self.num_frames, self.num_frames)
+        return ChainSampling(
+            temperature=self.temperature,
+            seeds=self.seeds,
+            positions=self.sample_pos[first_frame] - 1,
+            slots=self.sample_idx_mapping[first_frame],
+            draft_logits=self.draft_logits,
+        )
