@@ -245,8 +245,8 @@ def _checking(original: Callable) -> Callable:
                 f"The CTC drafter needs {slots} draft slots a request, but max_num_batched_tokens is "
                 f"{scheduler.max_num_batched_tokens}; raise --max-num-batched-tokens."
             )
-        if scheduler.max_num_seqs > fitting:
-            # The draft pass has max_num_batched_tokens rows; vLLM 0.33 lowers the number of active requests likewise.
+        # The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself.
+        if scheduler.max_num_seqs > fitting and not hasattr(scheduler, "max_num_active_seqs"):
             logger.warning(
                 "Lowering max_num_seqs from %d to %d: the CTC drafter uses %d slots a request and "
                 "max_num_batched_tokens is %d.",
