@@ -245,14 +245,15 @@ def _checking(original: Callable) -> Callable:
                 f"The CTC drafter needs {slots} draft slots a request, but max_num_batched_tokens is "
                 f"{scheduler.max_num_batched_tokens}; raise --max-num-batched-tokens."
             )
-        # The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself.
-        if scheduler.max_num_seqs > fitting and not hasattr(scheduler, "max_num_active_seqs"):
+        # The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself, 0.32 does not.
+        if (scheduler.max_num_active_seqs or scheduler.max_num_seqs) > fitting:
             logger.warning(
                 "Lowering max_num_seqs from %d to %d: the CTC drafter uses %d slots a request and "
                 "max_num_batched_tokens is %d.",
                 scheduler.max_num_seqs, fitting, slots, scheduler.max_num_batched_tokens,
             )  # fmt: skip
             scheduler.max_num_seqs = fitting
+            scheduler.max_num_active_seqs = None
         return config
 
     return create_engine_config
