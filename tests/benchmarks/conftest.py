@@ -1,0 +1,56 @@
+"""A fake `vllm` command beside the Python that runs the benchmark, and what is left of it afterwards."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+FAKE = Path(__file__).parent / "fake_vllm.py"
+
+
+class FakeVllm:
+    """The servers that were started so far."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def started(self) -> list[dict]:
+        files = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        return [json.loads(file.read_text()) for file in files]
+
+    def assert_gone(self) -> None:
+        """No process and no listening socket of any server is left."""
+        assert self.started
+        for server in self.started:
+            for pid in server["processes"]:
+                assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", server["port"])) != 0
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch) -> FakeVllm:
+    """The benchmarks find `vllm` beside `sys.executable`: put both into a folder of the test."""
+    command = tmp_path / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+    command.chmod(0o755)
+    record = tmp_path / "record"
+    record.mkdir()
+    monkeypatch.setenv("FAKE_RECORD", str(record))
+    monkeypatch.setattr(sys, "executable", str(command.parent / "python"))
+    return FakeVllm(record)
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """Folders that pass for a target and its drafter."""
+    folders = tmp_path / "target", tmp_path / "drafter"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    return folders

@@ -1,0 +1,89 @@
+"""Stands in for the `vllm` command: the HTTP surface that the benchmarks use, answering at once.
+
+FAKE_BEHAVIOUR chooses how it misbehaves: `crash`, `hang` (never healthy), `stubborn` (ignores SIGTERM) or `wrong`
+(with a drafter, the third token of every answer is another one). FAKE_RECORD names a folder that gets one file per
+server, with its arguments and the ids of its processes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+BEHAVIOUR = os.environ.get("FAKE_BEHAVIOUR", "")
+ARGUMENTS = sys.argv[1:]
+SPECULATIVE = "--speculative-config" in ARGUMENTS
+TOKENS = [5, 6, 7, 8]
+
+
+class Handler(BaseHTTPRequestHandler):
+    answered = 0
+
+    def do_GET(self):
+        if self.path == "/health":
+            return self.reply(503 if BEHAVIOUR == "hang" else 200, b"")
+        drafts = Handler.answered * 2 if SPECULATIVE else 0
+        counters = {"num_drafts": drafts, "num_draft_tokens": drafts * 3, "num_accepted_tokens": drafts // 2}
+        lines = []
+        for name, value in counters.items():
+            lines += [f"# TYPE vllm:spec_decode_{name} counter"]
+            # two engines: the sum over labels is what counts
+            lines += [f'vllm:spec_decode_{name}_total{{engine="{i}"}} {value / 2}' for i in range(2)]
+        self.reply(200, "\n".join([*lines, ""]).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            top = {"token_id:7": -0.5, "token_id:9": -0.5 - float(os.environ.get("FAKE_GAP", "1"))}
+            return self.reply_json({"choices": [{"index": 0, "text": "", "logprobs": {"top_logprobs": [top]}}]})
+        Handler.answered += 1
+        tokens = [*TOKENS]
+        if BEHAVIOUR == "wrong" and SPECULATIVE:
+            tokens[2] = 9
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "x"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop", "token_ids": tokens}
+            return self.reply_json({"choices": [choice], "prompt_token_ids": [1, 2]})
+        chunks = [{"choices": [{"index": 0, "delta": {"content": ""}}], "prompt_token_ids": [1, 2]}]
+        chunks += [{"choices": [{"index": 0, "delta": {"content": f"<{t}>"}, "token_ids": [t]}]} for t in tokens]
+        events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        self.reply(200, events.encode(), "text/event-stream")
+
+    def reply_json(self, body: dict):
+        self.reply(200, json.dumps(body).encode(), "application/json")
+
+    def reply(self, status: int, body: bytes, content_type: str = "text/plain"):
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def main() -> None:
+    for number in range(40):
+        print(f"starting, line {number}", flush=True)
+    if BEHAVIOUR == "crash":
+        sys.exit("out of cheese")
+    if BEHAVIOUR == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM's engine core
+    port = int(ARGUMENTS[ARGUMENTS.index("--port") + 1])
+    record = {
+        "arguments": ARGUMENTS,
+        "environment": dict(os.environ),
+        "processes": [os.getpid(), child.pid],
+        "port": port,
+    }
+    Path(os.environ["FAKE_RECORD"], f"{os.getpid()}.json").write_text(json.dumps(record))
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
