@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 from rich.console import Console
-from rich.markdown import Markdown
 from server import on_cpu
 
 
@@ -136,9 +135,10 @@ def plot(path: Path, run: dict, rows: list[Row]) -> None:
             [row.highest - row.tokens_per_second for row in group],
         ]
         colors = ["tab:orange" if row.method == "ctc" else "tab:gray" for row in group]
-        bars = panel.barh([row.method for row in group], speeds, xerr=errors, color=colors, capsize=3)
-        labels = [f"accepts {row.acceptance_length:.2f}" if row.acceptance_length else "" for row in group]
-        panel.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
+        panel.barh([row.method for row in group], speeds, xerr=errors, color=colors, capsize=3)
+        for y, row in enumerate(group):
+            if row.acceptance_length:
+                panel.text(0, y - 0.2, f"  acceptance length {row.acceptance_length:.2f}", color="white", fontsize=8)
         panel.invert_yaxis()
         panel.set_xlabel("tokens/s (median; bars: lowest to highest)")
         panel.set_title(f"{concurrency} at a time", fontsize=10)
@@ -155,5 +155,5 @@ def write_report(output: Path, run: dict, measurements: list[Measurement], conso
     table = to_markdown(run, rows)
     output.with_suffix(".md").write_text(table, encoding="utf-8")
     plot(output.with_suffix(".png"), run, rows)
-    console.print(Markdown(table))
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print(f"wrote {output}.json, .md and .png", highlight=False)
