@@ -135,19 +135,21 @@ def _resolving(original: Callable) -> Callable:
             if _is_ctc(config):
                 raise DrafterConfigError(f'{config.model} is a CTC drafter: serve it with "method": "ctc".')
             return config
+        # While vLLM's own code runs, these hold what the alias stands for; the user's words come back afterwards.
+        saved = {name: getattr(self, name) for name in ("speculative_config", "spec_model", "spec_tokens")}
         speculative = {key.replace("-", "_"): value for key, value in given.items()}
-        for key, value in (("model", self.spec_model), ("num_speculative_tokens", self.spec_tokens)):
-            if value is not None and key not in speculative:
-                speculative[key] = value
-        options, drafter = resolve(speculative, target_model_config)
-        _select_v2_runner()
-        # The aliases of these two are merged above; vLLM would refuse to see both.
-        saved, self.speculative_config = (given, self.spec_model, self.spec_tokens), speculative
-        self.spec_model = self.spec_tokens = None
         try:
+            for name, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+                if saved[name] is not None and key not in speculative:
+                    speculative[key] = saved[name]
+                    setattr(self, name, None)
+            options, drafter = resolve(speculative, target_model_config)
+            _select_v2_runner()
+            self.speculative_config = speculative
             config = original(self, target_model_config, target_parallel_config)
         finally:
-            self.speculative_config, self.spec_model, self.spec_tokens = saved
+            for name, value in saved.items():
+                setattr(self, name, value)
         hf_config = config.draft_model_config.hf_config
         hf_config.ctc_search = options.search
         # The drafter's rotary table must reach as far as the served context.
