@@ -52,7 +52,8 @@ def prefix_chain(
     starting from `n = 0`, `b[t] = prod_{s<=t} p_s(blank)`. The anchor is not in the frames: no repeat rule at the
     root (there `w = b`, so the rule is void). Both vectors are divided by `S(y)` after each label, which makes
     `S(v) = q(v | y_1..y_k)` at every step, and only `t < T` is kept, because nothing can start after frame `T`.
-    The chain ends where no `S(v)` is above `IMPOSSIBLE`; `T` frames hold at most `T - repeats` labels.
+    The chain ends where no `S(v)` is above `IMPOSSIBLE`; `T` frames hold at most `T - repeats` labels. The vectors are
+    linear fp32: conditionals agree with fp64 to 1e-5, down to about 1e-15 in chains that use up their frames.
 
     Arguments:
         logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.

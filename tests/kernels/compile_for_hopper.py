@@ -1,0 +1,111 @@
+"""Compile every kernel launch of every public function for sm_90, without a GPU, and print what each needs as JSON.
+
+The functions are called on meta tensors with their kernels replaced by recorders, so that what is compiled is exactly
+what would be launched. Run by test_compiles_for_hopper.py in a process without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+from vllm_ctc_spec.kernels import collapse, frame_stats, prefix_chain
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+VOCABULARY = 151_936
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record_launches() -> list:
+    launches = []
+    for module in (collapse, frame_stats, prefix_chain):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                setattr(module, name, Recorder(value, launches))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def chain(num_frames: int, dtype: torch.dtype, rank: int, sampled: bool, batch: int = 64, num_labels: int = 16):
+        markov = (empty(VOCABULARY, rank, dtype=dtype), empty(VOCABULARY, rank, dtype=dtype)) if rank else None
+        slots = empty(batch, dtype=torch.int64)
+        draft_logits = empty(batch, num_labels, VOCABULARY)
+        sampling = prefix_chain.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
+        frames = empty(batch, num_frames)
+        logits = empty(batch, num_frames, VOCABULARY, dtype=dtype)
+        prefix_chain.prefix_chain_triton(logits, frames, frames, slots, num_labels, markov, sampling)
+
+    collapse.collapse_triton(empty(64, 32, dtype=torch.int64), VOCABULARY, empty(64, dtype=torch.int64), 16)
+    frame_stats.frame_stats_triton(empty(64, 12, VOCABULARY, dtype=torch.bfloat16))
+    frame_stats.frame_stats_triton(empty(64, 12, VOCABULARY))
+    chain(12, torch.bfloat16, rank=0, sampled=False)
+    chain(12, torch.bfloat16, rank=64, sampled=True)
+    chain(12, torch.float32, rank=64, sampled=False)
+    chain(32, torch.float16, rank=0, sampled=True)
+    chain(32, torch.float32, rank=256, sampled=True)
+    chain(1, torch.bfloat16, rank=5, sampled=True)
+    return launches
+
+
+def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> dict:
+    options = {"num_warps": kwargs.pop("num_warps")}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        aligned = isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize)
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    constexprs = {kernel.arg_names[place]: value for (place,), value in constants.items() if value is not None}
+    return {
+        "kernel": kernel.__name__,
+        "constexprs": constexprs,
+        "shared": compiled.metadata.shared,
+        "stack": stack_bytes(compiled.asm["cubin"]) if CUOBJDUMP.exists() else None,
+    }
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory per thread: registers that were spilled, or arrays that did not fit."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+
+
+def main() -> None:
+    distinct = {}
+    for kernel, args, kwargs in record_launches():
+        dtypes = tuple(arg.dtype if isinstance(arg, torch.Tensor) else None for arg in args)
+        distinct[kernel.__name__, dtypes, tuple(kwargs.items())] = kernel, args, kwargs
+    print(json.dumps([compile_launch(*launch) for launch in distinct.values()]))
+
+
+if __name__ == "__main__":
+    main()
