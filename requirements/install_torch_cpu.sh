@@ -14,7 +14,7 @@ fi
 echo "$requirement is not in pip's configured indexes; trying $pytorch_index"
 # Few retries: an unreachable host should be reported in a minute, not in ten.
 if "$pip" --retries 1 --timeout 30 install --no-deps --only-binary :all: \
-        --index-url "$pytorch_index" "$requirement" 2>>"$errors"; then
+        --index-url "$pytorch_index" "$requirement" 2>"$errors"; then
     exit 0
 fi
 grep -v '^WARNING: Retrying' "$errors" | tail -n 4 >&2
