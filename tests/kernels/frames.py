@@ -1,0 +1,93 @@
+"""Frames, heads and samplings that the tests of the chain share."""
+
+import torch
+from vllm_ctc_spec.kernels.prefix_chain import ChainSampling
+
+ANCHOR = 1
+NEVER = 7.5  # what rows of draft_logits hold that must not be written
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> tuple:
+    logits = torch.randn(batch, num_frames, num_tokens, generator=generator(seed)) * scale
+    return from_odds(logits, torch.randn(batch, num_frames, generator=generator(seed + 1)))
+
+
+def from_odds(logits: torch.Tensor, odds: torch.Tensor) -> tuple:
+    """`logits, log_label, log_blank` where P(blank) = sigmoid(odds)."""
+    log_label = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
+    return logits, log_label, torch.nn.functional.logsigmoid(odds)
+
+
+def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> tuple:
+    """Frames that break careless code; ids near both ends of the vocabulary carry the mass."""
+    logits, odds = torch.zeros(batch, num_frames, num_tokens), torch.zeros(batch, num_frames)
+    if name == "flat":
+        pass
+    elif name == "peaky":
+        peaks = torch.randint(0, num_tokens, (batch, num_frames, 1), generator=generator(3))
+        logits.scatter_(2, peaks, 60.0)
+        odds.fill_(-4)
+    elif name == "repeats":
+        logits[..., num_tokens - 1] = 40.0
+    elif name == "repeats of the anchor":
+        logits[..., ANCHOR] = 40.0
+    elif name == "all blank":
+        odds.fill_(torch.inf)
+    elif name == "nearly all blank":
+        odds.fill_(50.0)
+    elif name == "no blank":
+        logits = torch.randn(batch, num_frames, num_tokens, generator=generator(4)) * 4
+        odds.fill_(-torch.inf)
+    elif name == "no blank, one label":
+        logits.fill_(-torch.inf)[..., num_tokens - 1] = 0.0
+        odds.fill_(-torch.inf)
+    elif name == "ties":
+        logits[..., [2, num_tokens // 2, num_tokens - 1]] = 9.0
+    elif name == "empty frames":
+        logits = torch.randn(batch, num_frames, num_tokens, generator=generator(5)) * 4
+        logits[:, ::2] = -torch.inf
+    elif name == "blank of 0 and 1":
+        logits = torch.randn(batch, num_frames, num_tokens, generator=generator(6)) * 4
+        odds[:, ::2], odds[:, 1::2] = torch.inf, -torch.inf
+    return from_odds(logits, odds)
+
+
+HARD = [
+    "flat",
+    "peaky",
+    "repeats",
+    "repeats of the anchor",
+    "all blank",
+    "nearly all blank",
+    "no blank",
+    "no blank, one label",
+    "ties",
+    "empty frames",
+    "blank of 0 and 1",
+]
+
+
+def markov_head(num_tokens: int, rank: int, scale: float = 0.7) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if rank == 0:
+        return None
+    w_in, w_out = torch.randn(2, num_tokens, rank, generator=generator(rank)) * (scale / rank**0.5) ** 0.5
+    return w_in.contiguous(), w_out.contiguous()
+
+
+def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list[float]) -> ChainSampling:
+    """Row b uses slot `batch - 1 - b` of `batch + 1`."""
+    return ChainSampling(
+        temperature=torch.tensor([*temperature, 1.0])[: batch + 1],
+        seeds=torch.arange(batch + 1) * 1_000_003 - 2,
+        positions=torch.arange(batch) * 17 + 2**32 - 3,
+        slots=torch.arange(batch).flip(0),
+        draft_logits=torch.full((batch + 1, num_labels, num_tokens), NEVER),
+    )
+
+
+def anchors(batch: int) -> torch.Tensor:
+    return torch.full((batch,), ANCHOR)

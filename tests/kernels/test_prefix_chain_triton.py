@@ -1,0 +1,96 @@
+"""The chain's kernels against its torch reference."""
+
+import pytest
+import torch
+from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_reference, prefix_chain_triton
+
+from .frames import HARD, anchors, hard_frames, markov_head, random_frames, sampling_for
+
+
+def assert_triton_equals_reference(
+    frames: tuple,
+    num_labels: int,
+    device: str,
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
+    temperature: list[float] | None = None,
+    inert: int | None = None,
+) -> None:
+    batch, _, num_tokens = frames[0].shape
+    calls = []
+    for run, where in ((prefix_chain_reference, "cpu"), (prefix_chain_triton, device)):
+        sampling = None
+        if temperature is not None:
+            sampling = sampling_for(batch, num_labels, num_tokens, temperature)
+            if inert is not None:
+                sampling.slots[inert] = -1
+            sampling = ChainSampling(*(x.to(where) for x in sampling))
+        weights = None if markov is None else tuple(x.to(where) for x in markov)
+        labels, lengths = run(*(x.to(where) for x in frames), anchors(batch).to(where), num_labels, weights, sampling)
+        assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
+        assert ((labels >= 0) & (labels < num_tokens)).all()
+        calls.append((labels.cpu(), lengths.cpu(), None if sampling is None else sampling.draft_logits.cpu()))
+    (labels, lengths, drafts), (triton_labels, triton_lengths, triton_drafts) = calls
+    active = [row for row in range(batch) if row != inert]
+    assert torch.equal(triton_labels[active], labels[active])
+    assert torch.equal(triton_lengths[active], lengths[active])
+    if temperature is not None:
+        torch.testing.assert_close(triton_drafts, drafts, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [None, [1.0, 0.0]])
+@pytest.mark.parametrize("name", HARD)
+def test_triton_on_hard_frames(name: str, temperature: list[float] | None, triton_device: str) -> None:
+    assert_triton_equals_reference(hard_frames(name, 2, 5, 300), 7, triton_device, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [5, 64])
+@pytest.mark.parametrize("temperature", [None, [0.7, 1.0, 0.0]])
+def test_triton_with_a_markov_head(
+    rank: int, temperature: list[float] | None, dtype: torch.dtype, triton_device: str
+) -> None:
+    logits, log_label, log_blank = random_frames(3, 6, 300, seed=rank)
+    # The interpreter's tl.dot multiplies the bit patterns of bfloat16: there the head of bf16 logits is fp16.
+    head_dtype = torch.float16 if (dtype, triton_device) == (torch.bfloat16, "cpu") else dtype
+    markov = tuple(x.to(head_dtype) for x in markov_head(300, rank, scale=3.0))
+    assert_triton_equals_reference(
+        (logits.to(dtype), log_label, log_blank), 4, triton_device, markov=markov, temperature=temperature
+    )
+
+
+@pytest.mark.parametrize("num_frames, num_labels", [(1, 1), (1, 3), (3, 8), (12, 2), (17, 3), (32, 2)])
+def test_triton_for_any_number_of_frames_and_labels(num_frames: int, num_labels: int, triton_device: str) -> None:
+    frames = random_frames(2, num_frames, 130, seed=num_frames)
+    assert_triton_equals_reference(frames, num_labels, triton_device, temperature=[1.0, 0.0])
+
+
+def test_triton_rows_of_more_than_one_group(triton_device: str) -> None:
+    frames = random_frames(18, 3, 70, seed=9)
+    temperature = [0.5, 0.0, 1.0] * 6
+    assert_triton_equals_reference(frames, 2, triton_device, markov_head(70, 5), temperature, inert=17)
+
+
+@pytest.mark.parametrize("inert", [0, 1])
+def test_triton_inert_rows_write_nothing(inert: int, triton_device: str) -> None:
+    frames = random_frames(2, 4, 300, seed=inert)
+    assert_triton_equals_reference(frames, 6, triton_device, temperature=[1.0, 1.0], inert=inert)
+
+
+def test_triton_on_a_slice_of_frames(triton_device: str) -> None:
+    logits, log_label, log_blank = random_frames(2, 6, 40, seed=11)
+    frames = (logits[:, 1:5], log_label[:, 1:5], log_blank[:, 1:5])
+    moved = tuple(x.to(triton_device)[:, 1:5] for x in (logits, log_label, log_blank))
+    expected = prefix_chain_reference(*frames, anchors(2), 4)
+    got = prefix_chain_triton(*moved, anchors(2).to(triton_device), 4)
+    assert torch.equal(got[0].cpu(), expected[0])
+    assert torch.equal(got[1].cpu(), expected[1])
+
+
+def test_triton_refuses_strided_inputs(triton_device: str) -> None:
+    logits, log_label, log_blank = (x.to(triton_device) for x in random_frames(1, 4, 4, seed=0))
+    anchor = anchors(1).to(triton_device)
+    with pytest.raises(ValueError, match="contiguous in the vocabulary"):
+        prefix_chain_triton(logits.mT, log_label, log_blank, anchor, 2)
+    with pytest.raises(ValueError, match="contiguous Markov weights"):
+        weights = torch.zeros(3, 4, device=triton_device).T
+        prefix_chain_triton(logits, log_label, log_blank, anchor, 2, (weights, weights))
