@@ -92,12 +92,12 @@ def register() -> None:
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
 
     overrides = {}
-    for name, (function, expected) in _by_kernel_name().items():
+    for name, (function, expected) in by_kernel_name().items():
         kernel = _load(name)
         if isinstance(kernel, KernelOverride):
             continue
         check(name, kernel, function, expected)
-        overrides[name] = _ignoring_launch_options(function)
+        overrides[name] = ignoring_launch_options(function)
     if overrides:
         register_kernels(overrides)
 
@@ -157,7 +157,7 @@ def print_digests() -> None:
         print("    },")
 
 
-def _by_kernel_name() -> dict[str, tuple[Callable, str]]:
+def by_kernel_name() -> dict[str, tuple[Callable, str]]:
     return {
         _kernel_name(module, function): (function, expected)
         for module, functions in KERNELS.items()
@@ -177,7 +177,7 @@ def _load(name: str) -> Any:
     return kernel
 
 
-def _ignoring_launch_options(function: Callable) -> Callable:
+def ignoring_launch_options(function: Callable) -> Callable:
     """vLLM hands the launch option `num_warps` to an override as if it were an argument of the kernel."""
 
     @functools.wraps(function)
