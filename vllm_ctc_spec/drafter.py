@@ -178,7 +178,10 @@ class CTCDrafter(nn.Module):
 
     def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Frames:
         """Frames for M anchors in each of B sequences; arguments as in `hidden_frames`."""
-        hidden = self.hidden_frames(aux_hidden_states, anchor_tokens, anchor_positions)
+        return self.frames(self.hidden_frames(aux_hidden_states, anchor_tokens, anchor_positions))
+
+    def frames(self, hidden: Tensor) -> Frames:
+        """Normalised hidden states `[..., T, H]` to frames."""
         return Frames(F.linear(hidden, self.target_head), self.blank_head(hidden).squeeze(-1))
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""The console script: help, options that reach the trainer, and errors as one sentence."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from vllm_ctc_spec import cli
+from vllm_ctc_spec.training import loop
+from vllm_ctc_spec.training.settings import TrainConfig
+
+from .training.tiny import make_target, write_rows
+
+REQUIRED = ["train", "--target", "t", "--data", "d", "--output", "o"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `train` would be called with."""
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda *args: calls.append(args) or "done")
+    return calls
+
+
+def test_defaults_are_those_of_the_settings(asked, capsys):
+    assert cli.main(REQUIRED) == 0
+    config, paths, overwrite = asked[0]
+    assert config == TrainConfig(target="t", data="d")
+    assert (str(paths.output), str(paths.work), str(paths.labels)) == ("o", "o/work", "o/work/labels")
+    assert overwrite is False
+    assert capsys.readouterr().out == "done\n"
+
+
+CHANGED = {
+    "num_frames": 9, "num_labels": 6, "num_layers": 2, "markov_rank": 3, "loss": "ce", "steps": 7, "batch_size": 3,
+    "anchors": 5, "lr": 0.5, "seed": 4, "temperature": 0.7, "max_new_tokens": 11, "held_out": 13, "save_every": 17,
+    "eval_every": 19, "dtype": "bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("target", "data")])
+def test_every_setting_has_an_option(name, asked):
+    assert cli.main([*REQUIRED, "--" + name.replace("_", "-"), str(CHANGED[name])]) == 0
+    assert asked[0][0] == TrainConfig(target="t", data="d", **{name: CHANGED[name]})
+
+
+def test_folders_threads_and_overwrite(asked):
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main([*REQUIRED, "--work", "w", "--labels", "l", "--overwrite", "--threads", "2"]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    _, paths, overwrite = asked[0]
+    assert (str(paths.work), str(paths.labels), overwrite) == ("w", "l", True)
+
+
+def test_the_papers_loss_has_no_label_conditional_head(asked, capsys):
+    assert cli.main([*REQUIRED, "--loss", "ctc"]) == 0
+    assert asked[0][0].markov_rank == 0
+    assert cli.main([*REQUIRED, "--loss", "ctc", "--markov-rank", "8"]) == 1
+    assert "--markov-rank 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be more than 0"),
+        (["--lr", "nan"], "--lr must be more than 0"),
+        (["--held-out", "-1"], "--held-out must be more than 0"),
+        (["--temperature", "-1"], "--temperature must be 0"),
+        (["--threads", "0"], "--threads must be 1 or more"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, asked, capsys):
+    assert cli.main([*REQUIRED, *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not asked
+
+
+def test_an_unknown_loss_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*REQUIRED, "--loss", "mse"])
+    assert "prefix" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in CHANGED:
+        assert cli.TRAIN_HELP[name].split()[0] in shown and "--" + name.replace("_", "-") in shown
+    assert "(default: 12)" in shown
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert cli.main(REQUIRED) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_a_run_from_the_command_line(tmp_path, capsys):
+    target, rows = make_target(tmp_path / "target"), write_rows(tmp_path / "rows.jsonl")
+    small = "--steps 2 --batch-size 2 --anchors 3 --max-new-tokens 12 --num-frames 4 --num-labels 2".split()
+    output = tmp_path / "drafter"
+    assert cli.main(["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small]) == 0
+    shown = capsys.readouterr().out
+    assert "22 prompts for training, 2 held out." in shown
+    assert f'"model": "{output}", "num_speculative_tokens": 2' in shown
+    assert json.loads((output / "config.json").read_text())["num_frames"] == 4
+    assert cli.main(["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small, "--lr", "1"]) == 1
+    assert "--lr 0.004 -> 1.0" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""Labels: the same as Hugging Face's own generation, cached in shards, never mixed between runs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vllm_ctc_spec.training import generate
+from vllm_ctc_spec.training.data import Prompts
+from vllm_ctc_spec.training.generate import decode, make_labels
+from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
+
+CONFIG = TrainConfig(target="t", data="d", max_new_tokens=12)
+PROMPTS = [[1, 5, 6, 3, 2], [1, 7, 3, 2], [1, 8, 9, 10, 11, 12, 3, 2], [1, 20, 3, 2], [1, 4, 4, 3, 2]]
+
+
+def test_greedy_responses_are_those_of_generate(target, monkeypatch):
+    monkeypatch.setattr(generate, "CACHE_BLOCK", 3)
+    logits = target.model(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
+    # An end token that one row says at once, so that rows leave the batch at different times.
+    target = dataclasses.replace(target, eos_ids=frozenset({int(logits.argmax()), 3}))
+    responses = decode(target, PROMPTS, 12)
+    for prompt, response in zip(PROMPTS, responses):
+        expected = target.model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=sorted(target.eos_ids)
+        )[0, len(prompt) :].tolist()
+        assert response == expected
+    assert len({len(response) for response in responses}) > 1
+
+
+def test_responses_end_at_the_targets_positions(target):
+    prompt = [1] + [5] * 57 + [3, 2]
+    target = dataclasses.replace(target, eos_ids=frozenset())
+    assert len(decode(target, [prompt], 12)[0]) == target.max_length - len(prompt)
+
+
+def test_temperature_and_seed_decide_the_samples(target):
+    def sample(seed, temperature=1.0):
+        return decode(target, PROMPTS, 12, temperature, torch.Generator().manual_seed(seed))
+
+    assert sample(0) == sample(0) != sample(1)
+    assert sample(0, 1e-4) == decode(target, PROMPTS, 12)
+
+
+def labels(target, folder, overwrite=False, **settings):
+    prompts = Prompts(PROMPTS[:4], PROMPTS[4:], 0, 0)
+    return make_labels(dataclasses.replace(CONFIG, **settings), target, prompts, folder, overwrite)
+
+
+def test_a_rerun_decodes_only_the_missing_shards(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "SHARD_ROWS", 2)
+    first = labels(target, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
+        "held-out-00000.jsonl", "train-00000.jsonl", "train-00001.jsonl",
+    ]  # fmt: skip
+    (tmp_path / "train-00001.jsonl").unlink()
+    decoded = []
+    monkeypatch.setattr(generate, "decode", lambda t, rows, *rest: decoded.append(rows) or decode(t, rows, *rest))
+    assert labels(target, tmp_path) == first
+    assert decoded == [sorted(PROMPTS[:4], key=len)[2:]]
+
+
+def test_labels_of_other_settings_are_refused_then_replaced(target, tmp_path):
+    first = labels(target, tmp_path)
+    with pytest.raises(TrainingError, match="--max-new-tokens 12 -> 5.*--overwrite"):
+        labels(target, tmp_path, max_new_tokens=5)
+    assert labels(target, tmp_path) == first
+    train, _ = labels(target, tmp_path, overwrite=True, max_new_tokens=5)
+    assert {len(example.response) for example in train} <= {1, 2, 3, 4, 5}
+
+
+def test_labels_of_a_retrained_target_are_refused(target, tmp_path):
+    labels(target, tmp_path)
+    with torch.no_grad():
+        target.model.model.layers[1].mlp.up_proj.weight += 0.1
+    with pytest.raises(TrainingError, match="--target-weights"):
+        labels(target, tmp_path)
+
+
+def test_held_out_responses_are_greedy_at_any_temperature(target, tmp_path):
+    train, held_out = labels(target, tmp_path, temperature=1.0, seed=3)
+    assert [e.response for e in held_out] == decode(target, PROMPTS[4:], 12)
+    assert [e.response for e in train] != decode(target, sorted(PROMPTS[:4], key=len), 12)

@@ -1,0 +1,40 @@
+"""A target small enough to train a drafter for in seconds: random weights, a character tokenizer, a chat template."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
+TEMPLATE = (
+    "{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }}{{ m['content'] }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def make_target(folder: Path, template: str | None = TEMPLATE) -> Path:
+    vocabulary = {token: i for i, token in enumerate(["<p>", "<u>", "<a>", "<e>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<p>", "<u>", "<a>", "<e>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<p>", eos_token="<e>", chat_template=template
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=vocabulary["<e>"], pad_token_id=vocabulary["<p>"],
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config.update(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int = 24) -> Path:
+    rows = [{"question": CHARACTERS[i % 26] * (1 + i % 5) + CHARACTERS[i % 7 : i % 7 + 3]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

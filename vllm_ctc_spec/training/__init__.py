@@ -1,0 +1,1 @@
+"""Training of CTC drafters: labels by the target itself, losses on exact prefix conditionals, one resumable loop."""

@@ -1,0 +1,90 @@
+"""Prompts from a jsonl file: which rows can be used, and which are held out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.training.target import Target
+
+Messages = list[dict[str, str]]
+
+
+def _user(text: Any) -> Messages | None:
+    return [{"role": "user", "content": text}] if isinstance(text, str) and text.strip() else None
+
+
+def _first_turn(turns: Any) -> Messages | None:
+    return _user(turns[0]) if isinstance(turns, list) and turns else None
+
+
+def _dialogue(messages: Any) -> Messages | None:
+    """Everything up to the last user turn: what follows is for the target to say."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        return None
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return messages[: users[-1] + 1] if users else None
+
+
+PROMPT_FIELDS: dict[str, Callable[[Any], Messages | None]] = {
+    "question": _user,
+    "prompt": _user,
+    "turns": _first_turn,
+    "messages": _dialogue,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Token ids of the usable rows, in file order."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+    unusable: int  # rows without any known field
+    too_long: int  # rows that leave no room for a response in the target's positions
+
+    def report(self) -> str:
+        text = f"{len(self.train)} prompts for training, {len(self.held_out)} held out"
+        if self.unusable:
+            text += f"; {self.unusable} rows skipped: none of the fields {', '.join(PROMPT_FIELDS)}"
+        if self.too_long:
+            text += f"; {self.too_long} rows skipped: longer than the target's positions"
+        return text + "."
+
+
+def parse_row(line: str) -> Messages | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    return next((found for name, read in PROMPT_FIELDS.items() if (found := read(row.get(name)))), None)
+
+
+def read_prompts(path: str, target: Target, max_new_tokens: int, held_out: int) -> Prompts:
+    """Prompts of `path`; the last `held_out` usable rows, at most a tenth of them, are never trained on."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"The data file {path} cannot be read ({error}).") from error
+    dialogues = [parse_row(line) for line in lines]
+    usable = [messages for messages in dialogues if messages]
+    encoded = [
+        target.tokenizer(
+            target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        ).input_ids
+        for messages in usable
+    ]
+    room = target.max_length - min(max_new_tokens, target.max_length // 2)
+    rows = [ids for ids in encoded if 0 < len(ids) <= room]
+    if len(rows) < 2:
+        raise TrainingError(
+            f"{path} has {len(rows)} usable rows of {len(lines)}, and training needs two or more; each row needs one "
+            f"of the fields {', '.join(PROMPT_FIELDS)} and must fit the target's {target.max_length} positions."
+        )
+    split = len(rows) - max(1, min(held_out, len(rows) // 10))
+    return Prompts(rows[:split], rows[split:], len(lines) - len(usable), len(usable) - len(rows))
