@@ -1,0 +1,176 @@
+"""Real engines for the tests: tiny random targets with drafters that agree with them now and then, and the demo pair.
+
+Random weights agree about nothing, and a test whose drafts are all rejected shows little. `tiny_pair` therefore gives
+the drafter's label-conditional head the target's own dependence on the last token (embedding and head); the target's
+layers disturb it. Part of the drafts is then accepted, without any training.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vllm import LLM
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from vllm_ctc_spec import cpu, plugin
+from vllm_ctc_spec.config import DrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ["<pad>", "<eos>"]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Folders of a target and its drafter."""
+
+    target: Path
+    drafter: Path
+
+
+def save_tokenizer(folder: Path) -> int:
+    """One token a byte, then the special tokens; returns the vocabulary size."""
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + BYTES)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_target(folder: Path, vocab_size: int, seed: int, **shape: int) -> LlamaForCausalLM:
+    """A random Llama whose logits spread (embedding and head of unit scale) and whose layers matter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **{"num_hidden_layers": 4, **shape},
+    )
+    model = LlamaForCausalLM(config).float()
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides: int) -> CTCDrafter:
+    """A random drafter, every parameter of it at work, whose Markov head copies the target's last-token dependence."""
+    torch.manual_seed(seed)
+    settings = {"num_frames": 12, "num_labels": 4, "markov_rank": HIDDEN, "num_layers": 2, **overrides}
+    config = DrafterConfig.for_target(target.config, **settings)
+    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    drafter = CTCDrafter(config, embedding, head)
+    with torch.no_grad():
+        for name, parameter in drafter.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.1)
+        # Frames spread over the vocabulary, so that the Markov head decides between their tokens.
+        drafter.norm.weight.mul_(0.25)
+        if drafter.markov_head is not None:
+            drafter.markov_head.embedding.weight.copy_(torch.nn.functional.rms_norm(embedding, embedding.shape[1:]))
+            drafter.markov_head.output.weight.copy_(head)
+    drafter.save(folder)
+    return drafter
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory) -> Pair:
+    """A target with a byte tokenizer, and a drafter with T = 12 frames for 4 labels."""
+    folder = tmp_path_factory.mktemp("tiny_pair")
+    pair = Pair(folder / "target", folder / "drafter")
+    vocab_size = save_tokenizer(pair.target)
+    save_drafter(pair.drafter, save_target(pair.target, vocab_size, seed=1), seed=2)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def demo_pair() -> Pair:
+    """The trained pair that the repository carries."""
+    pair = Pair(ASSETS / "target", ASSETS / "drafter")
+    for folder in (pair.target, pair.drafter):
+        assert (folder / "config.json").is_file(), f"the repository's own model is missing: {folder}"
+    return pair
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[..., Pair]:
+    """make_pair(folder, vocab_size, seed, target shape, drafter overrides): a pair without tokenizer."""
+
+    def make(folder: Path, vocab_size: int, seed: int = 1, target: dict | None = None, **drafter: int) -> Pair:
+        pair = Pair(folder / "target", folder / "drafter")
+        save_drafter(pair.drafter, save_target(pair.target, vocab_size, seed, **(target or {})), seed + 1, **drafter)
+        return pair
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Callable[..., LLM]]:
+    """engine(target, speculative_config or None, **options): an in-process engine on Model Runner V2, freed with the
+    module. Engines without drafter run on the same runner, so that nothing but the drafter differs."""
+    engines: list[LLM] = []
+    environment = pytest.MonkeyPatch()
+    environment.setenv(plugin.V2_VARIABLE, "1")
+    if cpu.is_needed():
+        cpu.install()
+
+    def start(target: Path, speculative_config: dict | None = None, **options) -> LLM:
+        settings = {"max_model_len": 256, "max_num_seqs": 8, "num_gpu_blocks_override": 256, "seed": 0, **options}
+        llm = LLM(
+            str(target),
+            dtype="float32",
+            enforce_eager=True,
+            disable_log_stats=False,
+            speculative_config=speculative_config,
+            **settings,
+        )
+        engines.append(llm)
+        return llm
+
+    yield start
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+    engines.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    environment.undo()
+
+
+@pytest.fixture(scope="session")
+def drafting() -> Callable[[LLM], dict[str, float]]:
+    """The engine's counters so far: drafts, draft_tokens, accepted_tokens, hits (tokens found in the prefix cache)."""
+    names = {
+        "drafts": "vllm:spec_decode_num_drafts",
+        "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+        "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+        "hits": "vllm:prefix_cache_hits",
+        "preemptions": "vllm:num_preemptions",
+    }
+
+    def read(llm: LLM) -> dict[str, float]:
+        values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        return {key: values.get(name, 0) for key, name in names.items()}
+
+    return read
