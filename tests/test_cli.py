@@ -109,10 +109,11 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     target, rows = make_target(tmp_path / "target"), write_rows(tmp_path / "rows.jsonl")
     small = "--steps 2 --batch-size 2 --anchors 3 --max-new-tokens 12 --num-frames 4 --num-labels 2".split()
     output = tmp_path / "drafter"
-    assert cli.main(["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small]) == 0
+    command = ["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small]
+    assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "22 prompts for training, 2 held out." in shown
     assert f'"model": "{output}", "num_speculative_tokens": 2' in shown
     assert json.loads((output / "config.json").read_text())["num_frames"] == 4
-    assert cli.main(["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small, "--lr", "1"]) == 1
+    assert cli.main([*command, "--lr", "1"]) == 1
     assert "--lr 0.004 -> 1.0" in capsys.readouterr().err

@@ -18,7 +18,7 @@ ANCHORS = torch.arange(len(ROWS)) % V
 VALID = torch.ones_like(LABELS, dtype=torch.bool)
 
 
-def random_frames(num_rows=len(ROWS), num_frames=T, seed=0) -> Frames:
+def random_frames(num_rows=V**U, num_frames=T, seed=0) -> Frames:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num_rows, num_frames, V, generator=generator, dtype=torch.float64)
     return Frames(logits, torch.randn(num_rows, num_frames, generator=generator, dtype=torch.float64))

@@ -22,7 +22,9 @@ def _first_turn(turns: Any) -> Messages | None:
 
 def _dialogue(messages: Any) -> Messages | None:
     """Everything up to the last user turn: what follows is for the target to say."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if not isinstance(messages, list):
+        return None
+    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
         return None
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     return messages[: users[-1] + 1] if users else None

@@ -43,7 +43,7 @@ class BlockLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._room = torch.empty(2, *key_states.shape[:2], 0, key_states.shape[3], dtype=self.dtype, device=self.device)
+            self._room = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[3])
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self._room.shape[3]:
@@ -77,9 +77,15 @@ def decode(
     responses: list[list[int]] = [[] for _ in prompts]
     rows, running = list(range(len(prompts))), set(range(len(prompts)))
     for _ in range(min(max_new_tokens, target.max_length - width)):
-        logits = target.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1].float()  # fmt: skip
+        output = target.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].float()
         if temperature:
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:

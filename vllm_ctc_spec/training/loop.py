@@ -91,7 +91,10 @@ class Trainer:
         loss_sum, anchors_total, labels_total = self.backward(batch.to(self.drafter.target_head.device))
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), CLIP_NORM)
         if not math.isfinite(norm):
-            raise TrainingError(f"The gradient is {norm} at step {self.progress.step + 1}; start again with a lower --lr.")
+            raise TrainingError(
+                f"The gradient is {norm} at step {self.progress.step + 1}; "
+                "start again with --overwrite and a lower --lr."
+            )
         lr = learning_rate(self.progress.step, config.steps, config.lr)
         for optimizer in self.progress.optimizers:
             for group in optimizer.param_groups:

@@ -41,7 +41,10 @@ class Target:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise TrainingError(f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}).") from error
+            raise TrainingError(
+                f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}); "
+                "give the folder of a Hugging Face causal language model."
+            ) from error
         if not tokenizer.chat_template:
             raise TrainingError(
                 f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
