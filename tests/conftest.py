@@ -8,6 +8,8 @@ QUIET_CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default asks for nearly all memory
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the test's process: traceable, no start-up per engine
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
