@@ -177,7 +177,7 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     budget = speculative.get("num_speculative_tokens")
     if budget is None:
         budget = drafter.num_labels
-    if not isinstance(budget, int) or not 1 <= budget <= drafter.num_frames:
+    if type(budget) is not int or not 1 <= budget <= drafter.num_frames:  # a truth value is an int to isinstance
         raise DrafterConfigError(
             f"num_speculative_tokens is {budget!r}, but this drafter's {drafter.num_frames} frames hold 1 to "
             f"{drafter.num_frames} labels; choose a number in that range or leave it out for {drafter.num_labels}."
