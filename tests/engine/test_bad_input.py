@@ -1,0 +1,179 @@
+"""What cannot work ends at startup, before any weights load, with one sentence: the cause, then what to do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_ctc_spec import plugin
+from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        inner = config["transformer_layer_config"] if name in config["transformer_layer_config"] else config
+        inner[name] = value
+    path.write_text(json.dumps(config))
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def another_drafters_weights(folder: Path) -> None:
+    """The file is sound and belongs to a configuration with one layer less."""
+    edit_config(folder, num_hidden_layers=1)
+
+
+@dataclass
+class Case:
+    """A change of the drafter's folder or of the options, and what the sentence must name."""
+
+    name: str
+    says: tuple[str, ...]
+    change: Callable[[Path], None] | None = None
+    options: dict = field(default_factory=dict)
+
+
+TRAIN_OR_RESTORE = "train it again or restore the file"
+ITS_OWN_TARGET = "serve it with its own target"
+CASES = (
+    Case(
+        "missing folder",
+        ("No CTC drafter at", "is missing", "give the folder"),
+        lambda f: shutil.rmtree(f) or f.mkdir(),
+    ),
+    Case("no folder and no hub", ("neither a folder", "give the folder"), options={"model": "/does/not/exist"}),
+    Case("config is no JSON", ("is not valid JSON", "restore the file"), lambda f: (f / CONFIG_NAME).write_text("{")),
+    Case(
+        "config is a target's",
+        ("This is not a CTC drafter", "give the folder"),
+        lambda f: edit_config(f, speculators_model_type="eagle3"),
+    ),
+    Case(
+        "config lacks a field",
+        ("lacks or garbles a field", "restore the file"),
+        lambda f: edit_config(f, transformer_layer_config=3),
+    ),
+    Case("config has an unknown field", ("unknown field 'colour'", "remove it"), lambda f: edit_config(f, colour=1)),
+    Case("no weights", ("has no model.safetensors", TRAIN_OR_RESTORE), lambda f: (f / WEIGHTS_NAME).unlink()),
+    Case("truncated weights", ("are damaged", TRAIN_OR_RESTORE), truncate_weights),
+    Case(
+        "weights are garbage",
+        ("are damaged", TRAIN_OR_RESTORE),
+        lambda f: (f / WEIGHTS_NAME).write_bytes(b"no tensors" * 9),
+    ),
+    Case("another drafter's weights", ("do not fit its configuration", TRAIN_OR_RESTORE), another_drafters_weights),
+    Case("hidden size", ("hidden size 32", "has 64", ITS_OWN_TARGET), lambda f: edit_config(f, hidden_size=32)),
+    Case("vocabulary", ("vocabulary size 99", "has 258", ITS_OWN_TARGET), lambda f: edit_config(f, vocab_size=99)),
+    Case(
+        "number of layers",
+        ("number of layers 7", "has 4", ITS_OWN_TARGET),
+        lambda f: edit_config(f, target_num_layers=7),
+    ),
+    Case("layer ids", ("[1, 9]", "1 to 4"), lambda f: edit_config(f, aux_hidden_state_layer_ids=[1, 9])),
+    Case("budget 0", ("num_speculative_tokens is 0", "1 to 12", "choose"), options={"num_speculative_tokens": 0}),
+    Case("budget -1", ("num_speculative_tokens is -1", "1 to 12", "choose"), options={"num_speculative_tokens": -1}),
+    Case(
+        "budget above T", ("num_speculative_tokens is 13", "1 to 12", "choose"), options={"num_speculative_tokens": 13}
+    ),
+    Case("budget a string", ("num_speculative_tokens is '4'", "choose"), options={"num_speculative_tokens": "4"}),
+    Case(
+        "budget a truth value", ("num_speculative_tokens is True", "choose"), options={"num_speculative_tokens": True}
+    ),
+    Case("unknown option", ("Unknown speculative option 'ctc_beam'", "ctc_search"), options={"ctc_beam": 3}),
+    Case("unknown search", ("ctc_search must be one of prefix, argmax",), options={"ctc_search": "beam"}),
+    Case(
+        "sampled argmax",
+        ("no proposal probabilities", "use ctc_search 'prefix'"),
+        options={"ctc_search": "argmax", "draft_sample_method": "probabilistic"},
+    ),
+    Case(
+        "adaptive verification",
+        ("does not support enable_adaptive_verification", "remove it"),
+        options={"enable_adaptive_verification": True},
+    ),
+    Case(
+        "served as dflash",
+        ("is a CTC drafter", 'serve it with "method": "ctc"'),
+        options={"method": "dflash", "num_speculative_tokens": 4},
+    ),
+)
+
+
+def startup_error(target: Path, speculative_config: dict, **options) -> str:
+    """What the user reads when the configuration is refused."""
+    with pytest.raises(ValueError) as caught:
+        EngineArgs(
+            str(target), speculative_config=speculative_config, dtype="float32", **options
+        ).create_engine_config()
+    return str(caught.value)
+
+
+def is_one_sentence(text: str) -> bool:
+    return text.endswith(".") and "\n" not in text and not any(f". {c}" in text for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+@pytest.fixture
+def drafter(tiny_pair, tmp_path) -> Path:
+    """A sound drafter's folder that the test may spoil."""
+    return shutil.copytree(tiny_pair.drafter, tmp_path / "drafter")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The plugin selects the V2 runner by this variable; whatever a test makes of it ends with the test."""
+    monkeypatch.setenv(plugin.V2_VARIABLE, "1")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+def test_it_is_refused_in_one_sentence(case, tiny_pair, drafter):
+    if case.change is not None:
+        case.change(drafter)
+    text = startup_error(tiny_pair.target, {"method": "ctc", "model": str(drafter), **case.options})
+    assert all(words in text for words in case.says), text
+    assert is_one_sentence(text), text
+
+
+def test_no_drafter_at_all(tiny_pair):
+    text = startup_error(tiny_pair.target, {"method": "ctc"})
+    assert 'add "model": DRAFTER to --speculative-config' in text and str(tiny_pair.target / "ctc_drafter") in text
+    assert is_one_sentence(text)
+
+
+def test_a_forced_v1_runner(tiny_pair, monkeypatch):
+    monkeypatch.setenv(plugin.V2_VARIABLE, "0")
+    text = startup_error(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter)})
+    assert "VLLM_USE_V2_MODEL_RUNNER=0 forces V1" in text and "unset it" in text
+    assert is_one_sentence(text)
+
+
+def test_a_batch_that_no_draft_fits_into(tiny_pair):
+    text = startup_error(
+        tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter), "num_speculative_tokens": 4},
+        max_num_batched_tokens=12, max_num_seqs=1, max_model_len=256,
+    )  # fmt: skip
+    assert "needs 13 draft slots a request" in text and "raise --max-num-batched-tokens" in text
+    assert is_one_sentence(text)
+
+
+def test_vllm_serve_ends_with_the_sentence_and_loads_no_weights(tiny_pair, drafter):
+    truncate_weights(drafter)
+    speculative_config = json.dumps({"method": "ctc", "model": str(drafter)})
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(tiny_pair.target), "--dtype", "float32"]
+    done = subprocess.run(
+        [*command, "--enforce-eager", "--speculative-config", speculative_config],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "The CTC drafter's weights" in done.stdout and TRAIN_OR_RESTORE in done.stdout
+    assert "Loading safetensors" not in done.stdout and "EngineCore" not in done.stdout
