@@ -39,6 +39,8 @@ def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> tupl
         odds.fill_(torch.inf)
     elif name == "nearly all blank":
         odds.fill_(50.0)
+    elif name == "labels below the end of the chain":
+        odds.fill_(75.0)  # 3e-33 for all labels together
     elif name == "no blank":
         logits = torch.randn(batch, num_frames, num_tokens, generator=generator(4)) * 4
         odds.fill_(-torch.inf)
@@ -63,6 +65,7 @@ HARD = [
     "repeats of the anchor",
     "all blank",
     "nearly all blank",
+    "labels below the end of the chain",
     "no blank",
     "no blank, one label",
     "ties",

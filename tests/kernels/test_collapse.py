@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference, collapse_triton
+from vllm_ctc_spec.kernels.collapse import _collapse_kernel, collapse, collapse_reference, collapse_triton
 
 ANCHOR = 77
 
@@ -52,3 +52,13 @@ def test_triton_on_a_real_alphabet(triton_device: str) -> None:
     expected_labels, expected_lengths = collapse_reference(alignment, 151_936, anchor, 16)
     assert torch.equal(labels, expected_labels)
     assert torch.equal(lengths, expected_lengths)
+
+
+def test_triton_writes_nothing_past_the_row(triton_device: str) -> None:
+    alignment = torch.tensor([[1, 2, 1, 2, 1]], device=triton_device)
+    labels = torch.full((5,), 99, device=triton_device)
+    lengths = torch.empty(1, dtype=torch.int32, device=triton_device)
+    anchor = torch.tensor([ANCHOR], device=triton_device)
+    _collapse_kernel[(1,)](alignment, 0, anchor, labels, lengths, 5, 2, BLOCK_T=8, BLOCK_N=2)
+    assert labels.tolist() == [1, 2, 99, 99, 99]
+    assert lengths.tolist() == [2]

@@ -118,7 +118,12 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
 
 @pytest.mark.parametrize(
     "name, label, length",
-    [("repeats", 36, 6), ("repeats of the anchor", ANCHOR, 6), ("all blank", ANCHOR, 0), ("no blank, one label", 36, 1)],
+    [
+        ("repeats", 36, 6),
+        ("repeats of the anchor", ANCHOR, 6),
+        ("all blank", ANCHOR, 0),
+        ("no blank, one label", 36, 1),
+    ],
 )
 def test_chains_known_in_advance(name: str, label: int, length: int) -> None:
     labels, lengths = prefix_chain(*hard_frames(name, 2, 12, 37), anchors(2), 6)
