@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
@@ -38,6 +39,14 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, target_folder):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainingError, match="cannot be loaded"):
         load(tmp_path)
+
+
+def test_a_target_whose_layers_cannot_be_read_is_refused(tmp_path):
+    folder = make_target(tmp_path / "gpt2")
+    (folder / "model.safetensors").unlink()
+    GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=1)).save_pretrained(folder)
+    with pytest.raises(TrainingError, match="GPT2LMHeadModel, whose layers cannot be read"):
+        load(folder)
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training import checkpoint, loop
+from vllm_ctc_spec.training import checkpoint, generate, loop
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.generate import Example
@@ -187,6 +187,12 @@ def test_the_gradient_of_parts_is_the_gradient_of_the_whole(config, target, monk
 def test_a_diverging_run_says_so(config, tmp_path, shared_labels):
     with pytest.raises(TrainingError, match="lower --lr"):
         train(dataclasses.replace(config, lr=1e30), paths(tmp_path, shared_labels), overwrite=False)
+
+
+def test_a_target_that_says_nothing_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "decode", lambda target, prompts, *rest: [[3]] * len(prompts))
+    with pytest.raises(TrainingError, match="nothing to draft"):
+        train(config, paths(tmp_path), overwrite=False)
 
 
 def test_the_share_of_labels_that_did_not_fit_is_reported(config, tmp_path, shared_labels):

@@ -61,7 +61,7 @@ class Progress:
     drafter: CTCDrafter
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
-    best_length: float = 0.0
+    best_length: float = -1.0  # below any measurement
     best_step: int = 0
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.training.acceptance import CHAINS, Acceptance, measure_acceptance
-from vllm_ctc_spec.training.batches import Batch, epochs, sample_batch
+from vllm_ctc_spec.training.batches import Batch, anchor_positions, epochs, sample_batch
 from vllm_ctc_spec.training.checkpoint import LOG_NAME, Progress, RunPaths, publish
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.generate import Example, make_labels
@@ -163,6 +163,11 @@ def train(config: TrainConfig, paths: RunPaths, overwrite: bool) -> str:
     print(prompts.report())
     paths.start(config, overwrite)
     examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
+    if not any(anchor_positions(example) for example in examples):
+        raise TrainingError(
+            f"The responses of {config.target} are one token long, so there is nothing to draft; "
+            "use prompts that it answers at length."
+        )
     trainer = Trainer(config, drafter_config, target)
     trainer.run(examples, held_out, paths)
     trainer.drafter.load_state_dict(trainer.progress.best_weights)

@@ -50,6 +50,11 @@ class Target:
                 f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
                 "use a chat model or add chat_template.jinja to the folder."
             )
+        if not hasattr(model.get_decoder(), "layers"):
+            raise TrainingError(
+                f"The target at {folder} is a {type(model).__name__}, whose layers cannot be read from; "
+                "CTC drafters need a decoder with `layers`, as Llama and Qwen have."
+            )
         eos = model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         eos_ids = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
