@@ -4,7 +4,7 @@ import pytest
 import torch
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_reference, prefix_chain_triton
 
-from .frames import HARD, anchors, hard_frames, markov_head, random_frames, sampling_for
+from .frames import HARD, NEVER, anchors, hard_frames, markov_head, random_frames, sampling_for
 
 
 def assert_triton_equals_reference(
@@ -74,6 +74,18 @@ def test_triton_rows_of_more_than_one_group(triton_device: str) -> None:
 def test_triton_inert_rows_write_nothing(inert: int, triton_device: str) -> None:
     frames = random_frames(2, 4, 300, seed=inert)
     assert_triton_equals_reference(frames, 6, triton_device, temperature=[1.0, 1.0], inert=inert)
+    # Slot -1 of a view is a slot that can be looked at; six labels in four frames end the chain as well.
+    sampling = sampling_for(2, 6, 300, [1.0, 1.0])
+    sampling.slots.fill_(-1)
+    sampling = ChainSampling(*(x.to(triton_device) for x in sampling))
+    before = sampling.draft_logits
+    prefix_chain_triton(
+        *(x.to(triton_device) for x in frames),
+        anchors(2).to(triton_device),
+        6,
+        sampling=sampling._replace(draft_logits=before[1:]),
+    )
+    assert (before == NEVER).all()
 
 
 def test_triton_on_a_slice_of_frames(triton_device: str) -> None:
