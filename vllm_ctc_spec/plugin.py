@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from vllm_ctc_spec.config import (
     ARCHITECTURE,
@@ -54,15 +54,18 @@ def register() -> None:
         return
     _registered = True
     import vllm
-    from vllm import ModelRegistry
-    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.worker.gpu import spec_decode
 
-    problem = unsupported_release(vllm.__version__) or _changed_hooks(EngineArgs, VllmConfig, spec_decode)
+    problem = unsupported_release(vllm.__version__)
+    if problem is None:  # only then is what follows known to exist
+        from vllm.config import VllmConfig
+        from vllm.v1.worker.gpu import spec_decode
+
+        problem = _changed_hooks(EngineArgs, VllmConfig, spec_decode)
     if problem:
         EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
         return
+    from vllm import ModelRegistry
     from vllm.transformers_utils.configs.speculators.algos import register_speculator
 
     from vllm_ctc_spec import cpu
@@ -79,8 +82,11 @@ def register() -> None:
 
 def unsupported_release(version: str) -> str | None:
     """One sentence where this vLLM is not supported."""
-    if Version(version).release[:2] in SUPPORTED_RELEASES:
-        return None
+    try:
+        if Version(version).release[:2] in SUPPORTED_RELEASES:
+            return None
+    except InvalidVersion:
+        pass  # "dev": a build of vLLM that does not know its own version
     supported = " or ".join(f"{major}.{minor}.*" for major, minor in SUPPORTED_RELEASES)
     return (
         f"vllm-ctc-spec supports vLLM {supported}, but vLLM {version} is installed; "
