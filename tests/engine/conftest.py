@@ -6,6 +6,7 @@ layers disturb it. Part of the drafts is then accepted, without any training.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,19 +127,45 @@ def make_pair() -> Callable[..., Pair]:
     return make
 
 
+class Engine(LLM):
+    """An in-process engine that counts for itself: Prometheus' registry only knows the latest engine of a process."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.counters: Counter[str] = Counter()
+        manager = self.llm_engine.logger_manager
+        self._record, manager.record = manager.record, self._count
+
+    def _count(self, scheduler_stats, iteration_stats, **others) -> None:
+        self.counters["hits"] += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats is not None:
+            self.counters["preemptions"] += iteration_stats.num_preempted_reqs
+        drafting = scheduler_stats.spec_decoding_stats
+        if drafting is not None:
+            self.counters["drafts"] += drafting.num_drafts
+            self.counters["drafted"] += drafting.num_draft_tokens
+            self.counters["accepted"] += drafting.num_accepted_tokens
+        self._record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **others)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per step of a request since the counters were last cleared, the target's own included."""
+        return 1 + self.counters["accepted"] / self.counters["drafts"]
+
+
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Callable[..., LLM]]:
+def engine() -> Iterator[Callable[..., Engine]]:
     """engine(target, speculative_config or None, **options): an in-process engine on Model Runner V2, freed with the
     module. Engines without drafter run on the same runner, so that nothing but the drafter differs."""
-    engines: list[LLM] = []
+    engines: list[Engine] = []
     environment = pytest.MonkeyPatch()
     environment.setenv(plugin.V2_VARIABLE, "1")
     if cpu.is_needed():
         cpu.install()
 
-    def start(target: Path, speculative_config: dict | None = None, **options) -> LLM:
+    def start(target: Path, speculative_config: dict | None = None, **options) -> Engine:
         settings = {"max_model_len": 256, "max_num_seqs": 8, "num_gpu_blocks_override": 256, "seed": 0, **options}
-        llm = LLM(
+        llm = Engine(
             str(target),
             dtype="float32",
             enforce_eager=True,
@@ -156,21 +183,3 @@ def engine() -> Iterator[Callable[..., LLM]]:
     gc.collect()
     cleanup_dist_env_and_memory()
     environment.undo()
-
-
-@pytest.fixture(scope="session")
-def drafting() -> Callable[[LLM], dict[str, float]]:
-    """The engine's counters so far: drafts, draft_tokens, accepted_tokens, hits (tokens found in the prefix cache)."""
-    names = {
-        "drafts": "vllm:spec_decode_num_drafts",
-        "draft_tokens": "vllm:spec_decode_num_draft_tokens",
-        "accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
-        "hits": "vllm:prefix_cache_hits",
-        "preemptions": "vllm:num_preemptions",
-    }
-
-    def read(llm: LLM) -> dict[str, float]:
-        values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-        return {key: values.get(name, 0) for key, name in names.items()}
-
-    return read
