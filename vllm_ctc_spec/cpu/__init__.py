@@ -23,7 +23,7 @@ def is_needed() -> bool:
 def install() -> None:
     """Let this process's vLLM select and run Model Runner V2. Idempotent.
 
-    The kernels are replaced later, in the worker: `vllm.v1.worker.gpu` cannot be imported before the platform is set up.
+    The kernels are replaced later, in the worker: `vllm.v1.worker.gpu` needs the platform set up.
     """
     _check_version()
     import vllm.config.vllm

@@ -41,10 +41,10 @@ def gather_block_tables(
     num_blocks = num_blocks_ptr.numpy()
     rows = num_blocks.shape[1]
     requests = batch_idx_to_req_idx.tolist()[:num_reqs]
-    tables = zip(src_block_table_ptrs.tolist(), dst_block_table_ptrs.tolist(), block_table_strides.tolist(), strict=True)
-    for group, (source_address, target_address, columns) in enumerate(tables):
-        source = int32_table(source_address, rows, columns)
-        target = int32_table(target_address, rows, columns)
+    sources, targets, strides = (p.tolist() for p in (src_block_table_ptrs, dst_block_table_ptrs, block_table_strides))
+    for group, columns in enumerate(strides):
+        source = int32_table(sources[group], rows, columns)
+        target = int32_table(targets[group], rows, columns)
         for row, request in enumerate(requests):
             used = num_blocks[group, request]
             target[row, :used] = source[request, :used]
@@ -56,7 +56,7 @@ def compute_slot_mappings(
     slot_mapping_enabled, dcp_sharded, slot_mappings_ptr, slot_mappings_stride, cp_rank, CP_SIZE, CP_INTERLEAVE, PAD_ID,
     TRITON_BLOCK_SIZE,
 ):  # fmt: skip
-    """The KV slot of every token, per group: `block_table[request, pos // size] * size + pos % size`; PAD_ID elsewhere."""
+    """The KV slot of each token, per group: `table[request, pos // size] * size + pos % size`; PAD_ID elsewhere."""
     if CP_SIZE != 1:
         raise NotImplementedError("Context parallelism is not implemented on a CPU.")
     requests, starts, positions, slot_mappings = arrays(idx_mapping, query_start_loc, pos, slot_mappings_ptr)
@@ -87,7 +87,7 @@ def prepare_prefill_inputs(
     query_start_loc_ptr, all_token_ids_ptr, all_token_ids_stride, prefill_lens_ptr, num_computed_tokens_ptr, BLOCK_SIZE,
     LOOKAHEAD_BLOCK,
 ):  # fmt: skip
-    """Of each request in prefill: its scheduled tokens to the input, and the `num_lookahead` after them (0 past the end)."""
+    """Of requests in prefill: scheduled tokens to the input, and the `num_lookahead` after them (0 past the end)."""
     input_ids, following, starts, all_token_ids, prefill_lens, num_computed = arrays(
         input_ids_ptr, next_prefill_tokens_ptr, query_start_loc_ptr, all_token_ids_ptr, prefill_lens_ptr,
         num_computed_tokens_ptr,

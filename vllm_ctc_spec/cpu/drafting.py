@@ -30,51 +30,47 @@ def prepare_dflash_inputs(
     target_positions, block_table, temperatures, seeds, last_sampled, next_prefill = arrays(
         target_positions_ptr, block_table_ptr, temperature_ptr, seeds_ptr, last_sampled_ptr, next_prefill_tokens_ptr
     )
-    last_sampled, next_prefill = last_sampled.reshape(-1), next_prefill.reshape(-1)
-    starts, num_sampled, num_rejected = (
-        p.tolist() for p in (target_query_start_loc_ptr, num_sampled_ptr, num_rejected_ptr)
+    starts, requests, num_sampled, num_rejected = arrays(
+        target_query_start_loc_ptr, idx_mapping_ptr, num_sampled_ptr, num_rejected_ptr
     )
-    queries = np.arange(1, 1 + num_query_per_req)
-    skipped = 0 if SAMPLE_FROM_ANCHOR else 1
-    samples = np.arange(skipped, skipped + num_speculative_steps)
+    num_reqs = len(requests)
+    rows, starts = np.arange(num_reqs), starts[: num_reqs + 1]
+    accepted_ends = starts[1:] - num_rejected[:num_reqs]
 
     def kv_slots(row, at):
         block, offset = np.divmod(at, block_size)
         block = block_table[row, np.minimum(block, block_table_stride - 1)].astype(np.int64)
         return np.where(block != 0, block * block_size + offset, PAD_SLOT_ID)  # block 0 is the null block
 
-    requests = idx_mapping_ptr.tolist()
-    for row, request in enumerate(requests):
-        start, end = starts[row], starts[row + 1]
-        accepted_end = end - num_rejected[row]
-        context = target_positions[start:accepted_end]
-        context_positions[start:accepted_end] = context
-        context_positions[accepted_end:end] = 0
-        context_slots[start:accepted_end] = kv_slots(row, context)
-        context_slots[accepted_end:end] = PAD_SLOT_ID
+    context = slice(int(starts[0]), int(starts[-1]))
+    lengths = np.diff(starts)
+    is_accepted = np.arange(context.start, context.stop) < np.repeat(accepted_ends, lengths)
+    context_positions[context] = np.where(is_accepted, target_positions[context], 0)
+    accepted_slots = kv_slots(np.repeat(rows, lengths), target_positions[context])
+    context_slots[context] = np.where(is_accepted, accepted_slots, PAD_SLOT_ID)
 
-        last = int(target_positions[accepted_end - 1])
-        query_positions = last + queries
-        query = slice(row * num_query_per_req, (row + 1) * num_query_per_req)
-        input_ids[query] = parallel_drafting_token_id
-        # In chunked prefill nothing was sampled: the prompt's next token is the anchor.
-        input_ids[query.start] = last_sampled[request] if num_sampled[row] > 0 else next_prefill[request]
-        np.minimum(query_positions, max_model_len - 1, out=positions[query])
-        slots[query] = kv_slots(row, query_positions)
-        start_loc[row] = query.start
-        seq_lens[row] = min(last + 1 + num_query_per_req, max_model_len)
-
-        sample = slice(row * num_speculative_steps, (row + 1) * num_speculative_steps)
-        sample_indices[sample] = query.start + samples
-        # A frame is sampled at its own position, the anchor at the position it predicts.
-        sample_pos[sample] = last + 1 + samples + (1 - skipped)
-        sample_requests[sample] = request
-        temperatures_out[request] = temperatures[request]
-        seeds_out[request] = seeds[request]
-
-    num_reqs = len(requests)
-    start_loc[num_reqs : max_num_reqs + 1] = num_reqs * num_query_per_req
+    anchor = target_positions[accepted_ends - 1] + 1  # [num_reqs], its position
+    query_positions = anchor[:, None] + np.arange(num_query_per_req)
+    num_queries = num_reqs * num_query_per_req
+    input_ids[:num_queries] = parallel_drafting_token_id
+    # In chunked prefill nothing was sampled: the prompt's next token is the anchor.
+    input_ids[:num_queries:num_query_per_req] = np.where(
+        num_sampled[:num_reqs] > 0, last_sampled.reshape(-1)[requests], next_prefill.reshape(-1)[requests]
+    )
+    positions[:num_queries] = np.minimum(query_positions, max_model_len - 1).reshape(-1)
+    slots[:num_queries] = kv_slots(rows[:, None], query_positions).reshape(-1)
+    slots[num_queries:max_num_tokens] = PAD_SLOT_ID
+    start_loc[:num_reqs] = rows * num_query_per_req
+    start_loc[num_reqs : max_num_reqs + 1] = num_queries
+    seq_lens[:num_reqs] = np.minimum(anchor + num_query_per_req, max_model_len)
     seq_lens[num_reqs:max_num_reqs] = 0
-    unused = slice(num_reqs * num_speculative_steps, max_num_reqs * num_speculative_steps)
-    sample_indices[unused], sample_pos[unused], sample_requests[unused] = 0, 0, -1
-    slots[num_reqs * num_query_per_req : max_num_tokens] = PAD_SLOT_ID
+
+    # A mask token is sampled at its own position, the anchor (where it is) at the position after it.
+    sampled_queries = np.arange(num_speculative_steps) + (0 if SAMPLE_FROM_ANCHOR else 1)
+    num_samples, max_samples = num_reqs * num_speculative_steps, max_num_reqs * num_speculative_steps
+    sample_indices[:num_samples] = (rows[:, None] * num_query_per_req + sampled_queries).reshape(-1)
+    sample_pos[:num_samples] = (anchor[:, None] + sampled_queries + int(SAMPLE_FROM_ANCHOR)).reshape(-1)
+    sample_requests[:num_samples] = np.repeat(requests, num_speculative_steps)
+    for buffer, unused in ((sample_indices, 0), (sample_pos, 0), (sample_requests, -1)):
+        buffer[num_samples:max_samples] = unused
+    temperatures_out[requests], seeds_out[requests] = temperatures[requests], seeds[requests]

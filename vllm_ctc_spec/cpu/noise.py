@@ -49,7 +49,7 @@ def gumbel(seed: int, pos: int, num_tokens: int, use_fp64: bool) -> np.ndarray:
 
 
 def murmur3_hash(seed: int, pos: int, num_tokens: int, domain: int = 0) -> np.ndarray:
-    """uint32 hash of (seed, pos, token) for the tokens `0..num_tokens-1`; only the last round differs between tokens."""
+    """uint32 hash of (seed, pos, token) of the tokens `0..num_tokens-1`; only the last round differs by token."""
     prefix = domain
     for word in (seed & MASK32, (seed >> 32) & MASK32, pos & MASK32):
         key = _rotate_left(word * 0xCC9E2D51 & MASK32, 15) * 0x1B873593 & MASK32

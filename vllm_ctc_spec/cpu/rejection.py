@@ -14,16 +14,36 @@ from vllm_ctc_spec.cpu.sampling import NEGATIVE_INFINITY, store_argmax
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
+# Impossible tokens are -inf: log(0), exp(inf) and -inf - -inf are in order.
+QUIET = np.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
-class _LogProbs:
-    """Log probabilities of the target or of the drafter, from logits and the statistics of block 0."""
+class _DraftRatios:
+    """Log probabilities of single tokens, from logits and the statistics of block 0; `draft_logits` None if one-hot."""
 
-    def __init__(self, local_max_ptr, local_sumexp_ptr):
-        self.max, self.sumexp = local_max_ptr.numpy(), local_sumexp_ptr.numpy()
+    def __init__(self, target_logits, target_max, target_sumexp, draft_logits, draft_max, draft_sumexp):
+        self.target_logits, self.draft_logits = target_logits, draft_logits
+        self.target_max, self.target_sumexp = target_max.numpy(), target_sumexp.numpy()
+        self.draft_max, self.draft_sumexp = draft_max.numpy(), draft_sumexp.numpy()
 
-    def logsumexp(self, row: int) -> np.float32:
-        return self.max[row, 0] + np.log(self.sumexp[row, 0])
+    def target_logsumexp(self, row: int) -> np.float32:
+        return self.target_max[row, 0] + np.log(self.target_sumexp[row, 0])
+
+    def draft_logsumexp(self, row: int) -> np.float32:
+        if self.draft_logits is None:
+            return ZERO
+        return self.draft_max[row, 0] + np.log(self.draft_sumexp[row, 0])
+
+    def target_log_p(self, row: int, token: int) -> np.float32:
+        return np.float32(float(self.target_logits[row, token])) - self.target_logsumexp(row)
+
+    def log_ratio(self, row: int, request: int, step: int, temperature: np.float32, token: int) -> np.float32:
+        """`log p(token) - log q(token)`."""
+        log_p = self.target_log_p(row, token)
+        if self.draft_logits is None:
+            return log_p
+        draft_logit = np.float32(float(self.draft_logits[request, step, token])) / temperature
+        return log_p - (draft_logit - self.draft_logsumexp(row))
 
 
 def _draft_row(draft_logits, request: int, step: int, temperature: np.float32, vocab_size: int) -> np.ndarray:
@@ -31,12 +51,13 @@ def _draft_row(draft_logits, request: int, step: int, temperature: np.float32, v
     return float_array(draft_logits[request, step, :vocab_size]) / temperature
 
 
+@QUIET
 def compute_local_logits_stats(
     target_local_argmax_ptr, target_local_argmax_stride, target_local_max_ptr, target_local_max_stride,
     target_local_sumexp_ptr, target_local_sumexp_stride, draft_local_max_ptr, draft_local_max_stride,
     draft_local_sumexp_ptr, draft_local_sumexp_stride, target_logits_ptr, target_logits_stride, draft_logits_ptr,
-    draft_logits_stride_0, draft_logits_stride_1, expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr, vocab_size,
-    num_speculative_steps, BLOCK_SIZE, HAS_DRAFT_LOGITS,
+    draft_logits_stride_0, draft_logits_stride_1, expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr,
+    vocab_size, num_speculative_steps, BLOCK_SIZE, HAS_DRAFT_LOGITS,
 ):  # fmt: skip
     """Of each row that verifies a draft: the argmax (greedy), or maximum and sum of exponentials (sampled)."""
     argmax, target_max, target_sumexp, draft_max, draft_sumexp, temperatures = arrays(
@@ -66,6 +87,7 @@ def _store_stats(local_max: np.ndarray, local_sumexp: np.ndarray, row: int, logi
     local_sumexp[row, 0] = np.exp(logits - maximum).sum() if maximum > NEGATIVE_INFINITY else ZERO
 
 
+@QUIET
 def compute_cumulative_log_p(
     cumulative_log_p_ptr, target_logits_ptr, target_logits_stride, target_local_max_ptr, target_local_max_stride,
     target_local_sumexp_ptr, target_local_sumexp_stride, draft_sampled_ptr, draft_logits_ptr, draft_logits_stride_0,
@@ -75,8 +97,10 @@ def compute_cumulative_log_p(
 ):  # fmt: skip
     """Log of the running joint ratio: `log p_i = min(log p_{i-1} + log M_b(x_i) - log M_s(x_i), 0)`."""
     cumulative, temperatures = arrays(cumulative_log_p_ptr, temp_ptr)
-    target = _LogProbs(target_local_max_ptr, target_local_sumexp_ptr)
-    draft = _LogProbs(draft_local_max_ptr, draft_local_sumexp_ptr)
+    ratios = _DraftRatios(
+        target_logits_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_logits_ptr, draft_local_max_ptr,
+        draft_local_sumexp_ptr,
+    )  # fmt: skip
     bounds, drafts = cu_num_logits_ptr.tolist(), draft_sampled_ptr.tolist()
     for index, request in enumerate(idx_mapping_ptr.tolist()):
         temperature = np.float32(temperatures[request])
@@ -86,14 +110,12 @@ def compute_cumulative_log_p(
         for step, row in enumerate(range(bounds[index], bounds[index + 1] - 1)):
             token = drafts[row + 1]
             if token >= 0:
-                ratio = np.float32(float(target_logits_ptr[row, token])) - target.logsumexp(row)
-                if HAS_DRAFT_LOGITS:
-                    draft_logit = np.float32(float(draft_logits_ptr[request, step, token])) / temperature
-                    ratio -= draft_logit - draft.logsumexp(row)
-                log_p = min(log_p + ratio, ZERO)
+                # fmin, as Triton's minimum: a token that neither model can emit leaves NaN out.
+                log_p = np.fmin(log_p + ratios.log_ratio(row, request, step, temperature, token), ZERO)
             cumulative[row] = log_p
 
 
+@QUIET
 def compute_local_residual_mass(
     local_residual_mass_ptr, local_residual_mass_stride, cumulative_log_p_ptr, target_logits_ptr, target_logits_stride,
     target_local_max_ptr, target_local_max_stride, target_local_sumexp_ptr, target_local_sumexp_stride,
@@ -104,21 +126,24 @@ def compute_local_residual_mass(
 ):  # fmt: skip
     """Block verification's residual mass `sum_x max(p_i M_b(x) - M_s(x), 0)` of the rows after a request's first."""
     residual, cumulative, temperatures = arrays(local_residual_mass_ptr, cumulative_log_p_ptr, temp_ptr)
-    target = _LogProbs(target_local_max_ptr, target_local_sumexp_ptr)
-    draft = _LogProbs(draft_local_max_ptr, draft_local_sumexp_ptr)
+    ratios = _DraftRatios(
+        target_logits_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_logits_ptr, draft_local_max_ptr,
+        draft_local_sumexp_ptr,
+    )  # fmt: skip
     logits, drafts = float_array(target_logits_ptr), draft_sampled_ptr.tolist()
     rows = zip(expanded_idx_mapping_ptr.tolist(), expanded_local_pos_ptr.tolist(), drafts[1:], strict=False)
     for row, (request, step, next_draft) in enumerate(rows):
         temperature = np.float32(temperatures[request])
         if step == 0 or step >= num_speculative_steps or next_draft < 0 or temperature == 0:
             continue
-        target_p = np.exp(logits[row, :vocab_size] - target.logsumexp(row))
+        target_p = np.exp(logits[row, :vocab_size] - ratios.target_logsumexp(row))
         draft_row = _draft_row(draft_logits_ptr, request, step, temperature, vocab_size)
-        draft_p = np.exp(draft_row - draft.logsumexp(row))
+        draft_p = np.exp(draft_row - ratios.draft_logsumexp(row))
         residual[row, 1:] = ZERO
         residual[row, 0] = np.maximum(np.exp(cumulative[row - 1]) * target_p - draft_p, ZERO).sum()
 
 
+@QUIET
 def rejection(
     sampled_ptr, sampled_stride, rejected_steps_ptr, target_rejected_logsumexp_ptr, draft_rejected_logsumexp_ptr,
     target_logits_ptr, target_logits_stride, target_local_argmax_ptr, target_local_argmax_stride, target_local_max_ptr,
@@ -128,81 +153,75 @@ def rejection(
     synthetic_conditional_rates_ptr, cumulative_log_p_ptr, local_residual_mass_ptr, local_residual_mass_stride,
     vocab_num_blocks, PADDED_VOCAB_NUM_BLOCKS, HAS_DRAFT_LOGITS, SYNTHETIC_MODE, USE_BLOCK_VERIFICATION,
 ):  # fmt: skip
-    """How many drafts of each request are accepted (`rejected_steps`), its tokens so far, and the rejected row's sums."""
-    sampled, accepted_steps, argmax, temperatures = arrays(
-        sampled_ptr, rejected_steps_ptr, target_local_argmax_ptr, temp_ptr
-    )
-    target_sums, draft_sums = target_rejected_logsumexp_ptr.numpy(), draft_rejected_logsumexp_ptr.numpy()
-    target = _LogProbs(target_local_max_ptr, target_local_sumexp_ptr)
-    draft = _LogProbs(draft_local_max_ptr, draft_local_sumexp_ptr)
-    rates = synthetic_conditional_rates_ptr.tolist() if SYNTHETIC_MODE else None
+    """How many drafts of each request are accepted (`rejected_steps`), its tokens so far, the rejected row's sums."""
+    sampled, accepted_steps, target_sums, draft_sums, argmax, temperatures = arrays(
+        sampled_ptr, rejected_steps_ptr, target_rejected_logsumexp_ptr, draft_rejected_logsumexp_ptr,
+        target_local_argmax_ptr, temp_ptr,
+    )  # fmt: skip
+    ratios = _DraftRatios(
+        target_logits_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_logits_ptr, draft_local_max_ptr,
+        draft_local_sumexp_ptr,
+    )  # fmt: skip
     cumulative, residual = arrays(cumulative_log_p_ptr, local_residual_mass_ptr)
+    rates = synthetic_conditional_rates_ptr.tolist() if SYNTHETIC_MODE else None
     bounds, drafts, positions, seeds = (p.tolist() for p in (cu_num_logits_ptr, draft_sampled_ptr, pos_ptr, seed_ptr))
-
-    def log_ratio(row, step, request, temperature, token):
-        """Log of target over draft probability of the drafted token."""
-        log_p = np.float32(float(target_logits_ptr[row, token])) - target.logsumexp(row)
-        if not HAS_DRAFT_LOGITS:
-            return log_p
-        draft_logit = np.float32(float(draft_logits_ptr[request, step, token])) / temperature
-        return log_p - (draft_logit - draft.logsumexp(row))
-
     for index, request in enumerate(idx_mapping_ptr.tolist()):
-        first, num_drafts, seed = bounds[index], bounds[index + 1] - bounds[index] - 1, seeds[request]
-        temperature = np.float32(temperatures[request])
-        tokens = drafts[first + 1 : first + 1 + num_drafts]
-        if temperature == 0:
-            accepted = 0
-            for step, token in enumerate(tokens):
-                best = int(argmax[first + step, 0])
-                if SYNTHETIC_MODE:
-                    is_accepted = philox_uniform(seed, positions[first + step]) < rates[step] and token >= 0
-                else:
-                    is_accepted = best == token
-                sampled[index, step] = token if is_accepted else best
-                if not is_accepted:
-                    break
-                accepted += 1
-        elif USE_BLOCK_VERIFICATION:
-            accepted = 0
-            for step, token in enumerate(tokens):
-                row = first + step
-                if token < 0:
-                    break
-                threshold = ratio = np.exp(cumulative[row])
-                following = tokens[step + 1] if step + 1 < num_drafts else -1
-                if following >= 0:
-                    if HAS_DRAFT_LOGITS:
-                        mass = residual[row + 1].sum()
-                    else:
-                        target_logit = np.float32(float(target_logits_ptr[row + 1, following]))
-                        mass = ratio * (ONE - np.exp(target_logit - target.logsumexp(row + 1)))
-                    denominator = mass + ONE - ratio
-                    threshold = mass / denominator if denominator > 0 else ONE
-                if philox_uniform(seed, positions[row]) <= threshold:
-                    accepted = step + 1
-                sampled[index, step] = token
+        first, end, seed = bounds[index], bounds[index + 1] - 1, seeds[request]
+        temperature, tokens = np.float32(temperatures[request]), drafts[first + 1 : end + 1]
+        is_greedy = temperature == 0
+        if USE_BLOCK_VERIFICATION and not is_greedy:
+            if -1 in tokens:
+                tokens = tokens[: tokens.index(-1)]
+            uniforms = [philox_uniform(seed, pos) for pos in positions[first : first + len(tokens)]]
+            sampled[index, : len(tokens)] = tokens
+            accepted = _block_accepted(tokens, uniforms, first, cumulative, residual, ratios)
         else:
             accepted = 0
-            for step, token in enumerate(tokens):
-                row = first + step
-                if token < 0:
+            for row, token in enumerate(tokens, first):
+                if token < 0 and not is_greedy:
                     break
-                uniform = philox_uniform(seed, positions[row])
-                sampled[index, step] = token
+                # A greedy request takes the target's argmax in place of the first rejected draft.
+                best = int(argmax[row, 0]) if is_greedy else token
                 if SYNTHETIC_MODE:
-                    is_accepted = uniform < rates[step]
+                    is_accepted = token >= 0 and philox_uniform(seed, positions[row]) < rates[accepted]
+                elif is_greedy:
+                    is_accepted = token == best
                 else:
-                    is_accepted = log_ratio(row, step, request, temperature, token) > np.log(uniform)
+                    log_ratio = ratios.log_ratio(row, request, accepted, temperature, token)
+                    is_accepted = log_ratio > np.log(philox_uniform(seed, positions[row]))
+                sampled[index, accepted] = token if is_accepted else best
                 if not is_accepted:
                     break
                 accepted += 1
         accepted_steps[index] = accepted
-        if temperature != 0 and accepted < num_drafts:
-            target_sums[index] = target.logsumexp(first + accepted)
-            draft_sums[index] = draft.logsumexp(first + accepted) if HAS_DRAFT_LOGITS else ZERO
+        if not is_greedy and first + accepted < end:
+            target_sums[index] = ratios.target_logsumexp(first + accepted)
+            draft_sums[index] = ratios.draft_logsumexp(first + accepted)
 
 
+def _block_accepted(tokens, uniforms, first: int, cumulative, residual, ratios: _DraftRatios) -> int:
+    """Block verification (Sun et al., 2024): the last step whose threshold its uniform number passes, plus one.
+
+    The threshold of the last draft is its joint ratio `p_i`; before it, the residual mass `r` of the next step over
+    `r + 1 - p_i`. For a one-hot draft `r = p_i (1 - M_b(next draft))`.
+    """
+    accepted = 0
+    for step, uniform in enumerate(uniforms):
+        row = first + step
+        threshold = ratio = np.exp(cumulative[row])
+        if step + 1 < len(tokens):
+            if residual is None:
+                mass = ratio * (ONE - np.exp(ratios.target_log_p(row + 1, tokens[step + 1])))
+            else:
+                mass = residual[row + 1].sum()
+            denominator = mass + ONE - ratio
+            threshold = mass / denominator if denominator > 0 else ONE
+        if uniform <= threshold:
+            accepted = step + 1
+    return accepted
+
+
+@QUIET
 def resample(
     resampled_local_argmax_ptr, resampled_local_argmax_stride, resampled_local_max_ptr, resampled_local_max_stride,
     target_logits_ptr, target_logits_stride, target_rejected_logsumexp_ptr, draft_logits_ptr, draft_logits_stride_0,
@@ -243,9 +262,8 @@ def resample(
 
 def _log_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`log(max(exp(a) - exp(b), 0))`."""
-    with np.errstate(all="ignore"):  # -inf - -inf and log(0) end as -inf below
-        ratio = np.exp(b - a)
-        return np.where(ratio < 1, a + np.log1p(-ratio), NEGATIVE_INFINITY)
+    ratio = np.exp(b - a)
+    return np.where(ratio < 1, a + np.log1p(-ratio), NEGATIVE_INFINITY)
 
 
 def insert_resampled(

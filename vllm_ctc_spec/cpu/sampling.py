@@ -28,7 +28,7 @@ def gumbel_sample(
     logits_stride, expanded_idx_mapping_ptr, seeds_ptr, pos_ptr, temp_ptr, vocab_size, BLOCK_SIZE, IS_DRAFTING,
     APPLY_TEMPERATURE, USE_FP64, PER_TOKEN_COL,
 ):  # fmt: skip
-    """One token per row by Gumbel-max (argmax at temperature 0); keep the row in `cache[request, col]` if there is one."""
+    """One token per row by Gumbel-max (argmax at temperature 0); keep the row in `cache[request, col]` if given."""
     local_argmax, local_max, seeds, temperatures = arrays(local_argmax_ptr, local_max_ptr, seeds_ptr, temp_ptr)
     logits = float_array(logits_ptr)
     salt = DRAFT_NOISE_SALT if IS_DRAFTING else 0
@@ -153,7 +153,7 @@ def bad_words(
     bad_word_offsets_ptr, bad_word_offsets_stride, num_bad_words_ptr, all_token_ids_ptr, all_token_ids_stride,
     prompt_len_ptr, total_len_ptr, input_ids_ptr, expanded_local_pos_ptr,
 ):  # fmt: skip
-    """Mask the last token of a bad word where the output, with the drafts before the row, ends in the tokens before it."""
+    """Mask the last token of a bad word where the output and the drafts before the row end in the tokens before it."""
     logits, word_ids, offsets, num_words, all_token_ids, prompt_lens, total_lens, input_ids = arrays(
         logits_ptr, bad_word_token_ids_ptr, bad_word_offsets_ptr, num_bad_words_ptr, all_token_ids_ptr, prompt_len_ptr,
         total_len_ptr, input_ids_ptr,

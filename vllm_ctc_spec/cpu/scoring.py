@@ -1,4 +1,4 @@
-"""Kernels of the log probabilities that a request asks for: of sampled tokens, top tokens, chosen tokens, the prompt."""
+"""Kernels of the log probabilities that a request asks for: of sampled, top and chosen tokens, and of the prompt."""
 
 import torch
 

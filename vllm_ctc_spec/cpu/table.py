@@ -93,7 +93,7 @@ def register() -> None:
 
     overrides = {}
     for name, (function, expected) in by_kernel_name().items():
-        kernel = _load(name)
+        kernel = load(name)
         if isinstance(kernel, KernelOverride):
             continue
         check(name, kernel, function, expected)
@@ -152,7 +152,7 @@ def print_digests() -> None:
     for module, functions in KERNELS.items():
         print(f'    "{module}": {{')
         for function in functions:
-            kernel = _load(_kernel_name(module, function))
+            kernel = load(_kernel_name(module, function))
             print(f'        {function.__module__.rpartition(".")[2]}.{function.__name__}: "{digest(kernel)}",')
         print("    },")
 
@@ -169,7 +169,7 @@ def _kernel_name(module: str, function: Callable) -> str:
     return f"{PACKAGE}.{module}._{function.__name__}_kernel"
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     kernel = getattr(importlib.import_module(module), attribute, None)
     if kernel is None:

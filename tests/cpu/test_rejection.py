@@ -1,0 +1,88 @@
+"""The rejection sampler, against vLLM's kernels."""
+
+import pytest
+import torch
+
+MAX_REQS, STEPS = 8, 4
+SIZES = [5, 5, 3, 5, 1, 5, 2, 5]  # logits rows of a request: its drafts and the bonus token
+TEMPERATURES = torch.tensor([0.0, 1.0, 0.7, 1.3, 0.0, 1.0, 0.4, 1.0])
+
+
+def ints(values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def batch(vocab):
+    """Arguments of `rejection_sample` with drafts that are often the target's choice."""
+    bounds = torch.cat([ints([0]), ints(SIZES).cumsum(0)]).to(torch.int32)
+    requests = torch.randperm(MAX_REQS).to(torch.int32)
+    expanded = requests.repeat_interleave(ints(SIZES))
+    local_pos = torch.cat([torch.arange(size) for size in SIZES]).to(torch.int32)
+    sharpness = torch.tensor([0.3, 3.0, 30.0, 30.0])[expanded % 4]  # hopeless, uncertain and certain requests
+    target = sharpness[:, None] * torch.randn(len(expanded), vocab)
+    target[:, torch.randperm(vocab)[: vocab // 3]] = float("-inf")  # as after top-k or a grammar
+    draft_logits = torch.randn(MAX_REQS, STEPS, vocab)
+    drafts = torch.randint(vocab, (len(expanded),), dtype=torch.int32)
+    for row in range(len(expanded) - 1):
+        if local_pos[row] < local_pos[row + 1]:
+            request, step = expanded[row], local_pos[row]
+            draft_logits[request, step] = 0.7 * target[row] + 0.3 * draft_logits[request, step]
+            good = target[row].argmax() if torch.rand(()) < 0.6 else target[row].softmax(0).multinomial(1)[0]
+            drafts[row + 1] = good if torch.rand(()) < 0.93 else -1 if torch.rand(()) < 0.5 else drafts[row + 1]
+    positions = torch.randint(1000, (len(expanded),))
+    seeds = torch.randint(-(2**62), 2**62, (MAX_REQS,))
+    return target, draft_logits, drafts, bounds, positions, requests, expanded, local_pos, TEMPERATURES, seeds, STEPS
+
+
+def same_tokens(both, *args):
+    """Compare what `rejection_sample` leaves on both sides, its unused slots aside; the numbers of accepted drafts."""
+    outcomes = both("spec_decode.rejection_sampler_utils.rejection_sample", *args)
+    (their_tokens, their_counts), (our_tokens, our_counts) = (outcome.result for outcome in outcomes)
+    assert our_counts.tolist() == their_counts.tolist()
+    for ours, theirs, count in zip(our_tokens.tolist(), their_tokens.tolist(), our_counts.tolist(), strict=True):
+        assert ours[:count] == theirs[:count]
+    return (our_counts - 1).tolist()
+
+
+@pytest.mark.parametrize("mode", ["standard", "block", "synthetic"])
+@pytest.mark.parametrize("one_hot", [True, False])
+@pytest.mark.parametrize("vocab, use_fp64", [(300, True), (9000, False)])
+def test_rejection_sample(both, mode, one_hot, vocab, use_fp64):
+    torch.manual_seed(vocab + 2 * one_hot + len(mode))
+    rates = torch.tensor([0.95, 0.9, 0.9, 0.8]) if mode == "synthetic" else None
+    accepted = []
+    for _ in range(2):
+        # 9000 is more than one block of the statistics and of the resampling.
+        target, draft_logits, *rest = batch(vocab)
+        if one_hot:
+            draft_logits = None
+        accepted += same_tokens(both, target, draft_logits, *rest, rates, use_fp64, mode == "block")
+    assert {0, STEPS} < set(accepted), "the cases should cover rejection and full acceptance"
+
+
+@pytest.mark.parametrize("draft_vocab", [280, 320])
+def test_draft_vocabulary_of_another_size(both, draft_vocab):
+    """vLLM verifies the common part."""
+    torch.manual_seed(0)
+    target, draft_logits, drafts, *rest = batch(300)
+    draft_logits = torch.nn.functional.pad(draft_logits, (0, draft_vocab - 300), value=0.0)
+    drafts = drafts.clamp(max=270)
+    same_tokens(both, target, draft_logits, drafts, *rest)
+
+
+def test_gather_draft_sampled(agree):
+    # Request 2 is past its prefill, request 0 starts in it, request 4 on its very end.
+    ours = agree(
+        "spec_decode.rejection_sampler.gather_draft_sampled", torch.randint(900, (30,), dtype=torch.int32),
+        torch.cat([torch.arange(40, 50), torch.arange(8, 18), torch.arange(12, 22)]),
+        ints([7, 8, 9, 17, 18, 19, 20, 29], torch.int64), ints([2, 2, 2, 0, 0, 0, 4, 4]),
+        ints([0, 1, 2, 0, 1, 2, 0, 1]), ints([16, 0, 20, 0, 12]),
+    )  # fmt: skip
+    assert (ours.result[0] == -1).tolist() == [False, False, False, False, True, True, False, False]
+
+
+def test_flatten_sampled(agree):
+    agree(
+        "spec_decode.rejection_sampler._flatten_sampled_kernel", torch.zeros(9, dtype=torch.int64),
+        torch.randint(900, (3, 5)), 5, ints([2, 1, 3]), ints([0, 5, 6, 9]), num_warps=1, grid=(3,),
+    )  # fmt: skip
