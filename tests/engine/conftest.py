@@ -23,7 +23,7 @@ from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # the last two: space, line break
 SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HIDDEN = 64
@@ -38,8 +38,8 @@ class Pair:
 
 
 def save_tokenizer(folder: Path) -> int:
-    """One token a byte, then the special tokens; returns the vocabulary size."""
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + BYTES)}
+    """The special tokens, then one token for each ASCII character; returns the vocabulary size."""
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,13 +49,14 @@ def save_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def save_target(folder: Path, vocab_size: int, seed: int, **shape: int) -> LlamaForCausalLM:
-    """A random Llama whose logits spread (embedding and head of unit scale) and whose layers matter."""
+def save_target(folder: Path, vocab_size: int, seed: int, head_std: float = 0.5) -> LlamaForCausalLM:
+    """A random Llama whose layers matter and whose logits spread, by about eight times `head_std`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=128,
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
@@ -65,11 +66,10 @@ def save_target(folder: Path, vocab_size: int, seed: int, **shape: int) -> Llama
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        **{"num_hidden_layers": 4, **shape},
     )
     model = LlamaForCausalLM(config).float()
     torch.nn.init.normal_(model.model.embed_tokens.weight)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    torch.nn.init.normal_(model.lm_head.weight, std=head_std)
     model.save_pretrained(folder)
     return model
 
@@ -98,7 +98,7 @@ def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides:
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory) -> Pair:
-    """A target with a byte tokenizer, and a drafter with T = 12 frames for 4 labels."""
+    """A target that speaks ASCII, and a drafter with T = 12 frames for 4 labels."""
     folder = tmp_path_factory.mktemp("tiny_pair")
     pair = Pair(folder / "target", folder / "drafter")
     vocab_size = save_tokenizer(pair.target)
@@ -117,11 +117,11 @@ def demo_pair() -> Pair:
 
 @pytest.fixture(scope="session")
 def make_pair() -> Callable[..., Pair]:
-    """make_pair(folder, vocab_size, seed, target shape, drafter overrides): a pair without tokenizer."""
+    """make_pair(folder, vocab_size, seed, head_std, **drafter): a pair without tokenizer."""
 
-    def make(folder: Path, vocab_size: int, seed: int = 1, target: dict | None = None, **drafter: int) -> Pair:
+    def make(folder: Path, vocab_size: int, seed: int, head_std: float, **drafter: int) -> Pair:
         pair = Pair(folder / "target", folder / "drafter")
-        save_drafter(pair.drafter, save_target(pair.target, vocab_size, seed, **(target or {})), seed + 1, **drafter)
+        save_drafter(pair.drafter, save_target(pair.target, vocab_size, seed, head_std), seed + 1, **drafter)
         return pair
 
     return make

@@ -85,7 +85,7 @@ def served(tiny_pair, engine):
             max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False, block_size=32,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(3)
-        prompts = [torch.randint(2, 258, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+        prompts = [torch.randint(2, 98, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),

@@ -1,0 +1,162 @@
+"""Sampled output follows the target's law with a drafter as without: chi-square over the first three tokens.
+
+The vocabulary is so small that the exact law of three tokens can be enumerated from the Hugging Face target. The first
+token is sampled without a draft, the next two are drafted.
+"""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from vllm import SamplingParams
+
+from vllm_ctc_spec.proposer import CTCProposer
+
+VOCAB = 6
+LENGTH = 3
+PROMPT = [3, 1, 4, 1, 5]
+DRAWS = 20_000
+PLAUSIBLE, IMPOSSIBLE = 1e-3, 1e-9  # p-values: seeds are fixed, so that neither depends on luck
+
+PLAIN = {"temperature": 1.0}
+COLD_TOP_K = {"temperature": 0.7, "top_k": 4}
+HOT_TOP_P = {"temperature": 1.3, "top_p": 0.8}
+
+
+@pytest.fixture(scope="module")
+def pair(make_pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six_tokens")
+    return make_pair(folder, VOCAB, seed=4, head_std=0.15, num_frames=5, num_labels=3)
+
+
+@pytest.fixture(scope="module")
+def sampler(engine, pair):
+    """sampler(options of the speculative config): an engine, started once for each."""
+    started = {}
+
+    def start(**options):
+        key = tuple(options.items())
+        if key not in started:
+            started[key] = engine(
+                pair.target, {"method": "ctc", "model": str(pair.drafter), **options}, skip_tokenizer_init=True,
+                max_model_len=32, max_num_seqs=512, max_num_batched_tokens=8192, num_gpu_blocks_override=1024,
+                enable_prefix_caching=False,
+            )  # fmt: skip
+        return started[key]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def logits(pair) -> dict[tuple[int, ...], torch.Tensor]:
+    """The target's logits after the prompt and every continuation of up to two tokens, fp64."""
+    model = LlamaForCausalLM.from_pretrained(pair.target).double().eval()
+    after = {}
+    for length in range(LENGTH):
+        continuations = list(itertools.product(range(VOCAB), repeat=length))
+        with torch.no_grad():
+            rows = model(torch.tensor([PROMPT + list(tail) for tail in continuations])).logits[:, -1]
+        after.update(zip(continuations, rows))
+    return after
+
+
+def next_token_law(logits: torch.Tensor, temperature: float, top_k: int = VOCAB, top_p: float = 1.0) -> torch.Tensor:
+    """top_k keeps the k best tokens, top_p the smallest set of best tokens whose mass reaches p."""
+    order = logits.argsort(descending=True)
+    law = torch.softmax(logits / temperature, -1)
+    ranked = law[order]
+    kept = order[(torch.arange(VOCAB) < top_k) & (ranked.cumsum(-1) - ranked < top_p)]
+    only = torch.zeros_like(law)
+    only[kept] = law[kept]
+    return only / only.sum()
+
+
+def law_of_three(logits: dict[tuple[int, ...], torch.Tensor], **parameters) -> dict[tuple[int, ...], float]:
+    rows = {tail: next_token_law(row, **parameters) for tail, row in logits.items()}
+    return {
+        tokens: float(torch.stack([rows[tokens[:k]][tokens[k]] for k in range(LENGTH)]).prod())
+        for tokens in itertools.product(range(VOCAB), repeat=LENGTH)
+    }
+
+
+def draw(llm, draws: int = DRAWS, **parameters) -> Counter:
+    """Requests differ by their seeds only (vLLM gives sample i of a request the seed + i)."""
+    per_request = 500
+    llm.counters.clear()
+    requests = [
+        SamplingParams(n=per_request, seed=first, max_tokens=LENGTH, detokenize=False, ignore_eos=True, **parameters)
+        for first in range(0, draws, per_request)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": PROMPT}] * len(requests), requests, use_tqdm=False)
+    return Counter(tuple(sample.token_ids) for output in outputs for sample in output.outputs)
+
+
+def p_value(seen: Counter, law: dict[tuple[int, ...], float]) -> float:
+    """Pearson's chi-square; cells with fewer than five expected draws are pooled. What cannot happen must not."""
+    total = seen.total()
+    if any(law[tokens] == 0 for tokens in seen):
+        return 0.0
+    large = {tokens for tokens, p in law.items() if total * p >= 5}
+    cells = [(seen[tokens], total * law[tokens]) for tokens in large]
+    rest = total - sum(expected for _, expected in cells)
+    if rest >= 5:
+        cells.append((total - sum(count for count, _ in cells), rest))
+    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
+    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2.0), torch.tensor(statistic / 2)))
+
+
+GREEDY_DRAFTS = {}
+SAMPLED_DRAFTS = {"draft_sample_method": "probabilistic"}
+BLOCK = {**SAMPLED_DRAFTS, "rejection_sample_method": "block"}
+RUNS = {
+    "greedy drafts": (GREEDY_DRAFTS, PLAIN),
+    "greedy drafts, cold, top_k": (GREEDY_DRAFTS, COLD_TOP_K),
+    "sampled drafts": (SAMPLED_DRAFTS, PLAIN),
+    "sampled drafts, hot, top_p": (SAMPLED_DRAFTS, HOT_TOP_P),
+    "block verification": (BLOCK, PLAIN),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
+def run(request, sampler):
+    """(draws, acceptance rate, sampling parameters) of one of RUNS."""
+    options, parameters = request.param
+    llm = sampler(**options)
+    return draw(llm, **parameters), llm.counters["accepted"] / llm.counters["drafted"], parameters
+
+
+def test_three_tokens_follow_the_targets_law(run, logits):
+    seen, acceptance_rate, parameters = run
+    assert seen.total() == DRAWS
+    assert p_value(seen, law_of_three(logits, **parameters)) > PLAUSIBLE
+    assert 0.1 < acceptance_rate < 0.9
+
+
+def test_the_law_of_another_temperature_is_told_apart(run, logits):
+    """A test of the test: what these draws are too few to tell apart, the test above cannot find."""
+    seen, _, parameters = run
+    other = {**parameters, "temperature": 1.15 * parameters["temperature"]}
+    assert p_value(seen, law_of_three(logits, **other)) < IMPOSSIBLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, parameters", RUNS.values(), ids=RUNS)
+def test_ten_times_as_many_draws(sampler, logits, options, parameters):
+    seen = draw(sampler(**options), draws=10 * DRAWS, **parameters)
+    assert p_value(seen, law_of_three(logits, **parameters)) > PLAUSIBLE
+
+
+@pytest.mark.parametrize("options", [SAMPLED_DRAFTS, BLOCK], ids=["standard", "block"])
+def test_a_proposer_that_reports_another_law_is_found(sampler, logits, monkeypatch, options):
+    """A test of the test: the drafts come from q, and the rejection sampler is told a flatter law."""
+    llm = sampler(**options)
+    generate_draft = CTCProposer._generate_draft
+
+    def misreport(self, *args, **kwargs):
+        generate_draft(self, *args, **kwargs)
+        self.draft_logits *= 0.5
+
+    monkeypatch.setattr(CTCProposer, "_generate_draft", misreport)
+    assert p_value(draw(llm, draws=DRAWS // 4, **PLAIN), law_of_three(logits, **PLAIN)) < IMPOSSIBLE
