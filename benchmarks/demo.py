@@ -116,6 +116,8 @@ def report(plain: Run, drafted: Run, found: list[tuple[int, int, float]]) -> boo
 
 def demo(target: Path, drafter: Path) -> bool:
     questions = read_questions(PROMPTS, QUESTIONS)
+    if target == TARGET:
+        console.print("The embedded target is tiny: its answers are fluent, not right. What counts is the speed.\n")
     with with_drafter(target, drafter, log_path=RESULTS / "demo-ctc.log", label="server with CTC drafter") as server:
         drafted = ask_all(server, questions)
     with without_drafter(target, log_path=RESULTS / "demo-none.log", label="server without drafter") as server:
