@@ -159,6 +159,21 @@ def test_confident_frames_in_fp32_stay_finite():
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
 
 
+def test_frames_that_are_sure_of_stopping_stay_finite():
+    odds = torch.full((1, 4), 40.0, requires_grad=True)
+    logits = torch.randn(1, 4, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[0, 1]])
+    for bias in (None, torch.zeros(1, 2, V)):
+        result = prefix_loss(Frames(logits, odds), labels, torch.ones_like(labels, dtype=torch.bool), bias)
+        assert torch.isfinite(result.loss).all()
+        assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
+
+
+def test_the_token_before_the_first_label_is_the_anchor():
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert previous_labels(torch.tensor([9, 8]), labels).tolist() == [[9, 1, 2], [8, 4, 5]]
+
+
 def test_position_weights_fall_by_a_quarter_nat():
     weights = position_weights(torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool())
     torch.testing.assert_close(weights[0, 1] / weights[0, 0], torch.tensor(math.exp(-0.25)))
