@@ -7,7 +7,6 @@ Triton's `tl.rand`, Philox 4x32-10.
 import functools
 
 import numpy as np
-import torch
 
 MASK32 = 0xFFFFFFFF
 DRAFT_NOISE_SALT = 1 << 30  # keeps the noise of a draft disjoint from the target's
@@ -41,10 +40,11 @@ def gumbel(seed: int, pos: int, num_tokens: int, use_fp64: bool) -> np.ndarray:
     tail *= np.float32(2.0**-32)
     uniform *= np.float32(2.0**-16)
     uniform += tail
-    # torch's log1p and log are vectorised, numpy's float32 log1p is not: 3 times faster over a large vocabulary. The
-    # kernel's own log1p is a series with an error up to 6e-7.
-    noise = torch.from_numpy(uniform)
-    noise.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+    np.minimum(uniform, np.float32(1 - 2.0**-24), out=uniform)
+    # The kernel approximates log1p by a series with an error up to 6e-7.
+    np.log1p(np.negative(uniform, out=uniform), out=uniform)
+    np.log(np.negative(uniform, out=uniform), out=uniform)
+    np.negative(uniform, out=uniform)
     return uniform
 
 
