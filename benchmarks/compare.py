@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
 from client import SETTLE_SECONDS, ask, drafting_since, read_questions
 from pair import DRAFTER, PROMPTS, RESULTS, TARGET, V2_RUNNER, ctc_config, existing
 from report import Measurement, describe_run, write_report
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server import Server, StartupError, on_cpu, stop_on_sigterm
 
 IDLE_SECONDS = 5.0
+BUSY_PERCENT = 20.0
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 console = Console()
@@ -58,15 +60,15 @@ def start(method: Method, target: Path, log_folder: Path, servers_at_once: int) 
     )
 
 
-def idle_load(servers: dict[str, Server]) -> dict[str, float]:
-    """CPU seconds per second that each server uses while nobody asks it anything."""
+def idle_load(servers: dict[str, Server]) -> tuple[dict[str, float], float]:
+    """With nobody asking: CPU seconds per second of each server, and how busy the whole machine is, in percent."""
 
     def used(server: Server) -> float:
         return sum(sum(process.cpu_times()[:2]) for process in server.processes())
 
     before = {name: used(server) for name, server in servers.items()}
-    time.sleep(IDLE_SECONDS)
-    return {name: (used(server) - before[name]) / IDLE_SECONDS for name, server in servers.items()}
+    busy = psutil.cpu_percent(IDLE_SECONDS)
+    return {name: (used(server) - before[name]) / IDLE_SECONDS for name, server in servers.items()}, busy
 
 
 def measure(server: Server, questions: list[str], concurrency: int, max_tokens: int) -> tuple[dict, list[list[int]]]:
@@ -142,14 +144,17 @@ def main(argv: list[str]) -> int:
                 method.name: stack.enter_context(start(method, args.target, args.output.parent, len(chosen)))
                 for method in chosen
             }
-            idle = idle_load(servers)
+            time.sleep(SETTLE_SECONDS)
+            idle, busy = idle_load(servers)
+            if busy > BUSY_PERCENT:
+                console.print(f"warning: other programs use {busy:.0f} % of this machine; do not trust the speeds")
             rows = run_all(servers, questions, args)
     except StartupError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130
-    write_report(args.output, describe_run(args, argv, len(questions), idle), rows, console)
+    write_report(args.output, describe_run(args, argv, len(questions), idle, busy), rows, console)
     return 0
 
 

@@ -78,7 +78,9 @@ def gpu() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def describe_run(args: argparse.Namespace, argv: list[str], num_prompts: int, idle: dict[str, float]) -> dict:
+def describe_run(
+    args: argparse.Namespace, argv: list[str], num_prompts: int, idle: dict[str, float], busy: float
+) -> dict:
     """All that is needed to repeat the run; no path of this machine."""
     shown = [Path(word).name if word.startswith("/") else word for word in argv]
     return {
@@ -94,6 +96,7 @@ def describe_run(args: argparse.Namespace, argv: list[str], num_prompts: int, id
         "python": platform.python_version(),
         "cpu": processor(),
         "gpu": None if on_cpu() else gpu(),
+        "machine_busy_percent_before": busy,
         "idle_cpu_seconds_per_second": {name: round(load, 4) for name, load in idle.items()},
     }
 
@@ -104,7 +107,9 @@ def to_markdown(run: dict, rows: list[Row]) -> str:
         f"{run['num_prompts']} prompts of {run['prompts']}, greedy, at most {run['max_tokens']} tokens; "
         f"median (lowest to highest) of {run['repeats']} interleaved repeats.",
         f"vLLM {run['vllm']}, torch {run['torch']}, Python {run['python']}, {machine}; {run['date'][:10]}; "
-        f"`{run['command']}`.",
+        f"other programs used {run['machine_busy_percent_before']:.0f} % of the machine. `{run['command']}`",
+        "Acceptance length is 1 + accepted / drafts as vLLM counts them: a step for which n-gram finds no draft is not "
+        "counted, so its tokens per target forward are fewer.",
         "",
         "| at a time | method | tokens/s | x fastest none | acceptance length | same output |",
         "|---|---|---|---|---|---|",

@@ -86,6 +86,14 @@ def test_a_server_that_does_not_start_fails_the_run(fake_vllm, pair, tmp_path, m
     assert "out of cheese" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("busy", [5.0, 80.0])
+def test_a_busy_machine_is_written_down(fake_vllm, pair, tmp_path, monkeypatch, capsys, busy):
+    monkeypatch.setattr(compare.psutil, "cpu_percent", lambda seconds: busy)
+    assert compare.main(arguments(pair, tmp_path, "--methods", "ngram")) == 0
+    assert ("do not trust the speeds" in capsys.readouterr().out) is (busy > 20)
+    assert f"other programs used {busy:.0f} %" in (tmp_path / "out" / "small.md").read_text()
+
+
 def test_median_spread_and_ratio():
     plain = [measurement("none (a)", repeat=i, seconds=s) for i, s in enumerate((1.0, 2.0, 4.0))]
     slower = [measurement("none (b)", repeat=i, seconds=5.0) for i in range(3)]
@@ -100,6 +108,6 @@ def test_no_ratio_without_a_plain_row(tmp_path):
     (row,) = summarize([measurement("ctc", drafts=2, accepted=3)])
     assert row.ratio is None
     args = compare.parse(["--prompts", str(tmp_path / "p.jsonl")])
-    described = describe_run(args, ["--prompts", str(tmp_path / "p.jsonl")], 1, {})
+    described = describe_run(args, ["--prompts", str(tmp_path / "p.jsonl")], 1, {}, 3.0)
     assert described["command"] == "python benchmarks/compare.py --prompts p.jsonl"
     assert "| 1 | ctc | 10.0 (10.0 to 10.0) | - | 2.50 | 1 of 1 |" in to_markdown(described, [row])
