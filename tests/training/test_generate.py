@@ -28,6 +28,15 @@ def test_greedy_responses_are_those_of_generate(target, monkeypatch):
     assert len({len(response) for response in responses}) > 1
 
 
+def test_padding_on_the_left_has_no_positions(target):
+    """Rotary targets only see differences, others would see the shift."""
+    seen = []
+    target.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    decode(target, PROMPTS, 2)
+    assert [row[-len(p) :] for row, p in zip(seen[0].tolist(), PROMPTS)] == [list(range(len(p))) for p in PROMPTS]
+    assert seen[1][:, 0].tolist() == [len(p) for p in PROMPTS]
+
+
 def test_responses_end_at_the_targets_positions(target):
     prompt = [1] + [5] * 57 + [3, 2]
     target = dataclasses.replace(target, eos_ids=frozenset())
