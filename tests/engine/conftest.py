@@ -160,6 +160,8 @@ def engine() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
     environment = pytest.MonkeyPatch()
     environment.setenv(plugin.V2_VARIABLE, "1")
+    # vLLM collects garbage several times an engine, about a second each with all that is imported here.
+    environment.setattr(gc, "collect", lambda *_: 0)
     if cpu.is_needed():
         cpu.install()
 
@@ -180,6 +182,6 @@ def engine() -> Iterator[Callable[..., Engine]]:
     for llm in engines:
         llm.llm_engine.engine_core.shutdown()
     engines.clear()
-    gc.collect()
     cleanup_dist_env_and_memory()
     environment.undo()
+    gc.collect()
