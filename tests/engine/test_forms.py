@@ -70,6 +70,7 @@ def test_the_short_command_line_options(tiny_pair):
 
 @pytest.mark.parametrize("form", ["json", "dotted"])
 def test_the_command_line(tiny_pair, form):
+    """The options of the plugin's own arrive with vLLM's."""
     options = {"method": "ctc", "model": str(tiny_pair.drafter), "num_speculative_tokens": 5, "ctc_search": "argmax"}
     spelled = {
         "json": ["--speculative-config", json.dumps(options)],
@@ -90,12 +91,13 @@ def test_serving_the_drafters_folder_serves_its_target(tiny_pair, tmp_path):
     check(configure(drafter), tiny_pair.target, drafter)
 
 
-def test_options_reach_the_proposer_and_positions_the_context(tiny_pair):
-    drafter = {"method": "ctc", "model": str(tiny_pair.drafter)}
-    hf_config = configure(tiny_pair.target, speculative_config=drafter).speculative_config.draft_model_config.hf_config
-    assert hf_config.ctc_search == "prefix"
-    assert hf_config.num_frames == FRAMES
-    assert hf_config.max_position_embeddings >= 256
+def test_the_drafters_positions_reach_as_far_as_the_served_context(tiny_pair, tmp_path):
+    drafter = shutil.copytree(tiny_pair.drafter, tmp_path / "drafter")
+    config = json.loads((drafter / CONFIG_NAME).read_text())
+    config["transformer_layer_config"]["max_position_embeddings"] = 64
+    (drafter / CONFIG_NAME).write_text(json.dumps(config))
+    served = configure(tiny_pair.target, speculative_config={"method": "ctc", "model": str(drafter)})
+    assert served.speculative_config.draft_model_config.hf_config.max_position_embeddings == 256
 
 
 @pytest.mark.parametrize("batched, asked, allowed", [(256, 64, 19), (256, 19, 19), (256, 5, 5), (2048, 64, 64)])

@@ -1,0 +1,105 @@
+"""The product as a user starts it: `vllm serve` with the drafter, asked by the openai client."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from server import Server
+from vllm import SamplingParams
+
+from vllm_ctc_spec import plugin
+
+BUDGET = 6
+QUESTIONS = (
+    "Mira picks 12 plums and eats 4 of them. How many plums are left?",
+    "A box holds 6 eggs. How many eggs are in 7 boxes?",
+    "Omar walks 3 miles a day for 2 weeks. How many miles does he walk?",
+    "Lena has $50. She buys 3 books for $9 each. How much money does she have left?",
+)
+MAX_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def server(demo_pair, tmp_path_factory):
+    """One server for all tests here. Its processes are those of a user: no setting of the tests reaches them."""
+    log_path = tmp_path_factory.mktemp("server") / "server.log"
+    drafter = {"method": "ctc", "model": str(demo_pair.drafter), "num_speculative_tokens": BUDGET}
+    with pytest.MonkeyPatch.context() as environment:
+        for name in (plugin.V2_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+            environment.delenv(name, raising=False)
+        starting = Server(demo_pair.target, drafter, log_path=log_path, extra_args=("--max-model-len", "512"))
+    with starting as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(engine, demo_pair) -> list[str]:
+    """The same questions, greedy, without drafter and without server."""
+    llm = engine(demo_pair.target, max_model_len=512)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
+def chat(server: Server, question: str, **options):
+    return server.client().chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        **options,
+    )
+
+
+def test_the_log_says_what_drafts(server, demo_pair):
+    log = server.log_path.read_text(encoding="utf-8", errors="replace")
+    assert f"CTC drafter {demo_pair.drafter} (served as dflash)" in log and f"{BUDGET} speculative tokens" in log
+
+
+def test_a_chat(server, expected):
+    answer = chat(server, QUESTIONS[0])
+    assert answer.choices[0].message.content == expected[0]
+    assert answer.usage.completion_tokens <= MAX_TOKENS
+
+
+def test_a_streamed_chat_brings_several_tokens_at_once(server, expected):
+    chunks = list(chat(server, QUESTIONS[1], stream=True, extra_body={"return_token_ids": True}))
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(delta.delta.content or "" for delta in deltas) == expected[1]
+    assert deltas[-1].finish_reason in ("stop", "length")
+    assert max(len((delta.model_extra or {}).get("token_ids") or []) for delta in deltas) > 1
+
+
+def test_concurrent_requests(server, expected):
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        answers = list(pool.map(lambda question: chat(server, question), QUESTIONS))
+    assert [answer.choices[0].message.content for answer in answers] == expected
+
+
+def test_a_sampled_completion_obeys_its_seed(server):
+    ask = {
+        "model": server.model,
+        "prompt": "A farmer has",
+        "max_tokens": 20,
+        "temperature": 0.8,
+        "seed": 4,
+        "logprobs": 2,
+    }
+    first, second = (server.client().completions.create(**ask).choices[0] for _ in range(2))
+    assert first.text and first.text == second.text
+    assert len(first.logprobs.token_logprobs) == len(first.logprobs.tokens) <= 20
+
+
+def test_the_metrics_count_drafts_and_acceptance(server):
+    before = server.metrics()
+    chat(server, QUESTIONS[2])
+    after = server.metrics()
+    drafts, drafted, accepted = (
+        after[name] - before[name]
+        for name in (
+            "vllm:spec_decode_num_drafts_total",
+            "vllm:spec_decode_num_draft_tokens_total",
+            "vllm:spec_decode_num_accepted_tokens_total",
+        )
+    )
+    assert drafts > 0 and drafted == pytest.approx(BUDGET * drafts, rel=0.2)
+    assert accepted > 0.5 * drafts
