@@ -70,6 +70,24 @@ def test_draft_vocabulary_of_another_size(both, draft_vocab):
     same_tokens(both, target, draft_logits, drafts, *rest)
 
 
+def test_block_verification_resamples_after_accepted_drafts(both):
+    """Drafts drawn from the drafter's own, different distribution: the residual then depends on the joint ratio."""
+    torch.manual_seed(0)
+    num_reqs, size, vocab = 24, STEPS + 1, 12
+    rows = num_reqs * size
+    draft_logits = torch.randn(num_reqs, STEPS, vocab)
+    drafts = torch.zeros(num_reqs, size, dtype=torch.int32)
+    drafts[:, 1:] = draft_logits.softmax(-1).view(-1, vocab).multinomial(1).view(num_reqs, STEPS)
+    requests = torch.arange(num_reqs, dtype=torch.int32)
+    accepted = same_tokens(
+        both, torch.randn(rows, vocab), draft_logits, drafts.view(-1), ints(range(0, rows + 1, size)),
+        torch.randint(1000, (rows,)), requests, requests.repeat_interleave(size),
+        torch.arange(size, dtype=torch.int32).repeat(num_reqs), torch.ones(num_reqs), torch.arange(num_reqs), STEPS,
+        None, False, True,
+    )  # fmt: skip
+    assert set(accepted) >= {1, 2, 3}
+
+
 def test_gather_draft_sampled(agree):
     # Request 2 is past its prefill, request 0 starts in it, request 4 on its very end.
     ours = agree(
