@@ -154,7 +154,9 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    write_report(args.output, describe_run(args, argv, len(questions), idle, busy), rows, console)
+    run = describe_run("compare.py", args, argv, len(questions), busy)
+    run["idle_cpu_seconds_per_second"] = {name: round(load, 4) for name, load in idle.items()}
+    write_report(args.output, run, rows, console)
     return 0
 
 

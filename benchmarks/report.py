@@ -78,13 +78,11 @@ def gpu() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def describe_run(
-    args: argparse.Namespace, argv: list[str], num_prompts: int, idle: dict[str, float], busy: float
-) -> dict:
-    """All that is needed to repeat the run; no path of this machine."""
+def describe_run(program: str, args: argparse.Namespace, argv: list[str], num_prompts: int, busy: float) -> dict:
+    """All that is needed to repeat the run of benchmarks/`program`; no path of this machine."""
     shown = [Path(word).name if word.startswith("/") else word for word in argv]
     return {
-        "command": shlex.join(["python", "benchmarks/compare.py", *shown]),
+        "command": shlex.join(["python", f"benchmarks/{program}", *shown]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompts": args.prompts.name,
         "num_prompts": num_prompts,
@@ -97,7 +95,6 @@ def describe_run(
         "cpu": processor(),
         "gpu": None if on_cpu() else gpu(),
         "machine_busy_percent_before": busy,
-        "idle_cpu_seconds_per_second": {name: round(load, 4) for name, load in idle.items()},
     }
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import psutil
 from client import read_questions
 from pair import DRAFTER, PROMPTS, RESULTS, TARGET, ctc_config, existing
 from report import describe_run
@@ -32,6 +33,7 @@ if on_cpu():
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
 STEP, TARGET_FORWARD, DRAFT = "step", "target forward", "drafter"
 VERIFY, MODULE, CHAIN = "verification", "draft module forward", "prefix chain"
 CONTEXT, FRAMES = "context keys and values", "frame statistics"
@@ -165,7 +167,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    existing(args.target), existing(args.drafter)
+    existing(args.target)
+    existing(args.drafter)
+    busy = psutil.cpu_percent(BUSY_SECONDS)
     from vllm import LLM
 
     from vllm_ctc_spec.config import DrafterConfig
@@ -189,7 +193,7 @@ def main(argv: list[str]) -> int:
     functions = {
         size: measure_functions(size, drafter, args.repeats, stopwatch.synchronize) for size in args.batch_sizes
     }
-    run = describe_run(args, argv, len(prompts), {})
+    run = describe_run("step_time.py", args, argv, len(prompts), busy)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"run": run, "steps_ms": steps, "functions_ms": functions}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

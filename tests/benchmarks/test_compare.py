@@ -108,6 +108,6 @@ def test_no_ratio_without_a_plain_row(tmp_path):
     (row,) = summarize([measurement("ctc", drafts=2, accepted=3)])
     assert row.ratio is None
     args = compare.parse(["--prompts", str(tmp_path / "p.jsonl")])
-    described = describe_run(args, ["--prompts", str(tmp_path / "p.jsonl")], 1, {}, 3.0)
+    described = describe_run("compare.py", args, ["--prompts", str(tmp_path / "p.jsonl")], 1, 3.0)
     assert described["command"] == "python benchmarks/compare.py --prompts p.jsonl"
     assert "| 1 | ctc | 10.0 (10.0 to 10.0) | - | 2.50 | 1 of 1 |" in to_markdown(described, [row])
