@@ -98,9 +98,7 @@ def test_single_requests_are_answered_as_without_drafter(with_drafter, plain, pr
     assert with_drafter.acceptance_length > 1.5
 
 
-def test_the_papers_search_is_lossless_too_and_accepts_no_more(
-    engine, demo_pair, with_drafter, plain, prompts, expected
-):
+def test_the_papers_search_is_lossless_too_and_accepts_less(engine, demo_pair, with_drafter, plain, prompts, expected):
     some = slice(0, NUM_PROMPTS, NUM_PROMPTS // NUM_SINGLE)
     speculative = {"method": "ctc", "model": str(demo_pair.drafter), "ctc_search": "argmax"}
     argmax = engine(demo_pair.target, speculative, max_model_len=512)
@@ -108,7 +106,7 @@ def test_the_papers_search_is_lossless_too_and_accepts_no_more(
     assert differences(plain, expected[some], given) == []
     with_drafter.counters.clear()
     with_drafter.chat(prompts[some], GREEDY, use_tqdm=False)
-    assert 1 < argmax.acceptance_length <= with_drafter.acceptance_length
+    assert 1 < argmax.acceptance_length < with_drafter.acceptance_length
 
 
 def test_a_difference_that_is_no_tie_is_found(plain, expected):
