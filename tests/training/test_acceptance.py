@@ -56,16 +56,18 @@ def test_parallel_drafts_read_frame_k_given_the_label_before(drafter):
 def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(drafter, target, monkeypatch):
     monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", 4)
     examples = [Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3]), Example([1, 2], [3]), Example([1, 9, 2], [4, 5, 5])]
+    examples.append(Example([1, 2], [10, 11, 12, 13]))
     aux = AuxHiddenStates(target, drafter.config.aux_hidden_state_layer_ids)
-    answers = {6: [7, 8, 0, 0], 9: [9, 9, 9, 9], 7: [3, 0, 0, 0], 4: [5, 5, 5, 5]}
+    answers = {6: [7, 8, 0, 0], 9: [9, 9, 9, 9], 7: [3, 0, 0, 0], 4: [5, 5, 5, 5], 10: [0, 12, 13, 0]}
 
     def chain(frames, anchors, drafter):
         return torch.tensor([answers.get(anchor, [0, 0, 0, 0]) for anchor in anchors.tolist()])
 
-    # first: 6 -> (7 8) 9; 9 -> (9 9) 6; 6 -> (7) 3, the response ends; third: 4 -> (5 5), ends
+    # first: 6 -> (7 8) 9; 9 -> (9 9) 6; 6 -> (7) 3, the response ends; third: 4 -> (5 5), ends;
+    # fourth: a wrong first label takes the right ones behind it along: 11; 12; 13
     result = measure_acceptance(drafter, aux, examples, chain)
-    assert (result.tokens, result.steps) == ([8, 2], [3, 1])
-    assert result.length == 10 / 4
+    assert (result.tokens, result.steps) == ([8, 2, 3], [3, 1, 3])
+    assert result.length == 13 / 7
 
 
 def test_the_real_chain_is_measured_like_a_loop_over_steps(drafter, target):

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.training import checkpoint, generate, loop
+from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loop import Trainer, train
+from vllm_ctc_spec.training.loss import prefix_loss
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 
 SMALL = dict(
@@ -172,16 +175,40 @@ def test_every_setting_changes_the_second_step(config, change, target):
     assert second_loss(dataclasses.replace(config, **change)) != second_loss(config)
 
 
+def test_the_best_measured_drafter_is_published(config, tmp_path, shared_labels, monkeypatch):
+    measured, weights = iter([Acceptance([9], [3]), Acceptance([4], [2]), Acceptance([9], [3])]), []
+
+    def falling(self, held_out):
+        weights.append({name: w.clone() for name, w in self.drafter.state_dict().items()})
+        return next(measured)
+
+    monkeypatch.setattr(Trainer, "acceptance", falling)
+    report = train(config, paths(tmp_path, shared_labels), overwrite=False)
+    assert "best of 12 steps is 6;" in report
+    published = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(published, weights[0], rtol=0, atol=0)
+    assert any((published[name] != weights[1][name]).any() for name in published)
+
+
 def test_the_gradient_of_parts_is_the_gradient_of_the_whole(config, target, monkeypatch):
     examples = [Example([1, 5 + i, 2], [6 + i, 7, 8 + i, 9, 10, 9, 7, 3]) for i in range(4)]
     gradients = []
+    drafter_config = DrafterConfig.for_target(target.model.config, num_frames=5, num_labels=3)
+    batch = sample_batch(examples, 6, 3, seed=0)
     for at_once in (2, 1000):
         monkeypatch.setattr(loop, "ANCHORS_AT_ONCE", at_once)
-        trainer = Trainer(config, DrafterConfig.for_target(target.model.config, num_frames=5, num_labels=3), target)
-        loss_sum, anchors_total, _ = trainer.backward(sample_batch(examples, 6, 3, seed=0))
-        gradients.append([loss_sum] + [p.grad for p in trainer.drafter.parameters()])
+        trainer = Trainer(config, drafter_config, target)
+        loss_sum, anchors_total, _ = trainer.backward(batch)
+        gradients.append([p.grad for p in trainer.drafter.parameters()])
     assert anchors_total == 24
-    torch.testing.assert_close(gradients[0], gradients[1])
+    whole = Trainer(config, drafter_config, target)
+    frames = whole.drafter(whole.aux_hidden_states(batch.token_ids), batch.anchors, batch.positions)
+    frames = Frames(frames.logits.flatten(0, 1), frames.blank_odds.flatten(0, 1))
+    result = prefix_loss(frames, batch.labels.flatten(0, 1), batch.valid.flatten(0, 1), None)
+    result.loss.mean().backward()
+    assert loss_sum == pytest.approx(float(result.loss.detach().sum()))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, [p.grad for p in whole.drafter.parameters()])
 
 
 def test_a_diverging_run_says_so(config, tmp_path, shared_labels):

@@ -75,7 +75,7 @@ def walk(accepted: Sequence[int]) -> tuple[int, int]:
     """Tokens and steps of serving, given how many labels would be accepted at each anchor of a response."""
     position = steps = 0
     while position < len(accepted):
-        # The response may end before the target's own next token.
+        # The response may end before the draft does, or before the target's own next token.
         position += min(accepted[position] + 1, len(accepted) - position)
         steps += 1
     return len(accepted), steps
@@ -99,7 +99,7 @@ def measure_acceptance(
             part = slice(start, start + ANCHORS_AT_ONCE)
             frames = drafter(aux, batch.anchors[:, part], batch.positions[:, part])
             drafts = chain(Frames(frames.logits[0], frames.blank_odds[0]), batch.anchors[0, part], drafter)
-            matches.append((drafts == batch.labels[0, part]) & batch.valid[0, part])
+            matches.append(drafts == batch.labels[0, part])
         accepted = torch.cat(matches).cumprod(1).sum(1).tolist()
         advanced, taken = walk(accepted)
         tokens.append(advanced)
