@@ -39,4 +39,5 @@ def test_an_epoch_has_every_example_once_and_can_start_anywhere():
         seen = sorted(example.prompt[0] for batch in batches[start : start + 6] for example in batch)
         assert seen == list(range(23))  # the one without an anchor is never there
     assert batches[:6] != batches[6:12]
+    assert batches[:6] != list(itertools.islice(epochs(examples, 4, seed=6), 6))
     assert list(itertools.islice(epochs(examples, 4, 5, first_step=8), 10)) == batches[8:]
