@@ -98,9 +98,10 @@ def test_greedy_answers_are_those_without_drafter(plain, ctc, usual, usual_token
     assert answers(ask(ctc, **parameters)) == expected
 
 
-def test_drafts_are_accepted_and_rejected_in_these_tests(ctc, usual):
+def test_answers_vary_and_drafts_are_accepted_and_rejected_in_these_tests(ctc, usual):
     ctc.counters.clear()
     assert answers(ask(ctc)) == usual
+    assert all(len(set(several[0][0])) > 10 for several in usual)
     assert 0.1 < ctc.counters["accepted"] / ctc.counters["drafted"] < 0.9
 
 
@@ -110,6 +111,16 @@ def test_requests_of_all_kinds_share_a_batch(plain, ctc, usual_tokens, usual_tex
         for case in CASES.values()
     ]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(parameters))]
+    expected = answers(plain.generate(prompts, parameters, use_tqdm=False))
+    assert answers(ctc.generate(prompts, parameters, use_tqdm=False)) == expected
+
+
+def test_bad_words_that_begin_in_a_draft(plain, ctc, usual_text):
+    """Another pair of characters is forbidden to each request; some begin with a draft and end with the next."""
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=LENGTH, bad_words=[usual_text[k : k + 2]]) for k in range(1, 31)
+    ]
+    prompts = PROMPTS[:1] * len(parameters)
     expected = answers(plain.generate(prompts, parameters, use_tqdm=False))
     assert answers(ctc.generate(prompts, parameters, use_tqdm=False)) == expected
 
