@@ -80,7 +80,7 @@ def gpu() -> str:
 
 def describe_run(program: str, args: argparse.Namespace, argv: list[str], num_prompts: int, busy: float) -> dict:
     """All that is needed to repeat the run of benchmarks/`program`; no path of this machine."""
-    shown = [Path(word).name if word.startswith("/") else word for word in argv]
+    shown = [Path(word).name if "/" in word else word for word in argv]
     return {
         "command": shlex.join(["python", f"benchmarks/{program}", *shown]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
