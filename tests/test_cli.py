@@ -33,7 +33,7 @@ def test_defaults_are_those_of_the_settings(asked, capsys):
 
 
 CHANGED = {
-    "num_frames": 9, "num_labels": 6, "num_layers": 2, "markov_rank": 3, "loss": "ce", "steps": 7, "batch_size": 3,
+    "num_frames": 9, "num_labels": 6, "num_layers": 3, "markov_rank": 3, "loss": "ce", "steps": 7, "batch_size": 3,
     "anchors": 5, "lr": 0.5, "seed": 4, "temperature": 0.7, "max_new_tokens": 11, "held_out": 13, "save_every": 17,
     "eval_every": 19, "dtype": "bf16",
 }  # fmt: skip

@@ -158,7 +158,7 @@ def test_refusals_write_nothing(config, tmp_path, target_folder):
 
 @pytest.mark.parametrize(
     "change",
-    [{"anchors": 3}, {"batch_size": 2}, {"seed": 1}, {"lr": 1e-3}, {"num_layers": 2}, {"markov_rank": 0},
+    [{"anchors": 3}, {"batch_size": 2}, {"seed": 1}, {"lr": 1e-3}, {"num_layers": 1}, {"markov_rank": 0},
      {"loss": "ce"}, {"num_labels": 2}, {"num_frames": 6}, {"dtype": "bf16"}],
 )  # fmt: skip
 def test_every_setting_changes_the_second_step(config, change, target):

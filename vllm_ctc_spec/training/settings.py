@@ -22,7 +22,7 @@ class TrainConfig:
     data: str
     num_frames: int = 12
     num_labels: int = 8
-    num_layers: int = 1
+    num_layers: int = 2
     markov_rank: int = 64
     loss: str = "prefix"
     steps: int = 4000
