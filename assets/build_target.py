@@ -58,7 +58,8 @@ def train_tokenizer(problems: list[tuple[str, str]], vocab_size: int) -> PreTrai
 
 def encode(tokenizer, problems) -> list[list[int]]:
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in problems]
-    return [tokenizer(tokenizer.apply_chat_template(c, tokenize=False), add_special_tokens=False).input_ids for c in chats]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    return tokenizer(texts, add_special_tokens=False).input_ids
 
 
 def batches(rows: list[list[int]], tokens_per_batch: int, rng: random.Random) -> list[list[list[int]]]:
@@ -201,7 +202,8 @@ def main() -> None:
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    print(f"{parameters / 1e6:.2f} M parameters, held-out loss {evaluate(model.float(), held_out_rows, args.tokens_per_batch):.4f}")
+    loss = evaluate(model.float(), held_out_rows, args.tokens_per_batch)
+    print(f"{parameters / 1e6:.2f} M parameters, held-out loss {loss:.4f}")
 
 
 if __name__ == "__main__":

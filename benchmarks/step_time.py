@@ -98,7 +98,6 @@ def measure_steps(llm, prompts: list, batch_size: int, max_tokens: int, stopwatc
 def measure_functions(batch_size: int, drafter, repeats: int, synchronize: Callable[[], None]) -> dict[str, float]:
     """Median milliseconds of the drafter's functions alone, on random frames of this drafter's shapes."""
     import torch
-
     from vllm_ctc_spec.kernels.collapse import collapse
     from vllm_ctc_spec.kernels.frame_stats import frame_stats
     from vllm_ctc_spec.kernels.prefix_chain import prefix_chain

@@ -35,7 +35,14 @@ def enumerate_prefixes(log_probs: torch.Tensor) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     ("alignment", "labels"),
-    [([], []), ([9], []), ([1, 1], [1]), ([1, 9, 1], [1, 1]), ([9, 1, 1, 2, 9, 2, 2], [1, 2, 2]), ([3, 2, 3], [3, 2, 3])],
+    [
+        ([], []),
+        ([9], []),
+        ([1, 1], [1]),
+        ([1, 9, 1], [1, 1]),
+        ([9, 1, 1, 2, 9, 2, 2], [1, 2, 2]),
+        ([3, 2, 3], [3, 2, 3]),
+    ],
 )
 def test_collapse_merges_repeats_then_drops_blanks(alignment, labels):
     assert ctc.collapse(alignment, blank=9) == labels
@@ -154,7 +161,8 @@ def test_sampled_chain_follows_the_exact_law(temperature):
     for _ in range(draws):
         drafted = ctc.chain(log_probs, 2, temperature=temperature, generator=generator)
         counts[drafted.labels] += 1
-        assert math.exp(sum(drafted.log_q[k, v] for k, v in enumerate(drafted.labels))) == pytest.approx(law[drafted.labels], rel=1e-5)
+        log_q = sum(drafted.log_q[k, v] for k, v in enumerate(drafted.labels))
+        assert math.exp(log_q) == pytest.approx(law[drafted.labels], rel=1e-5)
     chi_square = sum((counts[y] - draws * p) ** 2 / (draws * p) for y, p in law.items())
     assert chi_square < 26.1  # 8 degrees of freedom, p = 0.001
 

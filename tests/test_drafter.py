@@ -9,8 +9,8 @@ from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
 from vllm_ctc_spec.drafter import CTCDrafter
 
 CONFIG = DrafterConfig(
-    hidden_size=32, vocab_size=50, target_num_layers=4, aux_hidden_state_layer_ids=(1, 2, 3), num_frames=6, num_labels=4,
-    markov_rank=8, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    hidden_size=32, vocab_size=50, target_num_layers=4, aux_hidden_state_layer_ids=(1, 2, 3), num_frames=6,
+    num_labels=4, markov_rank=8, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
 )  # fmt: skip
 
 

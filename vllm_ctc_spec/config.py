@@ -63,7 +63,9 @@ class DrafterConfig:
                     "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")  # fmt: skip
         for name in positive:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise DrafterConfigError(f"CTC drafter: {name} must be a positive integer, not {getattr(self, name)!r}.")
+                raise DrafterConfigError(
+                    f"CTC drafter: {name} must be a positive integer, not {getattr(self, name)!r}."
+                )
         if not 1 <= self.num_frames <= MAX_FRAMES:
             raise DrafterConfigError(f"CTC drafter: num_frames must be 1 to {MAX_FRAMES}, not {self.num_frames}.")
         if not 1 <= self.num_labels <= self.num_frames:
@@ -183,7 +185,8 @@ class DrafterConfig:
             )
         except (KeyError, IndexError, TypeError) as error:
             raise DrafterConfigError(
-                f"The CTC drafter's {CONFIG_NAME} lacks or garbles a field ({error!r}); train it again or restore the file."
+                f"The CTC drafter's {CONFIG_NAME} lacks or garbles a field ({error!r}); "
+                "train it again or restore the file."
             ) from error
         _refuse_differences(raw, config.to_dict(), "")
         return config
@@ -204,7 +207,9 @@ class DrafterConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DrafterConfigError(f"{path} is not valid JSON ({error}); train the drafter again or restore the file.") from error
+            raise DrafterConfigError(
+                f"{path} is not valid JSON ({error}); train the drafter again or restore the file."
+            ) from error
         config = cls.from_dict(raw)
         if not (folder / WEIGHTS_NAME).is_file():
             raise DrafterConfigError(
@@ -222,12 +227,14 @@ def _refuse_differences(given: Any, known: Any, where: str) -> None:
             path = f"{where}.{key}" if where else key
             if key not in known:
                 raise DrafterConfigError(
-                    f"The CTC drafter's {CONFIG_NAME} has an unknown field {path!r}; remove it or upgrade vllm-ctc-spec."
+                    f"The CTC drafter's {CONFIG_NAME} has an unknown field {path!r}; "
+                    "remove it or upgrade vllm-ctc-spec."
                 )
             _refuse_differences(value, known[key], path)
     elif given != known:
         raise DrafterConfigError(
-            f"The CTC drafter's {CONFIG_NAME} says {where} = {given!r}, which contradicts the rest ({known!r} expected)."
+            f"The CTC drafter's {CONFIG_NAME} says {where} = {given!r}, which contradicts the rest "
+            f"({known!r} expected); restore the file."
         )
 
 

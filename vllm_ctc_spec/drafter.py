@@ -59,7 +59,9 @@ class DraftAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
-    def forward(self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
+    ) -> Tensor:
         """hidden [B, Q, H] attends to context [B, S, H] and itself where mask [B, 1, Q, S + Q] is true."""
         theta = self.config.rope_theta
         both = torch.cat([context, hidden], 1)
@@ -91,7 +93,9 @@ class DraftLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
+    ) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, context, context_positions, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -217,6 +221,7 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise DrafterConfigError(
-                f"The CTC drafter's weights {path} do not fit its configuration: {name} is {given.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'none')}; train it again or restore the file."
+                f"The CTC drafter's weights {path} do not fit its configuration: {name} is "
+                f"{given.get(name, 'missing')}, expected {expected.get(name, 'none')}; "
+                "train it again or restore the file."
             )

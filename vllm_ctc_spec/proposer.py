@@ -71,9 +71,8 @@ class CTCProposer(DFlashSpeculator):
             alignment = torch.where(log_blank > best_logit + log_label, blank, best)
             labels, _ = collapse(alignment, blank, anchor, self.num_labels)
         else:
-            labels, _ = prefix_chain(
-                logits, log_label, log_blank, anchor, self.num_labels, self.model.markov_tables, self._sampling(num_reqs)
-            )
+            markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
+            labels, _ = prefix_chain(logits, log_label, log_blank, anchor, self.num_labels, markov, sampling)
         self.draft_tokens[:num_reqs] = labels
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:

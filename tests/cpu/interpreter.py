@@ -30,7 +30,9 @@ REAL_MODULES = {"triton": triton, "tl": tl, "tldevice": DEVICE, "libdevice": DEV
 
 for name in ("create_masked_load", "create_masked_store"):
 
-    def with_bool_mask(self, *args, _original=getattr(InterpreterBuilder, name), _mask=1 if "load" in name else 2):
+    original = getattr(InterpreterBuilder, name)
+
+    def with_bool_mask(self, *args, _original=original, _mask=1 if "load" in name else 2):
         """The interpreter refuses the integer masks that `mask & (index >= 0)` of a scalar gives; a GPU takes them."""
         args[_mask].data = args[_mask].data.astype(bool)
         return _original(self, *args)
