@@ -1,0 +1,93 @@
+"""DraftTree: the contract between the search for a tree, its verification and the compaction of what was accepted.
+
+A draft tree is a prefix-closed set of label sequences after the anchor: a node is the sequence on the path from the
+anchor to it, and two nodes with the same parent carry different tokens. Rows are sorted by score, best first. The
+score only falls along a path, so every parent stands before its children, and the first K rows of a tree are the
+tree that the search would have returned for a budget of K: whoever cuts the list (vLLM's scheduler does, at its token
+budget, at the end of the context and for large batches) is left with the best smaller tree.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+MAX_NODES = 64
+"""An ancestor set is one 64-bit word. The anchor needs no bit: every node sees it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftTree:
+    """One tree of up to N nodes for each of B requests, padded to N. Row 0 is the anchor, row i is node i.
+
+    An unused row, always behind all used ones, has parent -1, depth 0, score -inf, no ancestors, and a real token id,
+    because the target embeds every row.
+    """
+
+    tokens: Tensor  # [B, 1 + N] int64
+    parents: Tensor  # [B, 1 + N] int32, the parent's row; -1 for the anchor
+    depths: Tensor  # [B, 1 + N] int32, the number of labels on the path; 0 for the anchor
+    scores: Tensor  # [B, 1 + N] fp32, log probability of the path; 0 for the anchor
+    ancestors: Tensor  # [B, 1 + N] int64, bit i - 1 is set for node i on the path, the node itself included
+
+    @property
+    def num_nodes(self) -> Tensor:
+        """[B] int64: used rows, the anchor not counted."""
+        return (self.parents >= 0).sum(1)
+
+    def path(self, row: int, node: int) -> list[int]:
+        """The labels from the anchor's successor to `node` of request `row`."""
+        labels: list[int] = []
+        while node > 0:
+            labels.append(int(self.tokens[row, node]))
+            node = int(self.parents[row, node])
+        return labels[::-1]
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError with the first rule that this tree breaks. For tests: it reads every row on the host."""
+        batch, width = self.tokens.shape
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(value.shape == (batch, width), f"{field.name} is {tuple(value.shape)}, not {(batch, width)}")
+            _require(value.dtype == DTYPES[field.name], f"{field.name} is {value.dtype}, not {DTYPES[field.name]}")
+        _require(width - 1 <= MAX_NODES, f"{width - 1} nodes do not fit into {MAX_NODES} bits")
+        _require(bool(((self.tokens >= 0) & (self.tokens < vocab_size)).all()), "a token is not in the vocabulary")
+        for row in range(batch):
+            self._check_row(row)
+
+    def _check_row(self, row: int) -> None:
+        tokens, parents, depths, scores, ancestors = (
+            getattr(self, field.name)[row].tolist() for field in dataclasses.fields(self)
+        )
+        used = int(self.num_nodes[row])
+        where = f"request {row}: "
+        _require((parents[0], depths[0], scores[0], ancestors[0]) == (-1, 0, 0.0, 0), where + "row 0 is no anchor")
+        children: set[tuple[int, int]] = set()
+        for node in range(1, len(tokens)):
+            parent, at = parents[node], f"{where}node {node} "
+            if node > used:
+                unused = (parent, depths[node], scores[node], ancestors[node])
+                _require(unused == (-1, 0, -torch.inf, 0), at + "is unused but not empty")
+                continue
+            _require(0 <= parent < node, at + f"stands before its parent {parent}")
+            _require((parent, tokens[node]) not in children, at + "repeats its sibling's token")
+            children.add((parent, tokens[node]))
+            _require(depths[node] == depths[parent] + 1, at + "is not one below its parent")
+            _require(scores[node] <= scores[node - 1], at + "scores above the row before it")
+            bit = 1 << (node - 1)
+            bits = ancestors[node] & (2**64 - 1)
+            _require(bits == (ancestors[parent] & (2**64 - 1)) | bit, at + "has wrong ancestors")
+
+
+DTYPES = {
+    "tokens": torch.int64,
+    "parents": torch.int32,
+    "depths": torch.int32,
+    "scores": torch.float32,
+    "ancestors": torch.int64,
+}
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"Not a draft tree: {problem}.")
