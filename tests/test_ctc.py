@@ -176,3 +176,45 @@ def test_label_bias_is_added_before_normalising():
     prefix = ctc.Prefix.root(log_probs).extend(log_probs, drafted.labels[0])
     expected = torch.log_softmax(prefix.conditional(log_probs) + bias[drafted.labels[0]], -1)
     torch.testing.assert_close(drafted.log_q[1], expected)
+
+
+def enumerate_scores(log_probs, depth, label_bias=None, anchor=0):
+    """log score of every possible prefix of 1..depth labels, from the enumerated prefix probabilities."""
+    starts, _ = enumerate_prefixes(log_probs)
+    num_tokens = log_probs.shape[1] - 1
+    scores, level = {}, {(): 0.0}
+    for _ in range(depth):
+        children = {}
+        for labels, score in level.items():
+            joint = [starts.get((*labels, v), 0.0) for v in range(num_tokens)]
+            q = torch.tensor(joint, dtype=torch.float64) / starts[labels]
+            if label_bias is not None:
+                q = q * label_bias[labels[-1] if labels else anchor].exp()
+                q = q / q.sum()
+            children |= {(*labels, v): score + math.log(q[v]) for v in range(num_tokens) if q[v] > 0}
+        scores |= children
+        level = children
+    return scores
+
+
+@pytest.mark.parametrize("depth", [1, 3, 9])
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), [c for c in CASES if (c[0] + 1) ** c[1] <= 1100])
+def test_best_prefixes_equal_enumeration(num_tokens, num_frames, seed, with_head, depth):
+    log_probs = random_frames(num_tokens, num_frames, seed, scale=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    label_bias = torch.randn(num_tokens, num_tokens, generator=generator).double() if with_head else None
+    anchor = seed % num_tokens
+    scores = enumerate_scores(log_probs, depth, label_bias, anchor)
+    # Where all of a prefix's mass goes on, its child ties with it: the shallower comes first.
+    expected = sorted(scores, key=lambda labels: (-round(scores[labels], 9), len(labels)))
+    for num_nodes in (1, 7, 64):
+        best = ctc.best_prefixes(log_probs, num_nodes, depth=depth, label_bias=label_bias, anchor=anchor)
+        assert [labels for labels, _ in best] == expected[:num_nodes]
+        assert [score for _, score in best] == pytest.approx([scores[labels] for labels in expected[:num_nodes]])
+
+
+def test_best_prefixes_break_ties_by_depth_then_parent_then_token():
+    log_probs = torch.tensor([[0.25, 0.25, 0.5]] * 2, dtype=torch.float64).log()
+    best = [labels for labels, _ in ctc.best_prefixes(log_probs, 9, depth=9)]
+    assert best == [(0,), (1,), (0, 1), (1, 0)]

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_ctc_spec.draft_tree import MAX_NODES
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 DRAFTER_SUBFOLDER = "ctc_drafter"
@@ -21,6 +23,7 @@ DRAFTER_SUBFOLDER = "ctc_drafter"
 ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
 MAX_FRAMES = 64
+DEFAULT_TREE_NODES = 32
 NUM_AUX_LAYERS = 5
 
 
@@ -44,6 +47,7 @@ class DrafterConfig:
     num_frames: int = 12  # T
     num_labels: int = 8  # U, the label horizon of training and the default number of speculative tokens
     markov_rank: int = 0  # rank of the label-conditional head, 0 = none
+    tree_nodes: int = 0  # the tree that this drafter is served with by default, 0 = a chain of num_labels
     num_layers: int = 1
     num_attention_heads: int = 8
     num_key_value_heads: int = 8
@@ -73,6 +77,8 @@ class DrafterConfig:
                 f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
                 f"{self.num_frames} labels; lower num_labels or raise num_frames."
             )
+        if not 0 <= self.tree_nodes <= MAX_NODES:
+            raise DrafterConfigError(f"CTC drafter: tree_nodes must be 0 (chain) to {MAX_NODES}, not {self.tree_nodes}.")
         if self.markov_rank < 0:
             raise DrafterConfigError(f"CTC drafter: markov_rank must be 0 (no head) or more, not {self.markov_rank}.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -152,6 +158,7 @@ class DrafterConfig:
             "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
             "num_frames": self.num_frames,
             "markov_rank": self.markov_rank,
+            "tree_nodes": self.tree_nodes,
         }
 
     @classmethod
@@ -172,6 +179,7 @@ class DrafterConfig:
                 num_frames=raw["num_frames"],
                 num_labels=spec["proposal_methods"][0]["speculative_tokens"],
                 markov_rank=raw["markov_rank"],
+                tree_nodes=raw.get("tree_nodes", 0),
                 num_layers=layer["num_hidden_layers"],
                 num_attention_heads=layer["num_attention_heads"],
                 num_key_value_heads=layer["num_key_value_heads"],
@@ -247,18 +255,26 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
     return tuple(round(1 + i * (last - 1) / (count - 1)) for i in range(count))
 
 
-SEARCHES = ("prefix", "argmax")
+DRAFTS = ("chain", "tree")
+SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
     """What `--speculative-config` says about drafting beyond vLLM's own fields; keys there carry `ctc_`.
 
-    search: "prefix" drafts label by label from the exact prefix conditionals; "argmax" is the paper's greedy
-        decoding, the best symbol of each frame, collapsed (greedy drafts only).
+    draft: "chain" is one label sequence, verified by vLLM's rejection sampler; "tree" is up to
+        `num_speculative_tokens` nodes, the most probable prefixes. None: a tree if the checkpoint has a `tree_nodes`.
+    search: "prefix" follows the exact prefix probabilities. The paper's own ways: "argmax" (chain), the best symbol
+        of each frame, collapsed (greedy drafts only), and "transform" (tree), the best alignments, collapsed.
+    tree_width: symbols of each frame that a tree may use; None: as many as nodes.
+    tree_depth: labels on a tree's longest path; None: the checkpoint's label horizon U.
     """
 
+    draft: str | None = None
     search: str = "prefix"
+    tree_width: int | None = None
+    tree_depth: int | None = None
 
     @classmethod
     def take_from(cls, speculative: dict[str, Any]) -> "ServingOptions":
@@ -269,12 +285,44 @@ class ServingOptions:
             if name not in names:
                 known = ", ".join(f"ctc_{n}" for n in names)
                 raise DrafterConfigError(f"Unknown speculative option 'ctc_{name}'; the CTC options are: {known}.")
-        options = cls(**given)
-        if options.search not in SEARCHES:
-            raise DrafterConfigError(f"ctc_search must be one of {', '.join(SEARCHES)}, not {options.search!r}.")
-        if options.search == "argmax" and speculative.get("draft_sample_method") == "probabilistic":
+        return cls(**given)
+
+    def for_drafter(self, drafter: DrafterConfig, speculative: Mapping[str, Any]) -> "ServingOptions":
+        """The same with the checkpoint's defaults, checked against it and vLLM's own options (DrafterConfigError)."""
+        draft = self.draft or ("tree" if drafter.tree_nodes else "chain")
+        if draft not in DRAFTS:
+            raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {draft!r}.")
+        if self.search not in SEARCHES[draft]:
+            raise DrafterConfigError(
+                f"ctc_search must be one of {', '.join(SEARCHES[draft])} with ctc_draft {draft!r}, not {self.search!r}."
+            )
+        if self.search == "argmax" and speculative.get("draft_sample_method") == "probabilistic":
             raise DrafterConfigError(
                 "ctc_search 'argmax' has no proposal probabilities; use ctc_search 'prefix' with "
                 "draft_sample_method 'probabilistic'."
             )
-        return options
+        for name, largest in (("tree_width", drafter.vocab_size), ("tree_depth", drafter.num_frames)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if draft == "chain":
+                raise DrafterConfigError(f"ctc_{name} is an option of trees; remove it or set ctc_draft to 'tree'.")
+            if type(value) is not int or not 1 <= value <= largest:  # a truth value is an int to isinstance
+                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest} for this drafter, not {value!r}.")
+        return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
+
+    def check_budget(self, budget: Any, drafter: DrafterConfig) -> int:
+        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError)."""
+        if self.draft == "tree":
+            default, largest, what = drafter.tree_nodes or DEFAULT_TREE_NODES, MAX_NODES, "trees have 1 to {} nodes"
+        else:
+            default, largest = drafter.num_labels, drafter.num_frames
+            what = "this drafter's {0} frames hold 1 to {0} labels"
+        if budget is None:
+            return default
+        if type(budget) is not int or not 1 <= budget <= largest:
+            raise DrafterConfigError(
+                f"num_speculative_tokens is {budget!r}, but {what.format(largest)}; choose a number in that range or "
+                f"leave it out for {default}."
+            )
+        return budget

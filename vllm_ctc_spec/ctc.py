@@ -19,6 +19,7 @@ and is differentiable. `NEG` stands for log 0: `logaddexp(-inf, -inf)` has no gr
 """
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -124,6 +125,40 @@ def chain(
         rows.append(log_q)
         prefix = prefix.extend(log_probs, label)
     return Chain(tuple(labels), torch.stack(rows) if rows else log_probs.new_zeros(0, log_probs.shape[-1] - 1))
+
+
+def best_prefixes(
+    log_probs: Tensor, num_nodes: int, *, depth: int, label_bias: Tensor | None = None, anchor: int = 0
+) -> list[tuple[tuple[int, ...], float]]:
+    """The `num_nodes` most probable label prefixes of at most `depth` labels, `(labels, log score)`, best first.
+
+    A score is the sum of log q along the prefix. label_bias `[V, V]`: as in `chain`; with it q is normalised over the
+    vocabulary, without it what is missing from 1 is the stop probability. Ties: shallower first, then the better
+    parent, then the lower token. Best-first search: q <= 1, so a prefix never outranks its parent and comes out of the
+    queue after it. There are fewer prefixes where no other has any mass.
+    """
+    best: list[tuple[tuple[int, ...], float]] = []
+    queue: list[tuple[float, int, int, int]] = []  # (-score, depth, parent's place among `expanded`, token)
+    expanded: list[Prefix] = []
+
+    def expand(prefix: Prefix, score: float) -> None:
+        log_q = prefix.conditional(log_probs)
+        possible = log_q > NEG / 2
+        if label_bias is not None:
+            log_q = torch.log_softmax(log_q + label_bias[prefix.labels[-1] if prefix.labels else anchor], -1)
+        expanded.append(prefix)
+        costs, tokens = (-score - log_q[possible]).tolist(), possible.nonzero()[:, 0].tolist()
+        for cost, token in zip(costs, tokens, strict=True):
+            heapq.heappush(queue, (cost, len(prefix.labels) + 1, len(expanded) - 1, token))
+
+    expand(Prefix.root(log_probs), 0.0)
+    while queue and len(best) < num_nodes:
+        cost, length, parent, token = heapq.heappop(queue)
+        prefix = expanded[parent].extend(log_probs, token)
+        best.append((prefix.labels, -cost))
+        if length < depth:
+            expand(prefix, -cost)
+    return best
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,12 +157,13 @@ def _resolving(original: Callable) -> Callable:
             for name, value in saved.items():
                 setattr(self, name, value)
         hf_config = config.draft_model_config.hf_config
-        hf_config.ctc_search = options.search
+        hf_config.ctc_options = options
         # The drafter's rotary table must reach as far as the served context.
         hf_config.max_position_embeddings = max(drafter.max_position_embeddings, target_model_config.max_model_len)
         logger.info(
-            "CTC drafter %s (served as dflash): %d frames, %d speculative tokens, search %s.",
-            speculative["model"], drafter.num_frames, speculative["num_speculative_tokens"], options.search,
+            "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
+            speculative["model"], drafter.num_frames, options.draft, speculative["num_speculative_tokens"],
+            options.search,
         )  # fmt: skip
         return config
 
@@ -180,14 +181,8 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     drafter = DrafterConfig.load(folder)
     drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
     check_weights(folder, drafter)
-    budget = speculative.get("num_speculative_tokens")
-    if budget is None:
-        budget = drafter.num_labels
-    if type(budget) is not int or not 1 <= budget <= drafter.num_frames:  # a truth value is an int to isinstance
-        raise DrafterConfigError(
-            f"num_speculative_tokens is {budget!r}, but this drafter's {drafter.num_frames} frames hold 1 to "
-            f"{drafter.num_frames} labels; choose a number in that range or leave it out for {drafter.num_labels}."
-        )
+    options = options.for_drafter(drafter, speculative)
+    budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
     for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
         if speculative.get(option):
             raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
@@ -245,6 +240,10 @@ def _checking(original: Callable) -> Callable:
                 "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
                 "fall back to V1 (see its warning above); remove that option."
             )
+        if config.speculative_config.draft_model_config.hf_config.ctc_options.draft == "tree":
+            from vllm_ctc_spec.tree.support import check_engine
+
+            check_engine(config)
         scheduler = config.scheduler_config
         slots = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
         fitting = scheduler.max_num_batched_tokens // slots

@@ -9,14 +9,22 @@ vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: it
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import logsigmoid
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
+from vllm_ctc_spec.config import ServingOptions
+from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
+from vllm_ctc_spec.kernels.prefix_search import prefix_search
+from vllm_ctc_spec.tree.attach import attach_trees, target_layers
+from vllm_ctc_spec.tree.state import TreeStep, TreeTable
 
 
 class CTCProposer(DFlashSpeculator):
@@ -27,13 +35,42 @@ class CTCProposer(DFlashSpeculator):
         super().__init__(vllm_config, device)
         hf_config = self.draft_model_config.hf_config
         self.num_frames: int = hf_config.num_frames  # T
-        self.search: str = hf_config.ctc_search
+        self.options: ServingOptions = hf_config.ctc_options
+        self.trees: TreeTable | None = None
+        self.tree_step: TreeStep | None = None
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
         num_rows = self.max_num_reqs * self.num_frames
         self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        layers = target_layers(self.vllm_config)
+        super().load_model(target_model)
+        if self.options.draft == "tree":
+            self.trees, self.tree_step = attach_trees(
+                self.vllm_config, target_model, layers, self.num_labels, self.max_num_reqs, self.device
+            )
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
+        that follows is the case of a chain."""
+        if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
+            rows = self.tree_step.rows_in_path_order(input_batch.num_tokens)
+            aux_hidden_states = [states[rows] for states in aux_hidden_states]
+        return super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
+        )
 
     def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
         """log q(v | prefix) up to a constant, fp32; -inf marks tokens that a row cannot propose."""
@@ -64,9 +101,14 @@ class CTCProposer(DFlashSpeculator):
         logsumexp, best, best_logit = frame_stats(logits)
         log_label = logsigmoid(-blank_odds) - logsumexp
         log_blank = logsigmoid(blank_odds)
-        slots = num_reqs * self.num_query_per_req
-        anchor = self.input_buffers.input_ids[:slots : self.num_query_per_req].long()
-        if self.search == "argmax":
+        num_queries = num_reqs * self.num_query_per_req
+        anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        if self.trees is not None:
+            slots = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
+            tree = self._search_tree(logits, log_label, log_blank, anchor, slots)
+            self.trees.store(slots, tree)
+            labels = tree.tokens[:, 1:]
+        elif self.options.search == "argmax":
             blank = logits.shape[-1]
             alignment = torch.where(log_blank > best_logit + log_label, blank, best)
             labels, _ = collapse(alignment, blank, anchor, self.num_labels)
@@ -74,6 +116,20 @@ class CTCProposer(DFlashSpeculator):
             markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
             labels, _ = prefix_chain(logits, log_label, log_blank, anchor, self.num_labels, markov, sampling)
         self.draft_tokens[:num_reqs] = labels
+
+    def _search_tree(
+        self,
+        logits: torch.Tensor,  # [B, T, V]
+        log_label: torch.Tensor,  # [B, T]
+        log_blank: torch.Tensor,  # [B, T]
+        anchor: torch.Tensor,  # [B]
+        slots: torch.Tensor,  # [B], the request slot of each row, -1 is inert
+    ) -> DraftTree:
+        width, depth = self.options.tree_width or self.num_labels, self.options.tree_depth
+        budget, chain_only = (self.num_labels, width, depth), self.trees.chain_only[slots]
+        if self.options.search == "transform":
+            return ctc_transform(logits, log_label, log_blank, anchor, *budget, chain_only)
+        return prefix_search(logits, log_label, log_blank, anchor, *budget, self.model.markov_tables, chain_only)
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the

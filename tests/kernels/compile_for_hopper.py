@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
-from vllm_ctc_spec.kernels import collapse, frame_stats, prefix_chain
+from vllm_ctc_spec.kernels import (
+    collapse,
+    frame_stats,
+    kv_compaction,
+    prefix_chain,
+    tree_attention,
+    tree_layout,
+    tree_walk,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -34,7 +43,7 @@ class Recorder:
 
 def record_launches() -> list:
     launches = []
-    for module in (collapse, frame_stats, prefix_chain):
+    for module in (collapse, frame_stats, kv_compaction, prefix_chain, tree_attention, tree_layout, tree_walk):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value, launches))
@@ -60,11 +69,42 @@ def record_launches() -> list:
     chain(32, torch.float16, rank=0, sampled=True)
     chain(32, torch.float32, rank=256, sampled=True)
     chain(1, torch.bfloat16, rank=5, sampled=True)
+    trees(empty)
     return launches
 
 
+def trees(empty: Callable[..., torch.Tensor], batch: int = 64, width: int = 65, num_layers: int = 32) -> None:
+    """What happens to a tree in the target's forward and after it, for the usual sizes of models."""
+    table, per_request = empty(batch, width, dtype=torch.int32), empty(batch + 1, dtype=torch.int32)
+    rows, words = empty(8192, dtype=torch.int64), empty(batch, width, dtype=torch.int64)
+    slots = empty(batch, dtype=torch.int32)
+    tree_layout.tree_layout_triton(
+        rows, per_request, per_request, slots, table, words, rows, rows, per_request, per_request
+    )
+    tree_walk.tree_walk_triton(rows, rows, table, slots, per_request)
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
+        caches = kv_compaction.CachePointers([empty(1024, 8, 16, 256, dtype=dtype)] * num_layers)
+        kv_compaction.compact_kv_triton(caches, rows, per_request, table, slots)
+
+    def attention(head_size: int, dtype: torch.dtype, group: int, requests: int = batch, max_rows: int = width):
+        keys, values = empty(1024, 8, 16, 2 * head_size, dtype=dtype).transpose(1, 2).split(head_size, -1)
+        query = empty(8192, 8 * group, head_size, dtype=dtype)
+        blocks = empty(requests, 512, dtype=torch.int32)
+        tree_attention.tree_attention_triton(
+            query, keys, values, query, blocks, slots, slots, slots, rows, head_size**-0.5, max_rows
+        )
+
+    for head_size in (64, 80, 128, 192):
+        attention(head_size, torch.bfloat16, group=4)
+    attention(256, torch.bfloat16, group=8, requests=1)
+    attention(128, torch.float16, group=8, requests=1)
+    attention(128, torch.float16, group=1, requests=1, max_rows=17)
+    for head_size in (64, 128, 256):
+        attention(head_size, torch.float32, group=4, requests=1)
+
+
 def compile_launch(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> dict:
-    options = {"num_warps": kwargs.pop("num_warps")}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):

@@ -25,8 +25,20 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_kernel_is_compiled(launches: list[dict]) -> None:
     names = {launch["kernel"] for launch in launches}
-    assert names == {"_collapse_kernel", "_frame_stats_kernel", "root_kernel", "score_kernel", "extend_kernel"}
+    assert names == {
+        "_collapse_kernel",
+        "_compact_kv_kernel",
+        "_frame_stats_kernel",
+        "_tree_layout_kernel",
+        "_tree_walk_kernel",
+        "attend_kernel",
+        "extend_kernel",
+        "merge_kernel",
+        "root_kernel",
+        "score_kernel",
+    }
     assert sum(launch["kernel"] == "score_kernel" for launch in launches) == 6
+    assert sum(launch["kernel"] == "attend_kernel" for launch in launches) == 10
 
 
 def test_shared_memory_fits(launches: list[dict]) -> None:

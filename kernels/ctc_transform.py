@@ -1,0 +1,211 @@
+"""The paper's CTC transform: a beam of raw alignments, collapsed into a draft tree."""
+
+import torch
+import triton
+from vllm_ctc_spec.kernels.ctc_transform_beam import beam_kernel, rank_kernel
+from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference, tree_mask_triton
+
+from vllm_ctc_spec.draft_tree import MAX_NODES, DraftTree
+
+# The order of the nodes is that of integer keys: the bits of a cost, which grow with it because no cost is negative,
+# then the depth, then the place of the first emission.
+_COST, _DEPTH = 1 << 32, 1 << 16
+_UNUSED = (1 << 63) - 1
+
+
+def ctc_transform(
+    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
+    log_label: torch.Tensor,  # [B, T] fp32
+    log_blank: torch.Tensor,  # [B, T] fp32
+    anchor: torch.Tensor,  # [B] int64
+    num_nodes: int,
+    width: int,
+    depth: int,
+    chain_only: torch.Tensor | None = None,  # [B] bool
+) -> DraftTree:
+    """The draft tree of arXiv 2412.00061: collapse every path of a tree of raw alignments and merge equal prefixes.
+
+    Frames give `p_t(v) = exp(logits[b, t, v] + log_label[b, t])` and `p_t(blank) = exp(log_blank[b, t])`. The `k - 1`
+    most probable tokens of a frame and its blank are its symbols. The raw tree is a beam of N:
+
+        raw_t = the N most probable of raw_{t-1} x symbols_t,    P(s_1..s_t) = prod_{r<=t} p_r(s_r),    raw_0 = {()}
+
+    ranked by fp32 sums of log probabilities; ties go to the lower row of raw_{t-1}, then to the tokens by rank, then
+    to the blank, and paths of probability 0 are dropped. A raw path of raw_t *emits* when `s_t` is a token other than
+    `s_{t-1}` (the anchor is not in the frames: a token of the first frame always emits). Its collapse is then a node:
+
+        P(y_1..y_j) = sum of P(s_1..s_t) over all t and all s in raw_t that emit and collapse to y_1..y_j
+
+    These events are disjoint, because an alignment emits its j-th label once: a lower bound of the prefix probability,
+    and equal to it where the beam dropped nothing. A child is held below its parent against rounding. The tree is the
+    N most probable nodes of depth <= D; ties go to the shallower one, then to the one that was emitted first.
+
+    Arguments:
+        logits: [B, T, V] fp16, bf16 or fp32; equal ones rank as `torch.topk` ranks them.
+        log_label, log_blank: [B, T] fp32. A log p_t above 0 counts as 0. A row with a NaN has a tree without nodes.
+        anchor: [B] int64, the token before the first label; it fills unused rows.
+        num_nodes: N, at most 64: the node budget and the beam.
+        width: k >= 1, symbols per frame; more than V + 1 are V + 1.
+        depth: D, no node is deeper; T frames hold no more than T labels.
+        chain_only: None, or [B] bool: rows with a beam of one, whose tree is the chain of the best raw alignment.
+
+    Why custom: a step of the beam is a top-N of N * k sums and a search in the prefixes made so far, too small to fill
+    a GPU and in torch some fifteen launches per frame. Here one program per request runs all frames; with the top-k of
+    the frames, the ranking and the masks it is a static sequence of four steps that reads no tensor on the host.
+    """
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"a tree has 1 to {MAX_NODES} nodes, not {num_nodes}")
+    run = ctc_transform_triton if logits.is_cuda else ctc_transform_reference
+    return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, chain_only)
+
+
+def ctc_transform_reference(
+    logits: torch.Tensor,
+    log_label: torch.Tensor,
+    log_blank: torch.Tensor,
+    anchor: torch.Tensor,
+    num_nodes: int,
+    width: int,
+    depth: int,
+    chain_only: torch.Tensor | None = None,
+) -> DraftTree:
+    """Everything that depends on one frame before it only is done for all frames at once: only the costs and the
+    prefixes go through frame by frame. A raw path of frame t and row i is number t * N + i, and a prefix has the
+    number of the raw path that emitted it first, plus one: 0 is the root."""
+    blank = logits.shape[2]
+    best, tokens = logits.topk(min(width - 1, blank), dim=2)
+    log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
+    costs = torch.cat([log_p, log_blank[..., None]], 2).neg_().clamp_(min=0)
+    costs.masked_fill_(costs.sum((1, 2), keepdim=True).isnan(), torch.inf)
+    symbols = torch.nn.functional.pad(tokens, (0, 1), value=blank)
+
+    cost, choice = _beam(costs, num_nodes, chain_only)  # [B, T, N]
+    parent = choice.div(symbols.shape[2], rounding_mode="floor")
+    symbol = symbols.gather(2, choice - parent * symbols.shape[2])
+    before = torch.nn.functional.pad(symbol[:, :-1].gather(2, parent[:, 1:]), (0, 0, 1, 0), value=blank)
+    emits = (symbol != blank) & (symbol != before) & (cost < torch.inf)
+    label = torch.where(emits, symbol, blank)
+    prefix, above = (x.flatten(1) for x in _prefixes(parent, label, emits, blank))
+
+    emits, label = emits.flatten(1), label.flatten(1)
+    node_cost = _node_costs(torch.where(emits, prefix, 0), cost.flatten(1))
+    node_cost, node_depth = _down_the_tree(node_cost, above, logits.shape[1])
+    number = torch.arange(above.shape[1], device=above.device)
+    is_node = emits & (prefix == number + 1) & (node_depth <= depth)
+    key = torch.add(node_depth * _DEPTH + number, node_cost.view(torch.int32), alpha=_COST)
+    key, place = torch.where(is_node, key, _UNUSED).topk(num_nodes, largest=False)
+
+    used = key != _UNUSED
+    row_of = torch.zeros_like(torch.nn.functional.pad(above, (1, 0)))
+    row_of.scatter_(1, place + 1, torch.arange(1, num_nodes + 1, device=place.device).expand_as(place))
+    row_of[:, 0] = 0
+    parents = torch.where(used, row_of.gather(1, above.gather(1, place)), -1)
+    scores = torch.where(used, -node_cost.gather(1, place), -torch.inf)
+    labels = torch.where(used, label.gather(1, place), anchor[:, None])
+    parents = torch.nn.functional.pad(parents.int(), (1, 0), value=-1)
+    depths, ancestors = tree_mask_reference(parents)
+    scores = torch.nn.functional.pad(scores, (1, 0))
+    return DraftTree(torch.cat([anchor[:, None], labels], 1), parents, depths, scores, ancestors)
+
+
+def _beam(
+    costs: torch.Tensor, num_paths: int, chain_only: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, N] fp32, [B, T, N] int64
+    """`-log P` of the kept raw paths of each frame, and which of the N * k extensions each is."""
+    batch, _, num_symbols = costs.shape
+    order = torch.arange(num_paths * num_symbols, device=costs.device)
+    cost = torch.nn.functional.pad(costs.new_zeros(batch, 1), (0, num_paths - 1), value=torch.inf)
+    off_chain = None if chain_only is None else torch.where(chain_only[:, None], cost, 0.0)  # inf from row 1 on
+    kept, choices = [], []
+    for frame in costs[:, :, None].unbind(1):
+        extended = (cost[..., None] + frame).flatten(1)
+        choice = torch.add(order, extended.view(torch.int32), alpha=_COST).topk(num_paths, largest=False).indices
+        cost = extended.gather(1, choice)
+        if off_chain is not None:
+            cost = cost + off_chain
+        kept.append(cost)
+        choices.append(choice)
+    return torch.stack(kept, 1), torch.stack(choices, 1)
+
+
+def _prefixes(
+    parent: torch.Tensor, label: torch.Tensor, emits: torch.Tensor, blank: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, N] int64, [B, T, N] int64
+    """The prefix of each raw path, and that of its path one frame before. `label` is the blank unless it is emitted."""
+    prefix = torch.zeros_like(parent[:, 0])
+    keys = torch.full_like(prefix[:, :1], -1)
+    prefixes, above = [], []
+    for up, token, new in zip(parent.unbind(1), label.unbind(1), emits.unbind(1)):
+        prefix = prefix.gather(1, up)
+        above.append(prefix)
+        key = torch.add(token, prefix, alpha=blank + 1)
+        keys = torch.cat([keys, key], 1)
+        first = (key[..., None] == keys[:, None]).view(torch.uint8).argmax(2)
+        prefix = torch.where(new, first, prefix)
+        prefixes.append(prefix)
+    return torch.stack(prefixes, 1), torch.stack(above, 1)
+
+
+def _node_costs(prefix: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """`-log` of the sum over the raw paths that emit a prefix, [B, 1 + T * N]; 0 for the root, where the others go."""
+    least = cost.new_full((cost.shape[0], cost.shape[1] + 1), torch.inf).scatter_reduce_(1, prefix, cost, "amin")
+    mass = torch.zeros_like(least).scatter_add_(1, prefix, (least.gather(1, prefix) - cost).exp_())
+    node_cost = least.sub_(mass.log_()).clamp_(min=0)
+    node_cost[:, 0] = 0
+    return node_cost
+
+
+def _down_the_tree(
+    node_cost: torch.Tensor, above: torch.Tensor, num_frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T * N] fp32, [B, T * N] int64
+    """The greatest cost on the way from the root, and the length of the way, by pointer doubling."""
+    up = torch.nn.functional.pad(above, (1, 0))
+    depth = torch.nn.functional.pad(torch.ones_like(above), (1, 0))
+    for _ in range((num_frames - 1).bit_length()):
+        node_cost = torch.maximum(node_cost, node_cost.gather(1, up))
+        depth = depth + depth.gather(1, up)
+        up = up.gather(1, up)
+    return node_cost[:, 1:], depth[:, 1:]
+
+
+def ctc_transform_triton(
+    logits: torch.Tensor,
+    log_label: torch.Tensor,
+    log_blank: torch.Tensor,
+    anchor: torch.Tensor,
+    num_nodes: int,
+    width: int,
+    depth: int,
+    chain_only: torch.Tensor | None = None,
+) -> DraftTree:
+    batch, num_frames, num_tokens = logits.shape
+    best, best_tokens = logits.topk(min(width - 1, num_tokens), dim=2)
+    num_best = best.shape[2]
+
+    def scratch(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(batch, columns, dtype=dtype, device=logits.device)
+
+    num_raw = num_frames * num_nodes
+    prefixes = [scratch(num_raw, dtype) for dtype in (torch.int64, torch.int32, torch.int32, torch.float32)]
+    tree = [scratch(1 + num_nodes, dtype) for dtype in (torch.int64, torch.int32, torch.float32)]
+    block_n, block_k = triton.next_power_of_2(num_nodes), triton.next_power_of_2(num_best + 1)
+    block_t, block_all = triton.next_power_of_2(num_frames), triton.next_power_of_2(num_raw)
+    num_slots = num_nodes + sum(min(num_nodes // (path + 1), num_best) for path in range(num_nodes))
+    beam_kernel[(batch,)](
+        best, best_tokens, log_label.contiguous(), log_blank.contiguous(), chain_only, *prefixes, num_tokens,
+        T=num_frames, N=num_nodes, K=num_best, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_S=triton.next_power_of_2(num_slots), num_warps=_num_warps(max(block_n * block_n, block_t * block_k)),
+    )  # fmt: skip
+    rank_kernel[(batch,)](
+        *prefixes, anchor.contiguous(), *tree, num_tokens, depth,
+        T=num_frames, N=num_nodes, BLOCK_N=block_n, BLOCK_ALL=block_all,
+        num_warps=_num_warps(max(block_n * block_n, block_all)),
+    )  # fmt: skip
+    tokens, parents, scores = tree
+    depths, ancestors = tree_mask_triton(parents)
+    return DraftTree(tokens, parents, depths, scores, ancestors)
+
+
+def _num_warps(num_elements: int) -> int:
+    """16 elements of the largest block per thread: no registers are spilled."""
+    return max(1, min(8, num_elements // 512))

@@ -1,0 +1,88 @@
+"""The walk down a tree, against a search for the child among all nodes."""
+
+import random
+
+import pytest
+import torch
+from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_triton
+
+from .trees import node_path, random_tree, starts, tree_tables
+
+NUM_LOGITS = [65, 1, 2, 30, 0, 64]
+
+
+def walk_by_definition(parents: list[int], draft: list[int], target: list[int]) -> tuple[list[int], list[int]]:
+    """The emitted tokens and the nodes that emitted them."""
+    nodes = [0]
+    while True:
+        wanted = nodes[-1], target[nodes[-1]]
+        below = [node for node, pair in enumerate(zip(parents, draft)) if node > 0 and pair == wanted]
+        if not below:
+            return [target[node] for node in nodes], nodes
+        nodes.append(below[0])
+
+
+def random_step(seed: int) -> tuple[list[list[int]], list[int], list[list[int]], list[list[int]]]:
+    """Trees, slots, and the draft and target tokens of each request. Siblings differ, targets often hit a child."""
+    rng = random.Random(seed)
+    trees = [random_tree(rng.choice([64, 64, 5]), rng) for _ in range(len(NUM_LOGITS) + 2)]
+    slots = rng.sample(range(len(trees)), len(NUM_LOGITS))
+    drafts, targets = [], []
+    for slot, num_logits in zip(slots, NUM_LOGITS):
+        tree = (trees[slot] + [-1] * 64)[:num_logits]
+        # The token of a node is its number among its siblings, so that it stands in many places of the tree.
+        draft = [tree[:node].count(parent) for node, parent in enumerate(tree)]
+        drafts.append(draft)
+        targets.append([rng.choice([0, 0, 0, 1, 2**40]) for _ in range(num_logits)])
+    return trees, slots, drafts, targets
+
+
+def assert_walk(run, seed: int, device: str) -> int:
+    trees, slots, drafts, targets = random_step(seed)
+    parents, _, _ = tree_tables(trees, 65)
+    flat = [torch.tensor([token for row in rows for token in row] + [-1, 0]) for rows in (targets, drafts)]
+    inputs = (*flat, parents, torch.tensor(slots, dtype=torch.int32), starts(NUM_LOGITS))
+    sampled, num_sampled, path = run(*(value.to(device) for value in inputs))
+    assert (sampled.dtype, num_sampled.dtype, path.dtype) == (torch.int64, torch.int32, torch.int32)
+    for r, (slot, draft, target) in enumerate(zip(slots, drafts, targets)):
+        tokens, nodes = walk_by_definition(trees[slot], draft, target) if draft else ([], [])
+        assert num_sampled[r] == len(tokens)
+        assert sampled[r].tolist() == tokens + [0] * (65 - len(tokens))
+        assert path[r].tolist() == nodes + list(range(len(nodes), 65))
+        if nodes:
+            assert node_path(trees[slot], nodes[-1]) == nodes[1:]
+    return int(num_sampled.max())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reference_on_random_trees(seed: int) -> None:
+    assert_walk(tree_walk, seed, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triton_on_random_trees(seed: int, triton_device: str) -> None:
+    assert_walk(tree_walk_triton, seed, triton_device)
+
+
+def test_random_trees_are_walked_down() -> None:
+    assert max(assert_walk(tree_walk, seed, "cpu") for seed in range(20)) >= 6
+
+
+def assert_special_walks(run, device: str) -> None:
+    """A whole chain of 3; the same chain of which one node is given; a filler -1 that a target of -1 must not hit."""
+    parents = torch.tensor([[-1, 0, 1, 2], [-1, 0, 0, -1]], dtype=torch.int32, device=device)
+    draft = torch.tensor([50, 7, 8, 9] + [50, 7] + [50, -1, -1], device=device)
+    target = torch.tensor([7, 8, 9, 10] + [7, 8] + [-1, 8, 8], device=device)
+    slots = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
+    sampled, num_sampled, path = run(target, draft, parents, slots, starts([4, 2, 3]).to(device))
+    assert num_sampled.tolist() == [4, 2, 1]
+    assert sampled.tolist() == [[7, 8, 9, 10], [7, 8, 0, 0], [-1, 0, 0, 0]]
+    assert path.tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_reference_on_special_walks() -> None:
+    assert_special_walks(tree_walk, "cpu")
+
+
+def test_triton_on_special_walks(triton_device: str) -> None:
+    assert_special_walks(tree_walk_triton, triton_device)
