@@ -73,7 +73,7 @@ def ctc_transform_reference(
     prefixes go through frame by frame. A raw path of frame t and row i is number t * N + i, and a prefix has the
     number of the raw path that emitted it first, plus one: 0 is the root."""
     blank = logits.shape[2]
-    best, tokens = logits.topk(min(width - 1, blank), dim=2)
+    best, tokens = _best_tokens(logits, num_nodes, width)
     log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
     costs = torch.cat([log_p, log_blank[..., None]], 2).neg_().clamp_(min=0)
     costs.masked_fill_(costs.sum((1, 2), keepdim=True).isnan(), torch.inf)
@@ -106,6 +106,12 @@ def ctc_transform_reference(
     depths, ancestors = tree_mask_reference(parents)
     scores = torch.nn.functional.pad(scores, (1, 0))
     return DraftTree(torch.cat([anchor[:, None], labels], 1), parents, depths, scores, ancestors)
+
+
+def _best_tokens(logits: torch.Tensor, num_nodes: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits and the ids of a frame's tokens among its symbols, [B, T, <= k - 1]. After N tokens no other is ever
+    kept: N extensions of the same path come before it."""
+    return logits.topk(min(width - 1, logits.shape[2], num_nodes), dim=2)
 
 
 def _beam(
@@ -179,8 +185,9 @@ def ctc_transform_triton(
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
     batch, num_frames, num_tokens = logits.shape
-    best, best_tokens = logits.topk(min(width - 1, num_tokens), dim=2)
+    best, best_tokens = _best_tokens(logits, num_nodes, width)
     num_best = best.shape[2]
+    chain_only = None if chain_only is None else chain_only.contiguous()
 
     def scratch(columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(batch, columns, dtype=dtype, device=logits.device)
@@ -207,5 +214,5 @@ def ctc_transform_triton(
 
 
 def _num_warps(num_elements: int) -> int:
-    """16 elements of the largest block per thread: no registers are spilled."""
+    """At most 16 elements of a block per thread, up to blocks of 4096: then no registers are spilled on sm_90."""
     return max(1, min(8, num_elements // 512))

@@ -53,12 +53,12 @@ def _extensions(slot, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _merge(node, cost, emits, i):
-    """Sum the raw paths of a frame that emit the same prefix: its cost, and whether a lane is the first of them."""
+    """Sum the raw paths of a frame that emit the same prefix. The first of them, the most probable because paths are
+    sorted, gets their cost; whether a lane is a first one."""
     same = (node[:, None] == node[None, :]) & emits[:, None] & emits[None, :]
-    least = tl.min(tl.where(same, cost[None, :], float("inf")), axis=1)
-    mass = tl.sum(tl.where(same, tl.exp(least[:, None] - cost[None, :]), 0.0), axis=1)
+    mass = tl.sum(tl.where(same, tl.exp(cost[:, None] - cost[None, :]), 0.0), axis=1)
     first = tl.min(tl.where(same, i[None, :], same.shape[0]), axis=1)
-    return least - tl.log(mass), first == i
+    return cost - tl.log(mass), first == i
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -140,7 +140,6 @@ def beam_kernel(
         node = tl.where(emits, first + 1, above)
 
         frame_cost, is_leader = _merge(node, cost, emits, i)
-        is_leader = is_leader & emits
         is_new = is_leader & (first == own)
         old_cost = tl.load(cost_ptr + first, mask=is_leader & (first < frame * N), other=float("inf"))
         tl.debug_barrier()  # several warps hold the same lane: all must have read before one writes

@@ -4,13 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
-from vllm_ctc_spec.kernels.prefix_search_best_first import candidates_kernel, search_kernel
+from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
 from vllm_ctc_spec.draft_tree import MAX_NODES, DraftTree
-
-_MAX_WARPS = 8
 
 
 def prefix_search(
@@ -69,19 +66,20 @@ class _Frames(NamedTuple):
 
     tokens: np.ndarray  # [U] int64
     p: np.ndarray  # [T, U] fp32, p_t(candidate)
-    root: np.ndarray  # [T, 1] fp32, w = b of the empty prefix
+    label_mass: np.ndarray  # [T] fp32, sum_v p_t(v)
     after_blank: np.ndarray  # [T, T] fp32, b' = after_blank @ n'
-    label_mass: np.ndarray  # [T] fp32, the mass of all labels of each frame
+    w_in: torch.Tensor | None  # [V, r]
     w_out: np.ndarray | None  # [r, U] fp32
     complete: bool  # the candidates are the vocabulary
 
 
 class _Frontier(NamedTuple):
-    """F nodes of one depth, and their states before frames 1..T."""
+    """F nodes of one depth with their states; row t of a state is what precedes frame t + 1."""
 
+    numbers: np.ndarray  # [F] int64, the nodes' places in the order in which they were found
     scores: np.ndarray  # [F] fp32
-    columns: np.ndarray | None  # [F] int64, the last label; None at the root
-    inner: np.ndarray | None  # [F, r] fp32, W_in[last label]
+    columns: np.ndarray  # [F] int64, the last label
+    p_last: np.ndarray  # [T, F] fp32, p_t(last label)
     w: np.ndarray  # [T, F] fp32
     b: np.ndarray  # [T, F] fp32
 
@@ -98,113 +96,124 @@ def prefix_search_reference(
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    """For tensors of the CPU, one request after the other: there shapes may depend on values, so duplicates and dropped
-    nodes are cut away, and numpy's calls cost a tenth of torch's. Depth by depth: the nodes of a depth that are among
-    the best N so far are expanded together, and their children merged into the best N."""
+    """For tensors of the CPU, request by request: there shapes may depend on values, so duplicates and dropped nodes
+    are cut away, and a call of numpy costs a tenth of torch's. Depth by depth: the nodes of a depth that are among the
+    best N so far are expanded together, and their children merged into the best N."""
     batch, num_frames, num_tokens = logits.shape
     width = min(width, num_tokens)
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
-    shape = (batch, 1 + num_nodes)
-    tree = DraftTree(
-        tokens=anchor[:, None].repeat(1, 1 + num_nodes),
-        parents=torch.full(shape, -1, dtype=torch.int32),
-        depths=torch.zeros(shape, dtype=torch.int32),
-        scores=torch.full(shape, -torch.inf),
-        ancestors=torch.zeros(shape, dtype=torch.int64),
-    )
-    tree.scores[:, 0] = 0
-    for row in range(batch):
-        tokens = np.unique(candidates[row])
-        frames = _frames(logits[row], log_label[row], log_blank[row], tokens, markov, width == num_tokens)
-        inner = None if markov is None else markov[0][anchor[row]].float().numpy()[None]
-        is_chain = chain_only is not None and bool(chain_only[row])
-        with np.errstate(all="ignore"):
-            found = _best_nodes(frames, inner, markov, num_nodes, min(depth, num_frames), is_chain)
+    chains = [False] * batch if chain_only is None else chain_only.tolist()
+    tree = _empty_tree(anchor, num_nodes)
+    with np.errstate(all="ignore"):
+        for row, is_chain in enumerate(chains):
+            tokens = np.unique(candidates[row])
+            frames = _frames(logits[row], log_label[row], tokens, log_blank[row], markov, width == num_tokens)
+            root = _root(frames, log_blank[row])
+            inner = None if markov is None else markov[0][anchor[row : row + 1]].float().numpy()
+            beam = 1 if is_chain else num_nodes
+            found = _best_nodes(frames, root, inner, num_nodes, beam, min(depth, num_frames))
             _write_row(tree, row, tokens, *found)
     return tree
+
+
+def _empty_tree(anchor: torch.Tensor, num_nodes: int) -> DraftTree:
+    shape = (len(anchor), 1 + num_nodes)
+    scores = torch.full(shape, -torch.inf)
+    scores[:, 0] = 0
+    return DraftTree(
+        tokens=anchor[:, None].repeat(1, shape[1]),
+        parents=torch.full(shape, -1, dtype=torch.int32),
+        depths=torch.zeros(shape, dtype=torch.int32),
+        scores=scores,
+        ancestors=torch.zeros(shape, dtype=torch.int64),
+    )
 
 
 def _frames(
     logits: torch.Tensor,
     log_label: torch.Tensor,
-    log_blank: torch.Tensor,
     tokens: np.ndarray,
+    log_blank: torch.Tensor,
     markov: tuple[torch.Tensor, torch.Tensor] | None,
     complete: bool,
 ) -> _Frames:
     index = torch.from_numpy(tokens)
     logits = logits.index_select(1, index).float().numpy()
     log_label, log_blank = log_label.numpy(), log_blank.numpy()
-    with np.errstate(all="ignore"):
-        p = np.exp(logits + log_label[:, None])
-        p[logits == -np.inf] = 0  # a frame of -inf only may come with an infinite log_label
-        label_mass = np.where(log_label < np.inf, -np.expm1(log_blank), 0)
-    blank = np.exp(log_blank[:-1])
-    # [t, s] = prod_{s<r<=t} p_r(blank) below the diagonal, else 0. Entry r - 1 of `blank` is frame r.
-    below = np.tri(len(p), k=-1, dtype=bool)
-    after_blank = np.where(below, np.concatenate([blank[:1] * 0 + 1, blank])[:, None], 1).cumprod(0) * below
-    root = np.concatenate([np.ones(1, np.float32), blank.cumprod()])[:, None]
-    w_out = None if markov is None else markov[1].index_select(0, index).float().numpy().T
-    return _Frames(tokens, p, root, after_blank.astype(np.float32), label_mass, w_out, complete)
+    p = np.exp(logits + log_label[:, None])
+    p[logits == -np.inf] = 0  # a frame of -inf only may come with an infinite log_label
+    label_mass = np.where(log_label < np.inf, -np.expm1(log_blank), 0)
+    # [t, s] = prod_{s<r<=t} p_r(blank) below the diagonal, else 0; frame r of 1..T lies at r - 1.
+    below = np.tri(len(p), k=-1, dtype=np.float32)
+    blank = np.exp(np.roll(log_blank, 1))[:, None]
+    after_blank = np.where(below, blank, 1).cumprod(0) * below
+    w_in, w_out = (None, None) if markov is None else markov
+    if w_out is not None:
+        w_out = w_out.index_select(0, index).float().numpy().T
+    return _Frames(tokens, p, label_mass, after_blank, w_in, w_out, complete)
+
+
+def _root(frames: _Frames, log_blank: torch.Tensor) -> _Frontier:
+    """The empty prefix. There w = b: the rule for a repeat is void, and any column will do as the last label."""
+    state = np.exp(np.concatenate([[np.float32(0)], log_blank.numpy()[:-1]]).cumsum())[:, None]
+    zero = np.zeros(1, np.int64)
+    return _Frontier(zero, np.zeros(1, np.float32), zero, frames.p[:, :1], state, state)
 
 
 def _best_nodes(
-    frames: _Frames,
-    inner: np.ndarray | None,
-    markov: tuple[torch.Tensor, torch.Tensor] | None,
-    num_nodes: int,
-    depth: int,
-    is_chain: bool,
+    frames: _Frames, root: _Frontier, inner: np.ndarray | None, num_nodes: int, beam: int, depth: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Column, parent (0 is the anchor, i the i-th of all nodes), score and number of the best nodes, in order."""
+    """Columns [K] and parents [K] of all K nodes found, number 0 the anchor; numbers and scores of the best, in order.
+
+    inner [1, r]: W_in[anchor]. beam: how many children of a depth may stay, N in a tree, 1 in a chain.
+    """
     num_columns = len(frames.tokens)
-    frontier = _Frontier(np.zeros(1, np.float32), None, inner, frames.root, frames.root)
-    numbers = np.zeros(1, np.int64)  # of the frontier's nodes
-    columns, parents = [np.zeros(1, np.int64)], [np.full(1, -1)]
-    count, best, best_scores = 1, numbers[:0], frontier.scores[:0]
-    for level in range(min(depth, num_nodes) if is_chain else depth):
-        child_scores = _child_scores(frames, frontier).ravel()
+    columns, parents, count = [root.columns], [root.numbers], 1
+    best, best_scores = root.numbers[:0], root.scores[:0]
+    frontier = root
+    for level in range(depth):
         floor = best_scores[-1] if len(best) == num_nodes else -np.inf
-        places, scores = _largest(child_scores, 1 if is_chain else num_nodes, floor)
+        places, scores = _largest(_child_scores(frames, frontier, inner).ravel(), beam, floor)
         if not len(places):
             break
-        parent, column = places // num_columns, places % num_columns
-        columns.append(column)
-        parents.append(numbers[parent])
+        parent, column = np.divmod(places, num_columns)
         numbers = np.arange(count, count + len(places))
+        columns.append(column)
+        parents.append(frontier.numbers[parent])
         count += len(places)
-        # A stable sort: what was there before is shallower and wins ties.
-        merged_scores = np.concatenate([best_scores, scores])
-        order = np.argsort(-merged_scores, kind="stable")[:num_nodes]
+        # The sort is stable: what was there before is shallower and wins ties.
+        merged = np.concatenate([best_scores, scores])
+        order = np.argsort(-merged, kind="stable")[:num_nodes]
         kept = order[order >= len(best)] - len(best)
-        best, best_scores = np.concatenate([best, numbers])[order], merged_scores[order]
-        numbers = numbers[kept]
+        best, best_scores = np.concatenate([best, numbers])[order], merged[order]
         if level + 1 < depth:
-            frontier = _extend(frames, frontier, parent[kept], column[kept], scores[kept], markov)
-    return np.concatenate(columns)[best], np.concatenate(parents), best_scores, best
+            frontier = _extend(frames, frontier, numbers[kept], scores[kept], parent[kept], column[kept])
+            if frames.w_in is not None:
+                last = torch.from_numpy(frames.tokens[frontier.columns])
+                inner = frames.w_in.index_select(0, last).float().numpy()
+    return np.concatenate(columns), np.concatenate(parents), best, best_scores
 
 
-def _child_scores(frames: _Frames, frontier: _Frontier) -> np.ndarray:
-    """[F, U] fp32, the score of every child, -inf or NaN where there is none."""
-    mass = frontier.w.T @ frames.p  # S(v)
-    label_mass = frames.label_mass @ frontier.w
-    if frontier.columns is not None:
-        p_last = frames.p[:, frontier.columns]
-        mass[np.arange(len(mass)), frontier.columns] = (p_last * frontier.b).sum(0)
-        label_mass -= (p_last * (frontier.w - frontier.b)).sum(0)
-    exists = mass > IMPOSSIBLE
-    log_q = np.log(mass, out=np.full_like(mass, -np.inf), where=exists)
-    if frontier.inner is not None:
-        rest = np.zeros_like(label_mass) if frames.complete else np.log(np.maximum(label_mass - mass.sum(1), 0))
-        log_q += frontier.inner @ frames.w_out
-        largest = np.maximum(log_q.max(1), rest)
-        z = np.exp(log_q - largest[:, None]).sum(1) + np.exp(rest - largest)
+def _child_scores(frames: _Frames, nodes: _Frontier, inner: np.ndarray | None) -> np.ndarray:
+    """[F, U] fp32, the score of every child; -inf or NaN where there is none. inner [F, r]: W_in[last]."""
+    mass = nodes.w.T @ frames.p  # S(v)
+    mass[np.arange(len(mass)), nodes.columns] = (nodes.p_last * nodes.b).sum(0)
+    log_q = np.log(np.where(mass > IMPOSSIBLE, mass, 0))
+    if inner is not None:
+        rest = np.zeros_like(nodes.scores)
+        if not frames.complete:
+            total = frames.label_mass @ nodes.w - (nodes.p_last * (nodes.w - nodes.b)).sum(0)
+            rest = np.maximum(total - mass.sum(1), 0)
+        log_q += inner @ frames.w_out
+        log_rest = np.log(rest)
+        largest = np.maximum(log_q.max(1), log_rest)
+        z = np.exp(log_q - largest[:, None]).sum(1) + np.exp(log_rest - largest)
         log_q -= (largest + np.log(z))[:, None]
-    return np.minimum(log_q, 0, out=log_q) + frontier.scores[:, None]
+    return np.minimum(log_q, 0) + nodes.scores[:, None]
 
 
 def _largest(values: np.ndarray, limit: int, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Places and values of the `limit` largest values above `floor`, largest first, ties in their order of places."""
+    """Places and values of the `limit` largest values above `floor`, largest first, ties in the order of places."""
     places = np.flatnonzero(values > floor)
     values = values[places]
     if len(places) > limit:
@@ -216,19 +225,16 @@ def _largest(values: np.ndarray, limit: int, floor: float) -> tuple[np.ndarray, 
 
 def _extend(
     frames: _Frames,
-    frontier: _Frontier,
+    nodes: _Frontier,
+    numbers: np.ndarray,
+    scores: np.ndarray,
     parent: np.ndarray,
     columns: np.ndarray,
-    scores: np.ndarray,
-    markov: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> _Frontier:
-    """The states behind the labels `columns`. `n'[t] = p_t(y) n'[t-1] + p_t(y) w_y[t-1]` is an affine map per frame;
-    they are composed by doubling."""
-    p = frames.p[:, columns]
-    weight = frontier.w[:, parent]
-    if frontier.columns is not None:
-        weight = np.where(frontier.columns[parent] == columns, frontier.b[:, parent], weight)
-    first = p * weight
+    """The states behind `columns`, children of `nodes[parent]`. `n'[t] = p_t(y) n'[t-1] + p_t(y) w_y[t-1]` is one
+    affine map per frame; they are composed by doubling."""
+    p = frames.p.take(columns, 1)
+    first = p * np.where(nodes.columns[parent] == columns, nodes.b.take(parent, 1), nodes.w.take(parent, 1))
     first /= first.sum(0)
     factor, n = np.zeros_like(p), np.zeros_like(p)
     factor[1:], n[1:] = p[:-1], first[:-1]
@@ -238,8 +244,7 @@ def _extend(
         factor[step:] *= factor[:-step]
         step *= 2
     b = frames.after_blank @ n
-    inner = None if markov is None else markov[0][torch.from_numpy(frames.tokens[columns])].float().numpy()
-    return _Frontier(scores, columns, inner, n + b, b)
+    return _Frontier(numbers, scores, columns, p, n + b, b)
 
 
 def _write_row(
@@ -248,20 +253,20 @@ def _write_row(
     tokens: np.ndarray,
     columns: np.ndarray,
     parents: np.ndarray,
-    scores: np.ndarray,
     best: np.ndarray,
+    scores: np.ndarray,
 ) -> None:
-    used = len(best)
+    used = slice(1, 1 + len(best))
     row_of = np.zeros(len(parents), np.int64)
-    row_of[best] = np.arange(1, used + 1)
-    parents = row_of[parents[best]]
+    row_of[best] = np.arange(1, 1 + len(best))
+    parent_rows = row_of[parents[best]]
     depths, ancestors = [0], [0]
-    for node, parent in enumerate(parents.tolist()):
+    for bit, parent in enumerate(parent_rows.tolist()):
         depths.append(depths[parent] + 1)
-        ancestors.append(ancestors[parent] | 1 << node)
-    tree.tokens.numpy()[row, 1 : used + 1] = tokens[columns]
-    tree.parents.numpy()[row, 0 : used + 1] = [-1, *parents]
-    tree.depths.numpy()[row, : used + 1] = depths
-    tree.scores.numpy()[row, 1 : used + 1] = scores
-    # The word of node 64 has the sign bit.
-    tree.ancestors.numpy()[row, : used + 1] = np.array(ancestors, np.uint64).view(np.int64)
+        ancestors.append(ancestors[parent] | 1 << bit)
+    tree.tokens.numpy()[row, used] = tokens[columns[best]]
+    tree.parents.numpy()[row, used] = parent_rows
+    tree.depths.numpy()[row, used] = depths[1:]
+    tree.scores.numpy()[row, used] = scores
+    # The word of node 64 sets the sign bit.
+    tree.ancestors.numpy()[row, used] = np.array(ancestors[1:], np.uint64).view(np.int64)

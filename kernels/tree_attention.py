@@ -131,10 +131,10 @@ def tree_attention_triton(
         BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=num_splits > 1, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
+        block_s = triton.next_power_of_2(num_splits)
         merge_kernel[(num_requests, max_rows, num_heads)](
             partial, statistics, output, *output.stride()[:2], roots, num_rows, num_splits,
-            MAX_ROWS=max_rows, D=head_size, BLOCK_D=block_d,
-            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1,
+            MAX_ROWS=max_rows, D=head_size, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_C=min(block_s, 16), num_warps=1,
         )  # fmt: skip
 
 

@@ -189,8 +189,12 @@ def merge_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """`sum_s 2^(best_s - best) weighted_s / sum_s 2^(best_s - best) total_s`. Grid (R, MAX_ROWS, Hq)."""
+    """`sum_s 2^(best_s - best) weighted_s / sum_s 2^(best_s - best) total_s`. Grid (R, MAX_ROWS, Hq).
+
+    The parts are read BLOCK_C at a time, to have that many loads under way.
+    """
     request, node, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if node >= tl.load(num_rows_ptr + request):
         return
@@ -203,9 +207,13 @@ def merge_kernel(
     denominator = tl.sum(tl.exp2(best - overall) * total, axis=0)
     column = tl.arange(0, BLOCK_D)
     weighted = tl.zeros((BLOCK_D,), tl.float32)
-    for s in range(num_splits):
-        weight = tl.exp2(tl.load(statistics_ptr + (part + s) * 2) - overall)
-        weighted += weight * tl.load(partial_ptr + (part + s) * D + column, mask=column < D, other=0.0)
+    for first in range(0, num_splits, BLOCK_C):
+        chunk = first + tl.arange(0, BLOCK_C)
+        valid = chunk < num_splits
+        weight = tl.exp2(tl.load(statistics_ptr + (part + chunk) * 2, mask=valid, other=_NOTHING_SEEN) - overall)
+        pointers = partial_ptr + (part + chunk)[:, None] * D + column[None, :]
+        values = tl.load(pointers, mask=valid[:, None] & (column < D)[None, :], other=0.0)
+        weighted += tl.sum(weight[:, None] * values, axis=0)
     row = (tl.load(roots_ptr + request) + node).to(tl.int64)
-    pointers = output_ptr + row * output_stride_row + head * output_stride_head + column
-    tl.store(pointers, (weighted / denominator).to(output_ptr.dtype.element_ty), mask=column < D)
+    output_ptr += row * output_stride_row + head * output_stride_head
+    tl.store(output_ptr + column, (weighted / denominator).to(output_ptr.dtype.element_ty), mask=column < D)

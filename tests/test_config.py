@@ -103,18 +103,62 @@ def test_default_aux_layers(layers, ids):
 
 def test_serving_options_take_their_own_keys():
     speculative = {"method": "ctc", "ctc_search": "argmax", "num_speculative_tokens": 3}
-    assert ServingOptions.take_from(speculative) == ServingOptions("argmax")
+    assert ServingOptions.take_from(speculative) == ServingOptions(search="argmax")
     assert speculative == {"method": "ctc", "num_speculative_tokens": 3}
+
+
+TREE = {"ctc_draft": "tree"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"ctc_serach": "prefix"}, "Unknown speculative option 'ctc_serach'"),
+        ({"ctc_draft": "bush"}, "must be one of chain, tree"),
         ({"ctc_search": "beam"}, "must be one of prefix, argmax"),
+        ({"ctc_search": "transform"}, "must be one of prefix, argmax"),
+        ({**TREE, "ctc_search": "argmax"}, "must be one of prefix, transform"),
         ({"ctc_search": "argmax", "draft_sample_method": "probabilistic"}, "no proposal probabilities"),
+        ({"ctc_tree_depth": 3}, "ctc_tree_depth is an option of trees"),
+        ({**TREE, "ctc_tree_depth": 0}, "ctc_tree_depth must be 1 to 6"),
+        ({**TREE, "ctc_tree_depth": 7}, "ctc_tree_depth must be 1 to 6"),
+        ({**TREE, "ctc_tree_width": 65}, "ctc_tree_width must be 1 to 64"),
+        ({**TREE, "ctc_tree_width": True}, "ctc_tree_width must be 1 to 64"),
     ],
 )
 def test_serving_options_are_checked(options, message):
+    options = dict(options)
     with pytest.raises(DrafterConfigError, match=message):
-        ServingOptions.take_from(dict(options))
+        ServingOptions.take_from(options).for_drafter(DrafterConfig(**SMALL), options)
+
+
+@pytest.mark.parametrize(
+    ("tree_nodes", "given", "draft", "budget"),
+    [
+        (0, {}, "chain", 4),
+        (24, {}, "tree", 24),
+        (24, {"ctc_draft": "chain"}, "chain", 4),
+        (0, TREE, "tree", 32),
+    ],
+)
+def test_defaults_come_from_the_checkpoint(tree_nodes, given, draft, budget):
+    drafter = DrafterConfig(**SMALL, tree_nodes=tree_nodes)
+    options = ServingOptions.take_from(dict(given)).for_drafter(drafter, {})
+    assert (options.draft, options.tree_depth, options.tree_width) == (draft, 4, None)
+    assert options.check_budget(None, drafter) == budget
+
+
+@pytest.mark.parametrize(("draft", "largest"), [("chain", 6), ("tree", 64)])
+def test_budgets_are_checked(draft, largest):
+    drafter = DrafterConfig(**SMALL)
+    options = ServingOptions(draft=draft).for_drafter(drafter, {})
+    assert [options.check_budget(n, drafter) for n in (1, largest)] == [1, largest]
+    for budget in (0, largest + 1, True, "4", 2.0):
+        with pytest.raises(DrafterConfigError, match=f"num_speculative_tokens is {budget!r}.*1 to {largest}"):
+            options.check_budget(budget, drafter)
+
+
+@pytest.mark.parametrize("tree_nodes", [-1, 65])
+def test_default_trees_that_no_word_holds_are_refused(tree_nodes):
+    with pytest.raises(DrafterConfigError, match="tree_nodes must be 0"):
+        DrafterConfig(**SMALL, tree_nodes=tree_nodes)

@@ -27,6 +27,8 @@ CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # t
 SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HIDDEN = 64
+TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16}
+DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both
 
 
 @dataclass(frozen=True)

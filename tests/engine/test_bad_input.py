@@ -90,6 +90,21 @@ CASES = (
     Case(
         "budget a truth value", ("num_speculative_tokens is True", "choose"), options={"num_speculative_tokens": True}
     ),
+    Case(
+        "tree of 65",
+        ("num_speculative_tokens is 65", "1 to 64", "choose"),
+        options={"ctc_draft": "tree", "num_speculative_tokens": 65},
+    ),
+    Case(
+        "sampled trees",
+        ("trees do not work with sampled drafts", "draft chains"),
+        options={"ctc_draft": "tree", "draft_sample_method": "probabilistic"},
+    ),
+    Case(
+        "block verification of trees",
+        ("trees do not work with rejection_sample_method", "draft chains"),
+        options={"ctc_draft": "tree", "rejection_sample_method": "block"},
+    ),
     Case("unknown option", ("Unknown speculative option 'ctc_beam'", "ctc_search"), options={"ctc_beam": 3}),
     Case("unknown search", ("ctc_search must be one of prefix, argmax",), options={"ctc_search": "beam"}),
     Case(

@@ -80,7 +80,7 @@ def test_the_command_line(tiny_pair, form):
     arguments = ["--model", str(tiny_pair.target), "--dtype", "float32", "--max-model-len", "256", *spelled[form]]
     config = EngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
     check(config, tiny_pair.target, tiny_pair.drafter, 5)
-    assert config.speculative_config.draft_model_config.hf_config.ctc_search == "argmax"
+    assert config.speculative_config.draft_model_config.hf_config.ctc_options.search == "argmax"
 
 
 def test_serving_the_drafters_folder_serves_its_target(tiny_pair, tmp_path):

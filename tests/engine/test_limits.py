@@ -4,6 +4,8 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from .conftest import DRAFTS, TREE
+
 BLOCK = 32
 FRAMES, CONTEXT = 12, 256
 OPTIONS = {"max_model_len": CONTEXT, "block_size": BLOCK}
@@ -26,12 +28,12 @@ def plain(tiny_pair, engine):
     return engine(tiny_pair.target, enable_prefix_caching=False, **OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def ctc(tiny_pair, engine):
-    """ctc(speculative options, **engine options)."""
+@pytest.fixture(scope="module", params=DRAFTS)
+def ctc(request, tiny_pair, engine):
+    """ctc(speculative options, **engine options): drafting chains, and drafting trees."""
 
     def start(speculative: dict | None = None, **options):
-        drafter = {"method": "ctc", "model": str(tiny_pair.drafter), **(speculative or {})}
+        drafter = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[request.param], **(speculative or {})}
         return engine(tiny_pair.target, drafter, **{"enable_prefix_caching": False, **OPTIONS, **options})
 
     return start
@@ -50,9 +52,19 @@ def test_budgets_below_and_at_the_number_of_frames(ctc, expected, budget):
     assert llm.counters["accepted"] > 0
 
 
-@pytest.mark.parametrize("speculative", [{"ctc_search": "argmax"}, {"draft_sample_method": "probabilistic"}], ids=str)
-def test_other_ways_to_draft(ctc, expected, speculative):
-    llm = ctc(speculative)
+WAYS = (
+    {"ctc_search": "argmax"},
+    {"draft_sample_method": "probabilistic"},
+    {**TREE, "ctc_search": "transform"},
+    {**TREE, "ctc_tree_width": 2, "ctc_tree_depth": 3},
+    {**TREE, "num_speculative_tokens": 64, "ctc_tree_depth": FRAMES},
+)
+
+
+@pytest.mark.parametrize("speculative", WAYS, ids=str)
+def test_other_ways_to_draft(tiny_pair, engine, expected, speculative):
+    drafter = {"method": "ctc", "model": str(tiny_pair.drafter), **speculative}
+    llm = engine(tiny_pair.target, drafter, enable_prefix_caching=False, **OPTIONS)
     assert answers(llm, token_prompts(*PROMPT_LENGTHS)) == expected
     assert llm.counters["drafts"] > 0
 

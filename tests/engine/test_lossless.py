@@ -56,10 +56,28 @@ def expected(plain, prompts) -> list[RequestOutput]:
     return answers
 
 
+TREES = {f"tree of {n}": {"ctc_draft": "tree", "num_speculative_tokens": n} for n in (8, 16, 32, 64)}
+DRAFTS = {
+    "chain": {},  # as a user asks for it: the number of speculative tokens is the checkpoint's
+    **TREES,
+    "transform": {**TREES["tree of 16"], "ctc_search": "transform"},
+}
+
+
 @pytest.fixture(scope="module")
-def with_drafter(engine, demo_pair) -> LLM:
-    """As a user asks for it: the number of speculative tokens is the checkpoint's."""
-    return engine(demo_pair.target, {"method": "ctc", "model": str(demo_pair.drafter)}, max_model_len=512)
+def with_drafter(engine, demo_pair):
+    """with_drafter(options of the speculative config): an engine, started once for each."""
+    started = {}
+
+    def start(options: dict) -> LLM:
+        key = tuple(options.items())
+        if key not in started:
+            speculative = {"method": "ctc", "model": str(demo_pair.drafter), **options}
+            started[key] = engine(demo_pair.target, speculative, max_model_len=512)
+        started[key].counters.clear()
+        return started[key]
+
+    return start
 
 
 def differences(plain: LLM, expected: list[RequestOutput], given: list[RequestOutput]) -> list[str]:
@@ -83,30 +101,42 @@ def differences(plain: LLM, expected: list[RequestOutput], given: list[RequestOu
     return found
 
 
-def test_concurrent_requests_are_answered_as_without_drafter(with_drafter, plain, prompts, expected):
-    with_drafter.counters.clear()
-    given = with_drafter.chat(prompts, GREEDY, use_tqdm=False)
+@pytest.mark.parametrize("options", DRAFTS.values(), ids=DRAFTS)
+def test_concurrent_requests_are_answered_as_without_drafter(with_drafter, plain, prompts, expected, options):
+    llm = with_drafter(options)
+    given = llm.chat(prompts, GREEDY, use_tqdm=False)
     assert differences(plain, expected, given) == []
-    assert with_drafter.acceptance_length > 1.5
+    assert llm.acceptance_length > 1.5
 
 
-def test_single_requests_are_answered_as_without_drafter(with_drafter, plain, prompts, expected):
-    with_drafter.counters.clear()
-    some = slice(0, NUM_PROMPTS, NUM_PROMPTS // NUM_SINGLE)
-    given = [with_drafter.chat([prompt], GREEDY, use_tqdm=False)[0] for prompt in prompts[some]]
-    assert differences(plain, expected[some], given) == []
-    assert with_drafter.acceptance_length > 1.5
+SOME = slice(0, NUM_PROMPTS, NUM_PROMPTS // NUM_SINGLE)
 
 
-def test_the_papers_search_is_lossless_too_and_accepts_less(engine, demo_pair, with_drafter, plain, prompts, expected):
-    some = slice(0, NUM_PROMPTS, NUM_PROMPTS // NUM_SINGLE)
-    speculative = {"method": "ctc", "model": str(demo_pair.drafter), "ctc_search": "argmax"}
-    argmax = engine(demo_pair.target, speculative, max_model_len=512)
-    given = argmax.chat(prompts[some], GREEDY, use_tqdm=False)
-    assert differences(plain, expected[some], given) == []
-    with_drafter.counters.clear()
-    with_drafter.chat(prompts[some], GREEDY, use_tqdm=False)
-    assert 1 < argmax.acceptance_length < with_drafter.acceptance_length
+@pytest.mark.parametrize("draft", ["chain", "tree of 16"])
+def test_single_requests_are_answered_as_without_drafter(with_drafter, plain, prompts, expected, draft):
+    llm = with_drafter(DRAFTS[draft])
+    given = [llm.chat([prompt], GREEDY, use_tqdm=False)[0] for prompt in prompts[SOME]]
+    assert differences(plain, expected[SOME], given) == []
+    assert llm.acceptance_length > 1.5
+
+
+def test_the_papers_chain_is_lossless_too(with_drafter, plain, prompts, expected):
+    llm = with_drafter({"ctc_search": "argmax"})
+    given = llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
+    assert differences(plain, expected[SOME], given) == []
+
+
+def test_more_is_accepted_of_exact_prefixes_and_of_larger_trees(with_drafter, prompts):
+    def acceptance_length(options: dict) -> float:
+        llm = with_drafter(options)
+        llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
+        return llm.acceptance_length
+
+    assert 1 < acceptance_length({"ctc_search": "argmax"}) < acceptance_length(DRAFTS["chain"])
+    assert 1 < acceptance_length(DRAFTS["transform"]) < acceptance_length(DRAFTS["tree of 16"])
+    by_size = [acceptance_length(options) for options in TREES.values()]
+    assert by_size == sorted(by_size)
+    assert by_size[-1] > 1.15 * acceptance_length(DRAFTS["chain"])
 
 
 def test_a_difference_that_is_no_tie_is_found(plain, expected):

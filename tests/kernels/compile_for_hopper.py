@@ -96,7 +96,7 @@ def trees(empty: Callable[..., torch.Tensor], batch: int = 64, width: int = 65, 
 
     for head_size in (64, 80, 128, 192):
         attention(head_size, torch.bfloat16, group=4)
-    attention(256, torch.bfloat16, group=8, requests=1)
+    attention(256, torch.bfloat16, group=4, requests=1, max_rows=17)
     attention(128, torch.float16, group=8, requests=1)
     attention(128, torch.float16, group=1, requests=1, max_rows=17)
     for head_size in (64, 128, 256):

@@ -19,7 +19,8 @@ def raw_tree(frames: tuple, row: int, beam: int, width: int) -> tuple[list[list[
     """
     logits, log_label, log_blank = frames
     blank = logits.shape[2]
-    best, tokens = logits.topk(min(width - 1, blank), dim=2)
+    # More tokens than paths change nothing, except for how topk ranks equal logits.
+    best, tokens = logits.topk(min(width - 1, blank, beam), dim=2)
     token_log_p = (best.float() + log_label[..., None]).masked_fill(best == -torch.inf, -torch.inf)
     log_p = torch.cat([token_log_p, log_blank[..., None]], 2)[row].clamp(max=0).numpy()
     if np.isnan(log_p).any():

@@ -160,8 +160,8 @@ def test_frames_that_are_views() -> None:
     assert_equals_the_oracle(frames, 16, 10, 12)
 
 
-def test_long_frames() -> None:
-    assert_equals_the_oracle(random_frames(1, 32, 40, seed=2), 32, 8, 32)
+def test_long_frames_and_more_symbols_than_there_are() -> None:
+    assert_equals_the_oracle(random_frames(1, 32, 40, seed=2), 32, 5000, 32)
 
 
 @pytest.mark.parametrize("width", [1, 5])

@@ -42,18 +42,18 @@ def assert_triton_is_right(
 @pytest.mark.parametrize("width", [1, 2, 10, 64])
 @pytest.mark.parametrize("num_nodes", [1, 8, 64])
 def test_triton_on_random_frames(num_nodes: int, width: int, triton_device: str) -> None:
-    frames = random_frames(2, 4, 90, seed=num_nodes + width, scale=1.5)
+    frames = random_frames(1, 4, 90, seed=num_nodes + width, scale=1.5)
     assert_triton_is_right(frames, num_nodes, width, 4, triton_device)
 
 
 @pytest.mark.parametrize("name", HARD)
 def test_triton_on_hard_frames(name: str, triton_device: str) -> None:
-    assert_triton_is_right(hard_frames(name, 1, 6, 37), 13, 5, 6, triton_device)
+    assert_triton_is_right(hard_frames(name, 1, 5, 37), 11, 5, 5, triton_device)
 
 
-@pytest.mark.parametrize("num_frames, num_nodes, width", [(1, 64, 3), (1, 1, 1), (12, 16, 10), (17, 5, 3)])
+@pytest.mark.parametrize("num_frames, num_nodes, width", [(1, 64, 3), (1, 1, 1), (12, 16, 10), (17, 5, 200)])
 def test_triton_for_any_number_of_frames(num_frames: int, num_nodes: int, width: int, triton_device: str) -> None:
-    frames = random_frames(2, num_frames, 3, seed=num_frames, scale=0.5)
+    frames = random_frames(1, num_frames, 3, seed=num_frames, scale=0.5)
     assert_triton_is_right(frames, num_nodes, width, 12, triton_device)
 
 
@@ -65,14 +65,14 @@ def test_triton_with_half_precision(dtype: torch.dtype, triton_device: str) -> N
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_triton_cuts_at_the_depth(depth: int, triton_device: str) -> None:
-    frames = random_frames(2, 6, 30, seed=5)
-    tree = assert_triton_is_right(frames, 20, 6, depth, triton_device)
+    frames = random_frames(1, 6, 30, seed=5)
+    tree = assert_triton_is_right(frames, 12, 6, depth, triton_device)
     assert tree.depths.max() == depth
 
 
 def test_triton_chain_only_rows(triton_device: str) -> None:
-    frames = random_frames(4, 8, 5, seed=4, scale=2.0)
-    chain_only = torch.arange(4) % 3 > 0
+    frames = random_frames(3, 6, 5, seed=4, scale=2.0)
+    chain_only = torch.arange(3) % 2 == 0
     tree = assert_triton_is_right(frames, 6, 4, 8, triton_device, chain_only)
     assert (tree.parents[chain_only, 1:] <= tree.num_nodes[chain_only, None] - 1).all()
     assert torch.equal(tree.depths[chain_only].amax(1), tree.num_nodes[chain_only].int())

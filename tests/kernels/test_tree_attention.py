@@ -25,16 +25,19 @@ class Step:
     requests: list[tuple[int, int]]
 
 
-def caches(layout: str, num_blocks: int, block_size: int, num_heads: int, size: int) -> tuple[torch.Tensor, ...]:
-    """Keys and values [num_blocks, block_size, Hkv, d], NaN everywhere, as views of the memory of a layout of vLLM."""
-    nan = torch.nan
+def caches(layout: str, entries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values [num_blocks, block_size, Hkv, d], as views of the memory of a layout of vLLM.
+
+    entries: [2, num_blocks, block_size, Hkv, d].
+    """
     if layout == "pair NHD":
-        return torch.full((2, num_blocks, block_size, num_heads, size), nan).unbind(0)
+        return entries.unbind(0)
     if layout == "pair HND":
-        return torch.full((2, num_blocks, num_heads, block_size, size), nan).transpose(2, 3).unbind(0)
-    if layout == "halves NHD":
-        return torch.full((num_blocks, block_size, num_heads, 2 * size), nan).split(size, -1)
-    return torch.full((num_blocks, num_heads, block_size, 2 * size), nan).transpose(1, 2).split(size, -1)
+        return entries.transpose(2, 3).contiguous().transpose(2, 3).unbind(0)
+    halves = torch.cat([entries[0], entries[1]], -1)
+    if layout == "halves HND":
+        halves = halves.transpose(1, 2).contiguous().transpose(1, 2)
+    return halves.split(entries.shape[-1], -1)
 
 
 def make_step(
@@ -63,17 +66,17 @@ def make_step(
     num_blocks = max_blocks * len(requests) + 1
     order = torch.randperm(num_blocks - 1, generator=generator)[: max_blocks * len(requests)] + 1
     block_table = order.view(len(requests), max_blocks).to(torch.int32)
-    key_cache, value_cache = caches(layout, num_blocks, block_size, heads[1], size)
+    entries = torch.full((2, num_blocks, block_size, heads[1], size), torch.nan)
     for r, (_, num_rows) in enumerate(requests):
         ancestors[roots[r] : roots[r] + num_rows] = node_ancestors[r, :num_rows]
         for j in range(int(seq_lens[r])):
-            place = block_table[r, j // block_size], j % block_size
-            key_cache[place] = torch.randn(heads[1], size, generator=generator)
-            value_cache[place] = torch.randn(heads[1], size, generator=generator)
+            place = slice(None), block_table[r, j // block_size], j % block_size
+            entries[place] = torch.randn(2, heads[1], size, generator=generator)
+    key_cache, value_cache = caches(layout, entries.to(device, dtype))
     arguments = {
         "query": torch.randn(num_tokens, heads[0], size, generator=generator).to(device, dtype),
-        "key_cache": key_cache.to(device, dtype),
-        "value_cache": value_cache.to(device, dtype),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
         "output": torch.full((num_tokens, heads[0], size), NEVER, device=device, dtype=dtype),
         "block_table": block_table.to(device),
         "seq_lens": seq_lens.to(device),
@@ -130,6 +133,11 @@ def test_reference_on_half_precision() -> None:
 def test_triton_on_mixed_steps(heads: tuple[int, int], num_splits: int, triton_device: str) -> None:
     step = make_step(MIXED, heads=heads, device=triton_device)
     assert_attention(tree_attention_triton, step, num_splits=num_splits)
+
+
+def test_triton_merges_more_splits_than_tiles(triton_device: str) -> None:
+    step = make_step([(37, 5), (90, 2)], device=triton_device)
+    assert_attention(tree_attention_triton, step, num_splits=18)
 
 
 @pytest.mark.parametrize("layout", ["pair NHD", "pair HND", "halves NHD"])

@@ -1,0 +1,310 @@
+"""The Triton kernels of `prefix_search`: the probabilities of the candidates, then the whole search of each request.
+
+The mathematics and the reference are in `prefix_search.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
+
+from vllm_ctc_spec.draft_tree import DraftTree
+
+_IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
+_CANDIDATES_OF_WARP, _MAX_WARPS = 128, 16
+# Products of the head that a warp holds at once: more of them spill registers on sm_90.
+_HEAD_TILE_OF_WARP = 1024
+
+
+def prefix_search_triton(
+    logits: torch.Tensor,
+    log_label: torch.Tensor,
+    log_blank: torch.Tensor,
+    anchor: torch.Tensor,
+    num_nodes: int,
+    width: int,
+    depth: int,
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
+    chain_only: torch.Tensor | None = None,
+) -> DraftTree:
+    if logits.stride(2) != 1:
+        raise ValueError("prefix_search needs logits that are contiguous in the vocabulary")
+    if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
+        raise ValueError("prefix_search needs contiguous Markov weights [V, r]")
+    batch, num_frames, num_tokens = logits.shape
+    device = logits.device
+    width = min(width, num_tokens)
+    # In the order of tokens duplicates are neighbours, and a lower place means a lower token.
+    tokens = logits.topk(width, dim=2, sorted=False).indices.flatten(1).sort(dim=1).values
+    num_candidates = tokens.shape[1]
+    log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    rows = 1 + num_nodes
+    tree = DraftTree(
+        tokens=empty(batch, rows, dtype=torch.int64),
+        parents=empty(batch, rows, dtype=torch.int32),
+        depths=empty(batch, rows, dtype=torch.int32),
+        scores=empty(batch, rows),
+        ancestors=empty(batch, rows, dtype=torch.int64),
+    )
+    block_m = triton.next_power_of_2(num_candidates)
+    num_warps = max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_WARP))
+    rank = 0 if markov is None else markov[0].shape[1]
+    block_r = min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m)
+    w_in, w_out = (None, None) if markov is None else markov
+    p = empty(batch, num_frames, num_candidates)
+    candidates_kernel[(batch, num_frames)](
+        logits, logits.stride(0), logits.stride(1), log_label, tokens, p, num_candidates,
+        T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
+    )  # fmt: skip
+    search_kernel[(batch,)](
+        tokens, p, log_label, log_blank, anchor.contiguous(),
+        None if chain_only is None else chain_only.contiguous().view(torch.int8),
+        w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, num_nodes, num_candidates),
+        tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
+        num_candidates, min(depth, num_frames), N=num_nodes, T=num_frames,
+        BLOCK_N=triton.next_power_of_2(num_nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
+        RANK=rank, BLOCK_R=block_r, COMPLETE=width == num_tokens, num_warps=num_warps,
+    )  # fmt: skip
+    return tree
+
+
+@triton.jit(do_not_specialize=["num_candidates"])
+def candidates_kernel(
+    logits_ptr,  # [B, T, V]
+    logits_stride_b,
+    logits_stride_t,
+    log_label_ptr,  # [B, T] fp32
+    tokens_ptr,  # [B, M] int64, ascending
+    p_ptr,  # [B, T, M] fp32, written
+    num_candidates,
+    T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """`p_t` of every candidate; 0 for a token that stands there already, which so has no children and no mass.
+
+    Grid (B, T).
+    """
+    row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    valid = m < num_candidates
+    tokens_ptr += row * num_candidates
+    token = tl.load(tokens_ptr + m, mask=valid, other=0)
+    before = tl.load(tokens_ptr + m - 1, mask=valid & (m > 0), other=-1)
+    is_first = valid & (token != before)
+    logits_ptr += row * logits_stride_b + frame * logits_stride_t
+    x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
+    # A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN.
+    log_label = tl.load(log_label_ptr + row * T + frame)
+    p = tl.where(x == -float("inf"), 0.0, tl.exp(x.to(tl.float32) + log_label))
+    tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
+
+
+@triton.jit
+def _then(a, c, a_next, c_next):
+    """The affine map `x -> a x + c`, and then the next one."""
+    return a * a_next, c * a_next + c_next
+
+
+@triton.jit
+def _complement(x):
+    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return tl.where(x > -0.125, series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
+    """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
+    inside = (frame >= 0) & (frame < T)
+    p = tl.load(p_ptr + frame * num_candidates, mask=inside, other=0.0)
+    return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
+
+
+@triton.jit
+def _child_scores(
+    tokens_ptr,  # [M] int64
+    p_ptr,  # [T, M] fp32
+    state_ptr,  # [2, T] fp32
+    w_in_ptr,  # [V, RANK]
+    w_out_ptr,  # [V, RANK]
+    last,
+    place,
+    score,
+    repeat,
+    total,
+    num_candidates,
+    T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPLETE: tl.constexpr,
+):
+    """The score of every child of a node, -inf where there is none. place: where its last label stands; score: its own;
+    repeat: `S(last)`; total: `M`."""
+    m = tl.arange(0, BLOCK_M)
+    valid = m < num_candidates
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    for t in tl.static_range(T):
+        mass += tl.load(state_ptr + t) * tl.load(p_ptr + t * num_candidates + m, mask=valid, other=0.0)
+    mass = tl.where(m == place, repeat, mass)
+    log_q = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
+    if RANK > 0:
+        token = tl.load(tokens_ptr + m, mask=valid, other=0)
+        product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(0, RANK, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            inner = tl.load(w_in_ptr + last * RANK + r, mask=r < RANK, other=0.0).to(tl.float32)
+            outer = tl.load(
+                w_out_ptr + token[:, None] * RANK + r[None, :], mask=valid[:, None] & (r[None, :] < RANK), other=0.0
+            )
+            product += inner[None, :] * outer.to(tl.float32)
+        log_q += tl.sum(product, axis=1)
+        largest = tl.max(log_q, axis=0)
+        if COMPLETE:
+            z = tl.sum(tl.exp(log_q - largest), axis=0)
+        else:
+            log_rest = tl.log(tl.maximum(total - tl.sum(mass, axis=0), 0.0, propagate_nan=tl.PropagateNan.ALL))
+            largest = tl.maximum(largest, log_rest)
+            z = tl.sum(tl.exp(log_q - largest), axis=0) + tl.exp(log_rest - largest)
+        log_q -= largest + tl.log(z)
+    child = score + tl.minimum(log_q, 0.0)
+    # False where it is NaN.
+    return tl.where(child > -float("inf"), child, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["num_candidates", "depth"])
+def search_kernel(
+    tokens_ptr,  # [B, M] int64, ascending
+    p_ptr,  # [B, T, M] fp32
+    log_label_ptr,  # [B, T] fp32
+    log_blank_ptr,  # [B, T] fp32
+    anchor_ptr,  # [B] int64
+    chain_only_ptr,  # [B] int8
+    w_in_ptr,  # [V, RANK]
+    w_out_ptr,  # [V, RANK]
+    state_ptr,  # [B, 1 + N, 2, T] fp32, scratch: w = n + b, and b of each node
+    child_ptr,  # [B, N, M] fp32, scratch: the scores of the children of each node
+    tree_tokens_ptr,  # [B, 1 + N] int64, the DraftTree
+    tree_parents_ptr,  # [B, 1 + N] int32
+    tree_depths_ptr,  # [B, 1 + N] int32
+    tree_scores_ptr,  # [B, 1 + N] fp32
+    tree_ancestors_ptr,  # [B, 1 + N] int64
+    num_candidates,
+    depth,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPLETE: tl.constexpr,
+):
+    """Best-first search. Grid (B,).
+
+    A queue holds, for every row that has been expanded, its best child that is not yet in the tree. N times: expand the
+    newest row, take the best of the queue as the next row, and put that row's next sibling into its place. Since no
+    child outranks its parent the rows come out in their final order, and no node outside of the tree is ever expanded.
+    """
+    batch_row = tl.program_id(0).to(tl.int64)
+    tokens_ptr += batch_row * num_candidates
+    p_ptr += batch_row * T * num_candidates
+    state_ptr += batch_row * (1 + N) * 2 * T
+    child_ptr += batch_row * N * num_candidates
+    anchor = tl.load(anchor_ptr + batch_row)
+    if chain_only_ptr is not None:
+        is_chain = tl.load(chain_only_ptr + batch_row) != 0
+
+    t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
+    log_label = tl.load(log_label_ptr + batch_row * T + t, mask=t < T, other=0.0)
+    log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
+    label_mass = tl.where(log_label < float("inf"), _complement(log_blank), 0.0)
+    # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
+    behind = (t > 0) & (t < T)
+    blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
+    b = tl.cumprod(blank, axis=0)
+    tl.store(state_ptr + t, b, mask=t < T)
+    tl.store(state_ptr + T + t, b, mask=t < T)
+    total = tl.sum(label_mass * b, axis=0)
+    repeat, score, place, token, level = 0.0, 0.0, -1, anchor, 0
+
+    # Lane i of the queue is row i; lane i of the tree is row 1 + i.
+    lane = tl.arange(0, BLOCK_N)
+    queue_score = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    queue_order = tl.zeros((BLOCK_N,), tl.int32)
+    tree_token = tl.zeros((BLOCK_N,), tl.int64) + anchor
+    tree_parent = tl.full((BLOCK_N,), -1, tl.int32)
+    tree_depth = tl.zeros((BLOCK_N,), tl.int32)
+    tree_score = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    ancestors = tl.zeros((BLOCK_N,), tl.int64)
+
+    row, alive = 0, True
+    while (row < N) & alive:
+        tl.debug_barrier()  # the state of this row is written
+        if level < depth:
+            child = _child_scores(
+                tokens_ptr, p_ptr, state_ptr + row * 2 * T, w_in_ptr, w_out_ptr, token, place, score, repeat, total,
+                num_candidates, T, BLOCK_M, RANK, BLOCK_R, COMPLETE,
+            )  # fmt: skip
+            tl.store(child_ptr + row * num_candidates + m, child, mask=m < num_candidates)
+            best, best_place = tl.max(child, axis=0, return_indices=True)
+            queue_score = tl.where(lane == row, best, queue_score)
+            queue_order = tl.where(lane == row, (level * BLOCK_N + row) * BLOCK_M + best_place, queue_order)
+        tl.debug_barrier()  # the children of this row are written
+
+        # The best of the queue; ties go to the shallower, then to the parent that came first.
+        score = tl.max(queue_score, axis=0)
+        order = tl.min(tl.where(queue_score == score, queue_order, 0x7FFFFFFF), axis=0)
+        alive = score > -float("inf")
+        place, parent, level = order % BLOCK_M, order // BLOCK_M % BLOCK_N, order // BLOCK_M // BLOCK_N
+        sibling = tl.load(child_ptr + parent * num_candidates + m, mask=m < num_candidates, other=-float("inf"))
+        is_later = (sibling < score) | ((sibling == score) & (m > place))
+        best, best_place = tl.max(tl.where(is_later, sibling, -float("inf")), axis=0, return_indices=True)
+        if chain_only_ptr is not None:
+            best = tl.where(is_chain, -float("inf"), best)
+        queue_score = tl.where(lane == parent, best, queue_score)
+        queue_order = tl.where(lane == parent, order - place + best_place, queue_order)
+
+        level += 1
+        token = tl.load(tokens_ptr + place)
+        is_parent, is_new = lane + 1 == parent, lane == tl.where(alive, row, BLOCK_N)
+        path = tl.sum(tl.where(is_parent, ancestors, 0), axis=0)
+        # At the root w = b, so that it does not matter what its last label is.
+        is_repeat = token == tl.sum(tl.where(is_parent, tree_token, 0), axis=0)
+        tree_token = tl.where(is_new, token, tree_token)
+        tree_parent = tl.where(is_new, parent, tree_parent)
+        tree_depth = tl.where(is_new, level, tree_depth)
+        tree_score = tl.where(is_new, score, tree_score)
+        ancestors = tl.where(is_new, path | (tl.full((BLOCK_N,), 1, tl.int64) << lane), ancestors)
+
+        weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
+        p, first = _emission(p_ptr + place, weight_ptr, t, num_candidates, T)
+        p_1, first_1 = _emission(p_ptr + place, weight_ptr, t - 1, num_candidates, T)
+        p_2, first_2 = _emission(p_ptr + place, weight_ptr, t - 2, num_candidates, T)
+        scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
+        # Both recursions are affine in their state: scans over frames. b needs n one frame earlier.
+        _, n = tl.associative_scan((p_1, first_1 * scale), 0, _then)
+        _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, _then)
+        _, b = tl.associative_scan((blank, blank * n_before), 0, _then)
+        row += 1
+        tl.store(state_ptr + row * 2 * T + t, n + b, mask=t < T)
+        tl.store(state_ptr + row * 2 * T + T + t, b, mask=t < T)
+        repeat = tl.sum(p * b, axis=0)
+        total = tl.sum(label_mass * (n + b), axis=0) - tl.sum(p * n, axis=0)
+
+    out = batch_row * (1 + N)
+    _store_column(tree_tokens_ptr + out, anchor, tree_token, lane, N)
+    _store_column(tree_parents_ptr + out, -1, tree_parent, lane, N)
+    _store_column(tree_depths_ptr + out, 0, tree_depth, lane, N)
+    _store_column(tree_scores_ptr + out, 0.0, tree_score, lane, N)
+    _store_column(tree_ancestors_ptr + out, 0, ancestors, lane, N)
+
+
+@triton.jit
+def _store_column(column_ptr, of_anchor, of_nodes, lane, N: tl.constexpr):
+    tl.store(column_ptr, of_anchor)
+    tl.store(column_ptr + 1 + lane, of_nodes, mask=lane < N)
