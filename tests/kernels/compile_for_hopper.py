@@ -18,11 +18,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 from vllm_ctc_spec.kernels import (
     collapse,
+    ctc_transform,
     frame_stats,
     kv_compaction,
     prefix_chain,
     tree_attention,
     tree_layout,
+    tree_mask,
     tree_walk,
 )
 
@@ -43,7 +45,11 @@ class Recorder:
 
 def record_launches() -> list:
     launches = []
-    for module in (collapse, frame_stats, kv_compaction, prefix_chain, tree_attention, tree_layout, tree_walk):
+    modules = (
+        collapse, ctc_transform, frame_stats, kv_compaction, prefix_chain, tree_attention, tree_layout, tree_mask,
+        tree_walk,
+    )  # fmt: skip
+    for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value, launches))
@@ -69,8 +75,24 @@ def record_launches() -> list:
     chain(32, torch.float16, rank=0, sampled=True)
     chain(32, torch.float32, rank=256, sampled=True)
     chain(1, torch.bfloat16, rank=5, sampled=True)
+    transforms(empty)
     trees(empty)
     return launches
+
+
+def transforms(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
+    """The usual tree, one of no power of two, the largest one, and the smallest one."""
+
+    def transform(num_frames: int, num_nodes: int, width: int, dtype: torch.dtype, chains: bool) -> None:
+        logits, frames = empty(batch, num_frames, VOCABULARY, dtype=dtype), empty(batch, num_frames)
+        chain_only = empty(batch, dtype=torch.bool) if chains else None
+        anchor = empty(batch, dtype=torch.int64)
+        ctc_transform.ctc_transform_triton(logits, frames, frames, anchor, num_nodes, width, 8, chain_only)
+
+    transform(12, 16, 10, torch.bfloat16, chains=True)
+    transform(12, 33, 9, torch.float16, chains=False)
+    transform(64, 64, 64, torch.float32, chains=True)
+    transform(1, 1, 1, torch.bfloat16, chains=False)
 
 
 def trees(empty: Callable[..., torch.Tensor], batch: int = 64, width: int = 65, num_layers: int = 32) -> None:

@@ -1,0 +1,187 @@
+"""The prefix search against the fp64 oracle, which is proved against enumeration in tests/test_ctc.py."""
+
+import pytest
+import torch
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.kernels.prefix_search import prefix_search
+
+from vllm_ctc_spec import ctc
+
+from .frames import ANCHOR, HARD, anchors, from_odds, hard_frames, markov_head, random_frames
+from .searches import Nodes, assert_same_nodes, nodes_of, realistic_frames
+
+
+def oracle(
+    frames: tuple, row: int, num_nodes: int, depth: int, markov: tuple | None = None, bias_width: int | None = None
+) -> Nodes:
+    """bias_width: the head's bias is 0 outside of the best so many tokens of each frame, as the search defines it."""
+    logits, log_label, log_blank = (x[row].double() for x in frames)
+    log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
+    log_p = log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(ctc.NEG)
+    bias = None
+    if markov is not None:
+        bias = markov[0].double() @ markov[1].double().T
+        if bias_width is not None:
+            bias *= torch.zeros(len(bias), dtype=torch.float64).index_fill_(0, candidates(frames, row, bias_width), 1)
+    return ctc.best_prefixes(log_p, num_nodes, depth=depth, label_bias=bias, anchor=ANCHOR)
+
+
+def candidates(frames: tuple, row: int, width: int) -> torch.Tensor:
+    return frames[0][row].topk(width).indices.flatten()
+
+
+def assert_equals_oracle(
+    frames: tuple,
+    num_nodes: int,
+    width: int,
+    depth: int,
+    markov: tuple | None = None,
+    bias_width: int | None = None,
+) -> None:
+    batch, _, num_tokens = frames[0].shape
+    tree = prefix_search(*frames, anchors(batch), num_nodes, width, depth, markov)
+    tree.check(num_tokens)
+    assert tree.tokens.shape == (batch, 1 + num_nodes)
+    assert (tree.tokens[:, 0] == ANCHOR).all()
+    for row in range(batch):
+        assert_same_nodes(nodes_of(tree, row), oracle(frames, row, num_nodes, depth, markov, bias_width))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("num_nodes", [8, 64])
+@pytest.mark.parametrize("name", [name for name in HARD if name != "labels below the end of the chain"])
+def test_hard_frames(name: str, num_nodes: int, rank: int) -> None:
+    assert_equals_oracle(hard_frames(name, 1, 12, 37), num_nodes, 37, 8, markov_head(37, rank))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("num_nodes", [1, 8, 64])
+@pytest.mark.parametrize("batch, num_frames, depth", [(1, 1, 4), (3, 12, 5), (1, 12, 1), (1, 32, 40)])
+def test_random_frames(batch: int, num_frames: int, depth: int, num_nodes: int, rank: int) -> None:
+    frames = random_frames(batch, num_frames, 23, seed=num_frames)
+    assert_equals_oracle(frames, num_nodes, num_nodes + 22, depth, markov_head(23, rank, scale=2.0))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_realistic_frames_over_a_large_vocabulary(seed: int) -> None:
+    frames = realistic_frames(1, 12, 2048, seed)
+    assert_equals_oracle(frames, 64, 64, 8)
+
+
+def test_the_head_over_a_large_vocabulary() -> None:
+    frames, markov = realistic_frames(1, 12, 2048, seed=2), markov_head(2048, 64)
+    assert_equals_oracle(frames, 64, 64, 8, markov, bias_width=64)
+    # Against the full definition only what the head does to the tokens outside of the candidates is missing.
+    tree = prefix_search(*frames, anchors(1), 64, 64, 8, markov)
+    exact, got = dict(oracle(frames, 0, 64, 8, markov)), dict(nodes_of(tree, 0))
+    common = exact.keys() & got.keys()
+    assert len(common) >= 62
+    assert max(abs(exact[labels] - got[labels]) for labels in common) < 0.25
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("name", ["realistic", "empty frames", "nearly all blank", "no blank"])
+def test_narrow_searches_are_exact_among_the_candidates(name: str, width: int, rank: int) -> None:
+    """The other tokens are in no node, but the head's normaliser counts their mass."""
+    frames, markov = realistic_frames(1, 5, 40, seed=4), markov_head(40, rank, scale=2.0)
+    if name == "nearly all blank":
+        frames = from_odds(frames[0], torch.full((1, 5), 18.0))
+    elif name != "realistic":
+        frames = hard_frames(name, 1, 5, 40)
+    tree = prefix_search(*frames, anchors(1), 16, width, 3, markov)
+    tree.check(40)
+    among = set(candidates(frames, 0, width).tolist())
+    everything = oracle(frames, 0, 1500, 3, markov, bias_width=width)
+    expected = [(labels, score) for labels, score in everything if among.issuperset(labels)]
+    assert_same_nodes(nodes_of(tree, 0), expected[:16])
+
+
+def test_rows_are_cut_to_the_tree_of_a_smaller_budget() -> None:
+    frames, markov = realistic_frames(2, 12, 300, seed=5), markov_head(300, 5)
+    whole = prefix_search(*frames, anchors(2), 64, 20, 6, markov)
+    for num_nodes in (1, 2, 17, 40):
+        cut = prefix_search(*frames, anchors(2), num_nodes, 20, 6, markov)
+        for field in ("tokens", "parents", "depths", "ancestors"):
+            assert torch.equal(getattr(cut, field), getattr(whole, field)[:, : 1 + num_nodes])
+        torch.testing.assert_close(cut.scores, whole.scores[:, : 1 + num_nodes])
+
+
+def test_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lower_token() -> None:
+    half = torch.full((1, 2), 0.5).log()
+    tree = prefix_search(torch.full((1, 2, 2), 0.25).log(), torch.zeros(1, 2), half, anchors(1), 9, 9, 9)
+    assert [labels for labels, _ in nodes_of(tree, 0)] == [(0,), (1,), (0, 1), (1, 0)]
+    # One label and no blank: after the first label all mass stays with it.
+    tree = prefix_search(*hard_frames("no blank, one label", 1, 12, 37), anchors(1), 9, 9, 9)
+    assert nodes_of(tree, 0) == [((36,), 0.0)]
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("num_nodes, depth", [(4, 9), (9, 4), (16, 16)])
+def test_chain_rows_are_the_greedy_chain_and_others_the_tree(num_nodes: int, depth: int, rank: int) -> None:
+    frames, markov = random_frames(4, 6, 40, seed=6), markov_head(40, rank)
+    chain_only = torch.tensor([True, False, True, False])
+    mixed = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov, chain_only)
+    mixed.check(40)
+    tree = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov)
+    labels, lengths = prefix_chain(*frames, anchors(4), min(num_nodes, depth), markov)
+    for row in range(4):
+        if chain_only[row]:
+            used = int(mixed.num_nodes[row])
+            assert used == lengths[row]
+            assert mixed.path(row, used) == labels[row, :used].tolist()
+            assert mixed.parents[row, 1 : 1 + used].tolist() == list(range(used))
+        else:
+            assert_same_nodes(nodes_of(mixed, row), nodes_of(tree, row), atol=1e-6)
+
+
+def test_what_is_impossible_or_not_a_number_is_no_node() -> None:
+    logits, log_label, log_blank = random_frames(3, 6, 9, seed=1)
+    log_blank[0] = torch.nan
+    logits[1] = torch.nan
+    log_label[1] = torch.nan
+    for markov in (None, markov_head(9, 5)):
+        tree = prefix_search(logits, log_label, log_blank, torch.tensor([5, 6, 7]), 8, 4, 4, markov)
+        tree.check(9)
+        assert tree.num_nodes.tolist() == [0, 0, 8]
+        assert tree.tokens[:2].tolist() == [[5] * 9, [6] * 9]
+        below = hard_frames("labels below the end of the chain", 2, 12, 9)
+        assert prefix_search(*below, anchors(2), 8, 9, 4, markov).num_nodes.tolist() == [0, 0]
+    not_a_head = (torch.full((9, 5), torch.nan), torch.ones(9, 5))
+    frames = random_frames(1, 6, 9, seed=1)
+    assert prefix_search(*frames, anchors(1), 8, 4, 4, not_a_head).num_nodes.tolist() == [0]
+
+
+def test_a_head_with_large_biases_keeps_its_law() -> None:
+    frames, (w_in, w_out) = random_frames(1, 6, 20, seed=7), markov_head(20, 5, scale=5.0)
+    for scale in (10.0, -10.0):
+        assert_equals_oracle(frames, 16, 20, 4, (w_in * scale, w_out * abs(scale)))
+    shifted = prefix_search(*frames, anchors(1), 16, 20, 4, (torch.ones(20, 1), torch.full((20, 1), -200.0)))
+    zero = prefix_search(*frames, anchors(1), 16, 20, 4, (torch.ones(20, 1), torch.zeros(20, 1)))
+    torch.testing.assert_close(shifted.scores, zero.scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
+    logits, log_label, log_blank = realistic_frames(2, 12, 50, seed=8)
+    markov = tuple(x.to(dtype) for x in markov_head(50, 5))
+    half = prefix_search(logits.to(dtype), log_label, log_blank, anchors(2), 16, 50, 6, markov)
+    full = prefix_search(
+        logits.to(dtype).float(), log_label, log_blank, anchors(2), 16, 50, 6, tuple(x.float() for x in markov)
+    )
+    assert torch.equal(half.scores, full.scores) and torch.equal(half.tokens, full.tokens)
+
+
+def test_inputs_are_not_modified() -> None:
+    frames, markov, anchor = realistic_frames(2, 12, 50, seed=9), markov_head(50, 5), anchors(2)
+    chain_only = torch.tensor([False, True])
+    inputs = [*frames, *markov, anchor, chain_only]
+    before = [x.clone() for x in inputs]
+    prefix_search(*frames, anchor, 16, 8, 6, markov, chain_only)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("num_nodes", [0, 65])
+def test_refuses_a_budget_that_does_not_fit(num_nodes: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to 64 nodes, not {num_nodes}"):
+        prefix_search(*random_frames(1, 4, 9, seed=0), anchors(1), num_nodes, 4, 4)
