@@ -69,9 +69,9 @@ def ctc_transform_reference(
     depth: int,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    """Everything that depends on one frame before it only is done for all frames at once: only the costs and the
-    prefixes go through frame by frame. A raw path of frame t and row i is number t * N + i, and a prefix has the
-    number of the raw path that emitted it first, plus one: 0 is the root."""
+    """Only the costs and the prefixes go frame by frame; all that looks back one frame is done for all at once. Raw
+    path i of frame t has the number t * N + i, and a prefix has the number of the raw path that emitted it first, plus
+    one: 0 is the root."""
     blank = logits.shape[2]
     best, tokens = _best_tokens(logits, num_nodes, width)
     log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
@@ -96,7 +96,7 @@ def ctc_transform_reference(
     key, place = torch.where(is_node, key, _UNUSED).topk(num_nodes, largest=False)
 
     used = key != _UNUSED
-    row_of = torch.zeros_like(torch.nn.functional.pad(above, (1, 0)))
+    row_of = above.new_zeros(above.shape[0], above.shape[1] + 1)
     row_of.scatter_(1, place + 1, torch.arange(1, num_nodes + 1, device=place.device).expand_as(place))
     row_of[:, 0] = 0
     parents = torch.where(used, row_of.gather(1, above.gather(1, place)), -1)

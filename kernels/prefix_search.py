@@ -48,12 +48,12 @@ def prefix_search(
         markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
         chain_only: None, or [B] bool: rows that get the best child of the best child and so on, one node per depth.
     Returns:
-        The DraftTree [B, 1 + N]; unused rows hold the anchor's token. Nothing in it depends on N except where it is
-        cut.
+        The DraftTree [B, 1 + N]; unused rows hold the anchor's token.
 
     Why custom: every node needs the `S` of all T * C candidates under its own state. In torch this is some thirty
     launches per depth over [B, N, T * C] for N nodes of every depth, most of which are dropped later. Here one program
-    per request holds the search and expands only the nodes of the tree; four launches in all, nothing of size N * V.
+    per request holds the search and expands only the nodes of the tree: a topk, a sort and two kernels whatever N and
+    D, and nothing of size N * V.
     """
     if not 1 <= num_nodes <= MAX_NODES:
         raise ValueError(f"prefix_search finds 1 to {MAX_NODES} nodes, not {num_nodes}")
@@ -107,7 +107,7 @@ def prefix_search_reference(
     with np.errstate(all="ignore"):
         for row, is_chain in enumerate(chains):
             tokens = np.unique(candidates[row])
-            frames = _frames(logits[row], log_label[row], tokens, log_blank[row], markov, width == num_tokens)
+            frames = _frames(logits[row], log_label[row], log_blank[row], tokens, markov, width == num_tokens)
             root = _root(frames, log_blank[row])
             inner = None if markov is None else markov[0][anchor[row : row + 1]].float().numpy()
             beam = 1 if is_chain else num_nodes
@@ -132,8 +132,8 @@ def _empty_tree(anchor: torch.Tensor, num_nodes: int) -> DraftTree:
 def _frames(
     logits: torch.Tensor,
     log_label: torch.Tensor,
-    tokens: np.ndarray,
     log_blank: torch.Tensor,
+    tokens: np.ndarray,
     markov: tuple[torch.Tensor, torch.Tensor] | None,
     complete: bool,
 ) -> _Frames:

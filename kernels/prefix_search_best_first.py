@@ -11,7 +11,7 @@ from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
 from vllm_ctc_spec.draft_tree import DraftTree
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
-_CANDIDATES_OF_WARP, _MAX_WARPS = 128, 16
+_CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
 # Products of the head that a warp holds at once: more of them spill registers on sm_90.
 _HEAD_TILE_OF_WARP = 1024
 
@@ -53,7 +53,7 @@ def prefix_search_triton(
     block_m = triton.next_power_of_2(num_candidates)
     num_warps = max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_WARP))
     rank = 0 if markov is None else markov[0].shape[1]
-    block_r = min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m)
+    block_r = max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m))
     w_in, w_out = (None, None) if markov is None else markov
     p = empty(batch, num_frames, num_candidates)
     candidates_kernel[(batch, num_frames)](
@@ -72,7 +72,7 @@ def prefix_search_triton(
     return tree
 
 
-@triton.jit(do_not_specialize=["num_candidates"])
+@triton.jit
 def candidates_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
@@ -113,7 +113,7 @@ def _then(a, c, a_next, c_next):
 def _complement(x):
     """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
-    return tl.where(x > -0.125, series, 1 - tl.exp(x))
+    return tl.where(x > 1.0, series, 1 - tl.exp(x))
 
 
 @triton.jit
@@ -122,6 +122,31 @@ def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
     inside = (frame >= 0) & (frame < T)
     p = tl.load(p_ptr + frame * num_candidates, mask=inside, other=0.0)
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
+
+
+@triton.jit
+def _extend(p_ptr, weight_ptr, blank, alive, num_candidates, T: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label.
+
+    Both recursions are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in lane
+    `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`, which
+    is the same scan one frame later.
+    """
+    t = tl.arange(0, BLOCK_T)
+    p, first = _emission(p_ptr, weight_ptr, t, num_candidates, T)
+    p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, num_candidates, T)
+    p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, num_candidates, T)
+    scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
+    _, n = tl.associative_scan((p_1, first_1 * scale), 0, _then)
+    _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, _then)
+    _, b = tl.associative_scan((blank, blank * n_before), 0, _then)
+    return p, n, b
+
+
+@triton.jit
+def _store_state(state_ptr, w, b, t, T: tl.constexpr):
+    tl.store(state_ptr + t, w, mask=t < T)
+    tl.store(state_ptr + T + t, b, mask=t < T)
 
 
 @triton.jit
@@ -175,7 +200,7 @@ def _child_scores(
     return tl.where(log_q > -float("inf"), score + tl.minimum(log_q, 0.0), -float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_candidates", "depth"])
+@triton.jit(do_not_specialize=["depth"])
 def search_kernel(
     tokens_ptr,  # [B, M] int64, ascending
     p_ptr,  # [B, T, M] fp32
@@ -226,8 +251,7 @@ def search_kernel(
     behind = (t > 0) & (t < T)
     blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
     b = tl.cumprod(blank, axis=0)
-    tl.store(state_ptr + t, b, mask=t < T)
-    tl.store(state_ptr + T + t, b, mask=t < T)
+    _store_state(state_ptr, b, b, t, T)
     total = tl.sum(label_mass * b, axis=0)
     repeat, score, place, token, level = 0.0, 0.0, -1, anchor, 0
 
@@ -280,18 +304,10 @@ def search_kernel(
         tree_score = tl.where(is_new, score, tree_score)
         ancestors = tl.where(is_new, path | (tl.full((BLOCK_N,), 1, tl.int64) << lane), ancestors)
 
-        weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
-        p, first = _emission(p_ptr + place, weight_ptr, t, num_candidates, T)
-        p_1, first_1 = _emission(p_ptr + place, weight_ptr, t - 1, num_candidates, T)
-        p_2, first_2 = _emission(p_ptr + place, weight_ptr, t - 2, num_candidates, T)
-        scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
-        # Both recursions are affine in their state: scans over frames. b needs n one frame earlier.
-        _, n = tl.associative_scan((p_1, first_1 * scale), 0, _then)
-        _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, _then)
-        _, b = tl.associative_scan((blank, blank * n_before), 0, _then)
         row += 1
-        tl.store(state_ptr + row * 2 * T + t, n + b, mask=t < T)
-        tl.store(state_ptr + row * 2 * T + T + t, b, mask=t < T)
+        weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
+        p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, num_candidates, T, BLOCK_T)
+        _store_state(state_ptr + row * 2 * T, n + b, b, t, T)
         repeat = tl.sum(p * b, axis=0)
         total = tl.sum(label_mass * (n + b), axis=0) - tl.sum(p * n, axis=0)
 

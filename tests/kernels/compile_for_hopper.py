@@ -22,6 +22,7 @@ from vllm_ctc_spec.kernels import (
     frame_stats,
     kv_compaction,
     prefix_chain,
+    prefix_search_best_first,
     tree_attention,
     tree_layout,
     tree_mask,
@@ -46,8 +47,8 @@ class Recorder:
 def record_launches() -> list:
     launches = []
     modules = (
-        collapse, ctc_transform, frame_stats, kv_compaction, prefix_chain, tree_attention, tree_layout, tree_mask,
-        tree_walk,
+        collapse, ctc_transform, frame_stats, kv_compaction, prefix_chain, prefix_search_best_first, tree_attention,
+        tree_layout, tree_mask, tree_walk,
     )  # fmt: skip
     for module in modules:
         for name, value in list(vars(module).items()):
@@ -76,6 +77,7 @@ def record_launches() -> list:
     chain(32, torch.float32, rank=256, sampled=True)
     chain(1, torch.bfloat16, rank=5, sampled=True)
     transforms(empty)
+    searches(empty)
     trees(empty)
     return launches
 
@@ -93,6 +95,27 @@ def transforms(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
     transform(12, 33, 9, torch.float16, chains=False)
     transform(64, 64, 64, torch.float32, chains=True)
     transform(1, 1, 1, torch.bfloat16, chains=False)
+
+
+def searches(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
+    """The usual trees, the largest ones, and the smallest one."""
+
+    def search(num_frames: int, num_nodes: int, dtype: torch.dtype, rank: int, chains: bool = False) -> None:
+        logits, frames = empty(batch, num_frames, VOCABULARY, dtype=dtype), empty(batch, num_frames)
+        markov = (empty(VOCABULARY, rank, dtype=dtype),) * 2 if rank else None
+        chain_only = empty(batch, dtype=torch.bool) if chains else None
+        anchor = empty(batch, dtype=torch.int64)
+        prefix_search_best_first.prefix_search_triton(
+            logits, frames, frames, anchor, num_nodes, num_nodes, 8, markov, chain_only
+        )
+
+    search(12, 16, torch.bfloat16, rank=0)
+    search(12, 16, torch.float32, rank=64, chains=True)
+    search(12, 64, torch.bfloat16, rank=64, chains=True)
+    search(12, 64, torch.float32, rank=256)
+    search(32, 64, torch.float32, rank=256)
+    search(64, 64, torch.float32, rank=64)
+    search(1, 1, torch.bfloat16, rank=5)
 
 
 def trees(empty: Callable[..., torch.Tensor], batch: int = 64, width: int = 65, num_layers: int = 32) -> None:

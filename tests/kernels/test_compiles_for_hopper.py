@@ -34,15 +34,18 @@ def test_every_kernel_is_compiled(launches: list[dict]) -> None:
         "_tree_walk_kernel",
         "attend_kernel",
         "beam_kernel",
+        "candidates_kernel",
         "extend_kernel",
         "merge_kernel",
         "rank_kernel",
         "root_kernel",
         "score_kernel",
+        "search_kernel",
     }
     assert sum(launch["kernel"] == "score_kernel" for launch in launches) == 6
     assert sum(launch["kernel"] == "attend_kernel" for launch in launches) == 10
     assert sum(launch["kernel"] == "beam_kernel" for launch in launches) == 4
+    assert sum(launch["kernel"] == "search_kernel" for launch in launches) == 7
 
 
 def test_shared_memory_fits(launches: list[dict]) -> None:

@@ -1,0 +1,106 @@
+"""What trees cannot do is said in one sentence that names it and the way out."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_ctc_spec.config import DrafterConfigError
+from vllm_ctc_spec.tree.support import check_engine, check_layer
+
+
+def configuration(**changes) -> SimpleNamespace:
+    """A configuration that trees can serve, with `part__field=value` changed."""
+    parts = {
+        "parallel_config": dict(
+            pipeline_parallel_size=1, prefill_context_parallel_size=1, decode_context_parallel_size=1,
+            use_ubatching=False, enable_batch_sharded_sampling=None,
+        ),
+        "model_config": dict(
+            logits_processors=None, return_sampling_mask=False, enable_trace_replay=False, use_mla=False,
+            is_hybrid=False, is_attention_free=False, is_encoder_decoder=False, is_diffusion=False, uses_mrope=False,
+            uses_alibi=False, hf_text_config=SimpleNamespace(),
+        ),
+        "cache_config": dict(cache_dtype="auto", kv_sharing_fast_prefill=False),
+        "speculative_config": dict(draft_sample_method="greedy", rejection_sample_method="standard"),
+        "aux_output_config": dict(enabled=False),
+    }  # fmt: skip
+    whole = {"kv_transfer_config": None, "watermark_config": None}
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            parts[part][field] = value
+        else:
+            whole[part] = value
+    return SimpleNamespace(**{name: SimpleNamespace(**fields) for name, fields in parts.items()}, **whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__use_ubatching": True}, "microbatches"),
+        ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
+        ({"kv_transfer_config": object()}, "KV connectors"),
+        ({"aux_output_config__enabled": True}, "auxiliary outputs"),
+        ({"watermark_config": object()}, "watermarks"),
+        ({"model_config__logits_processors": ["a.b"]}, "custom logits processors"),
+        ({"model_config__return_sampling_mask": True}, "sampling masks"),
+        ({"model_config__enable_trace_replay": True}, "trace replay"),
+        ({"cache_config__cache_dtype": "fp8"}, "a quantised KV cache"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
+        ({"model_config__use_mla": True}, "MLA targets"),
+        ({"model_config__is_hybrid": True}, "hybrid and recurrent targets"),
+        ({"model_config__is_attention_free": True}, "hybrid and recurrent targets"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder targets"),
+        ({"model_config__is_diffusion": True}, "diffusion targets"),
+        ({"model_config__uses_mrope": True}, "multimodal rotary positions"),
+        ({"model_config__uses_alibi": True}, "ALiBi"),
+        ({"model_config__hf_text_config": SimpleNamespace(sliding_window=512)}, "sliding-window targets"),
+        ({"model_config__hf_text_config": SimpleNamespace(attention_chunk_size=512)}, "sliding-window targets"),
+        (
+            {"model_config__hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])},
+            "sliding-window targets",
+        ),
+        ({"speculative_config__draft_sample_method": "probabilistic"}, "sampled drafts"),
+        ({"speculative_config__rejection_sample_method": "block"}, "rejection_sample_method"),
+    ],
+    ids=str,
+)
+def test_an_engine_that_trees_cannot_serve(change, what):
+    with pytest.raises(DrafterConfigError, match=f"trees do not work with .*{what}.*draft chains"):
+        check_engine(configuration(**change))
+
+
+def test_an_engine_that_trees_can_serve():
+    check_engine(configuration())
+    unused = SimpleNamespace(sliding_window=512, use_sliding_window=False, layer_types=["full_attention"] * 4)
+    check_engine(configuration(model_config__hf_text_config=unused))
+
+
+def layer(backend: str = "FLASH_ATTN", **implementation) -> SimpleNamespace:
+    fields = {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 0, **implementation}
+    return SimpleNamespace(
+        attn_backend=SimpleNamespace(get_name=lambda: backend), impl=SimpleNamespace(**fields)
+    )
+
+
+@pytest.mark.parametrize(
+    ("unfit", "what"),
+    [
+        (layer("FLASHINFER"), "the attention backend FLASHINFER"),
+        (layer(sinks=object()), "attention sinks"),
+        (layer(logits_soft_cap=30.0), "attention soft caps"),
+        (layer(alibi_slopes=[0.5]), "ALiBi"),
+    ],
+    ids=["backend", "sinks", "soft cap", "ALiBi"],
+)
+def test_a_layer_that_trees_cannot_use(unfit, what):
+    with pytest.raises(DrafterConfigError, match=f"trees do not work with {what}"):
+        check_layer("model.layers.0", unfit)
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"])
+def test_a_layer_that_trees_can_use(backend):
+    check_layer("model.layers.0", layer(backend))
