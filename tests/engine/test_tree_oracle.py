@@ -10,15 +10,14 @@ from vllm import SamplingParams
 
 import vllm_ctc_spec.cpu.tree
 import vllm_ctc_spec.proposer
-from vllm_ctc_spec.cpu.noise import gumbel
 from vllm_ctc_spec.cpu.tree import CpuPathCompaction
 from vllm_ctc_spec.tree.model_state import TreeModelState
 
 from .oracle import OracleProposer
+from .ties import differences
 
 NUM_PROMPTS = 100
 MAX_TOKENS = 72
-TIE = 1e-4
 BLOCK = 32  # tokens; the CPU's default of 128 would hold most requests whole
 BUDGETS = [8, 16, 32, 64]
 
@@ -88,29 +87,6 @@ def oracle(engine, tiny_pair, prompts, expected):
 
 def model_runner(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-
-
-def differences(plain, parameters, expected, given) -> list[str]:
-    """Where outputs differ although no tie explains it: fp32 rounds differently in steps of another width."""
-    found = []
-    for params, mine, theirs in zip(parameters, expected, given, strict=True):
-        a, b = list(mine.outputs[0].token_ids), list(theirs.outputs[0].token_ids)
-        if a != b:
-            at = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), None)
-            if at is None or gap(plain, params, mine.prompt_token_ids + a[:at], a[at], b[at]) > TIE:
-                found.append(f"request {mine.request_id} differs at {at}")
-    return found
-
-
-def gap(plain, params, context: list[int], first: int, second: int) -> float:
-    """How far apart the two tokens were for the sampler, its noise included."""
-    one = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
-    top = plain.generate([{"prompt_token_ids": context}], one, use_tqdm=False)[0].outputs[0].logprobs[0]
-    difference = top[first].logprob - top[second].logprob
-    if params.temperature:
-        noise = gumbel(params.seed, len(context) - 1, len(top), use_fp64=False)
-        difference = difference / params.temperature + noise[first] - noise[second]
-    return abs(float(difference))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

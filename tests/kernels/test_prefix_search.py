@@ -8,7 +8,7 @@ from vllm_ctc_spec.kernels.prefix_search import prefix_search
 from vllm_ctc_spec import ctc
 
 from .frames import ANCHOR, HARD, anchors, from_odds, hard_frames, markov_head, random_frames
-from .searches import Nodes, assert_same_nodes, nodes_of, realistic_frames
+from .searches import Nodes, assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
 def oracle(
@@ -114,6 +114,12 @@ def test_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lower_tok
     # One label and no blank: after the first label all mass stays with it.
     tree = prefix_search(*hard_frames("no blank, one label", 1, 12, 37), anchors(1), 9, 9, 9)
     assert nodes_of(tree, 0) == [((36,), 0.0)]
+
+
+def test_no_child_outranks_its_parent() -> None:
+    tree = prefix_search(*certain_frames(6), anchors(1), 8, 6, 8)
+    tree.check(6)
+    assert nodes_of(tree, 0) == [(tuple(range(length)), 0.0) for length in range(1, 7)]
 
 
 @pytest.mark.parametrize("rank", [0, 5])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_reference, prefix_search_triton
 
-from .frames import HARD, anchors, hard_frames, markov_head, random_frames
-from .searches import assert_same_nodes, nodes_of, realistic_frames
+from .frames import HARD, anchors, from_odds, hard_frames, markov_head, random_frames
+from .searches import assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
 def assert_triton_equals_reference(
@@ -85,6 +85,17 @@ def test_triton_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lo
     inputs = (x.to(triton_device) for x in (logits, torch.zeros(1, 2), half, anchors(1)))
     tree = prefix_search_triton(*inputs, 9, 9, 9)
     assert [labels for labels, _ in nodes_of(tree, 0)] == [(0,), (1,), (0, 1), (1, 0)]
+
+
+def test_triton_no_child_outranks_its_parent(triton_device: str) -> None:
+    assert_triton_equals_reference(certain_frames(6), 8, 6, 8, triton_device)
+
+
+@pytest.mark.parametrize("odds", [-1.0, 1.5, 2.5, 18.0, 50.0])
+def test_triton_mass_outside_of_the_candidates(odds: float, triton_device: str) -> None:
+    """The less a frame's labels weigh, the more of their mass a difference from 1 would lose."""
+    frames = from_odds(realistic_frames(1, 5, 40, seed=4)[0], torch.full((1, 5), odds))
+    assert_triton_equals_reference(frames, 8, 3, 3, triton_device, markov_head(40, 5, scale=2.0))
 
 
 def test_triton_frames_that_are_not_numbers_give_no_nodes(triton_device: str) -> None:

@@ -13,6 +13,7 @@ from vllm_ctc_spec.tree.compaction import PathCompaction
 from vllm_ctc_spec.tree.state import TreeStep
 from vllm_ctc_spec.tree.support import refused
 
+
 def attend_tree_rows(
     implementation: Any,
     step: TreeStep,

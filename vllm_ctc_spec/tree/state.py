@@ -29,7 +29,7 @@ class TreeTable:
         self.chain_only = torch.zeros(num_slots + 1, dtype=torch.bool, device=device)
 
     def reset(self, slot: int, chain_only: bool) -> None:
-        """A new request: drafts that it brings along, from another instance or from before a preemption, are a chain."""
+        """A new request. Drafts that it brings along, from another instance or from before a preemption: a chain."""
         self.parents[slot], self.depths[slot], self.ancestors[slot] = self._chain
         self.chain_only[slot] = chain_only
 

@@ -1,0 +1,73 @@
+"""After a tree the drafter sees what it would see after a chain: frames for equal contexts are equal."""
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+import vllm_ctc_spec.proposer
+from vllm_ctc_spec.proposer import CTCProposer
+from vllm_ctc_spec.tree.state import TreeStep, TreeTable
+
+from .conftest import TREE
+
+PROMPTS = ["Tom has 3 apples.", "?", "12 + 30 =", "Once there were seven dwarfs", "abcabcabcabcabc", "The end of"]
+GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+
+
+class Recorder(CTCProposer):
+    """Keeps the frames of every context that it drafted for."""
+
+    instances: list["Recorder"] = []
+    request_states = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.frames: dict[tuple[int, ...], torch.Tensor] = {}
+        self.instances.append(self)
+
+    def _search_tree(self, logits, log_label, log_blank, anchor, slots):
+        if self.request_states is not None:
+            for frames, slot in zip(logits + log_label[:, :, None], slots.tolist(), strict=True):
+                length = int(self.request_states.total_len.gpu[slot])
+                context = self.request_states.all_token_ids.gpu[slot][:length]
+                self.frames[tuple(context.tolist())] = frames.clone()
+        return super()._search_tree(logits, log_label, log_blank, anchor, slots)
+
+
+@pytest.fixture
+def record(engine, tiny_pair, monkeypatch):
+    """record(): the frames by context of an engine that drafts trees for PROMPTS, under the patches of the moment."""
+
+    def run() -> dict[tuple[int, ...], torch.Tensor]:
+        monkeypatch.setattr(vllm_ctc_spec.proposer, "CTCProposer", Recorder)
+        llm = engine(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter), **TREE})
+        recorder = Recorder.instances.pop()
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        recorder.request_states = runner.req_states
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        return recorder.frames
+
+    return run
+
+
+def chains_only(monkeypatch):
+    reset = TreeTable.reset
+    monkeypatch.setattr(TreeTable, "reset", lambda self, slot, chain_only: reset(self, slot, True))
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    common = one.keys() & other.keys()
+    assert len(common) > 50
+    return max((one[context] - other[context]).abs().max().item() for context in common)
+
+
+def test_frames_after_trees_are_frames_after_chains(record, monkeypatch):
+    after_trees = record()
+    with monkeypatch.context() as patch:
+        patch.setattr(TreeStep, "rows_in_path_order", lambda self, num_tokens: torch.arange(num_tokens))
+        out_of_order = record()
+    chains_only(monkeypatch)
+    after_chains = record()
+    assert largest_difference(after_trees, after_chains) < 1e-3
+    # A test of the test: without the accepted rows in front, the drafter reads rejected ones.
+    assert largest_difference(out_of_order, after_chains) > 0.1
