@@ -78,7 +78,9 @@ class DrafterConfig:
                 f"{self.num_frames} labels; lower num_labels or raise num_frames."
             )
         if not 0 <= self.tree_nodes <= MAX_NODES:
-            raise DrafterConfigError(f"CTC drafter: tree_nodes must be 0 (chain) to {MAX_NODES}, not {self.tree_nodes}.")
+            raise DrafterConfigError(
+                f"CTC drafter: tree_nodes must be 0 (a chain) to {MAX_NODES}, not {self.tree_nodes}."
+            )
         if self.markov_rank < 0:
             raise DrafterConfigError(f"CTC drafter: markov_rank must be 0 (no head) or more, not {self.markov_rank}.")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -27,7 +27,8 @@ def mixed_requests() -> list[tuple[dict, SamplingParams]]:
     )
     requests = []
     for i in range(NUM_REQUESTS):
-        tokens = rng.choice(beginnings)[: rng.choice([20, 64, 90])] + [rng.randrange(2, 97) for _ in range(rng.randrange(12))]
+        own = [rng.randrange(2, 97) for _ in range(rng.randrange(12))]
+        tokens = rng.choice(beginnings)[: rng.choice([20, 64, 90])] + own
         params = SamplingParams(max_tokens=rng.randint(1, 60), ignore_eos=i % 3 > 0, **rng.choice(kinds)(i))
         requests.append(({"prompt_token_ids": tokens}, params))
     return requests

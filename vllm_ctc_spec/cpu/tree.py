@@ -1,7 +1,7 @@
 """Tree attention and compaction on a CPU, where the paged cache has a layout of its own.
 
 vLLM's CPU kernels take no mask, and keep the keys of a block transposed: `[num_kv_heads, head_size, block_size]`
-(float32 on x86, vLLM's instruction sets "vec" and "vec16"); values lie in rows. `check_layout` writes one key and looks.
+(float32 on x86: instruction sets "vec" and "vec16"); values lie in rows. `check_layout` writes keys and looks.
 """
 
 from typing import Any
