@@ -87,7 +87,7 @@ def describe_run(program: str, args: argparse.Namespace, argv: list[str], num_pr
         "prompts": args.prompts.name,
         "num_prompts": num_prompts,
         "max_tokens": args.max_tokens,
-        "repeats": args.repeats,
+        "repeats": getattr(args, "repeats", 1),
         "vllm": version("vllm"),
         "torch": version("torch"),
         "vllm_ctc_spec": version("vllm-ctc-spec"),

@@ -1,9 +1,10 @@
-"""Where a decoding step's time goes: target forward, verification, drafter, and the drafter's own parts.
+"""Where a decoding step's time goes: target forward, verification, drafter, and their own parts, by kind of draft.
 
     python benchmarks/step_time.py                             # the embedded pair and prompts
+    python benchmarks/step_time.py --drafts chain tree:16
 
-One engine in this process, greedy, one row per batch size; medians over all decoding steps. Then the collapse and chain
-functions alone, at the same shapes. Writes OUTPUT.json and OUTPUT.md.
+One engine for each kind of draft, all in this process, greedy; they take turns batch by batch, so that a machine that
+gets slower or faster favours none. Medians over all decoding steps. Writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -34,18 +35,32 @@ if on_cpu():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
-STEP, TARGET_FORWARD, DRAFT = "step", "target forward", "drafter"
-VERIFY, MODULE, CHAIN = "verification", "draft module forward", "prefix chain"
-CONTEXT, FRAMES = "context keys and values", "frame statistics"
-SHARES = (TARGET_FORWARD, VERIFY, DRAFT, CONTEXT, MODULE, FRAMES, CHAIN)
+DRAFTS = ("chain", "tree:8", "tree:16", "tree:32", "tree:64", "transform:16")
+STEP, TOKENS = "whole step", "tokens"
+# Parts, and how deep each lies in the ones above it. The parts of a part need not add up to it.
+PARTS = {
+    "target forward": 0,
+    "attention, all layers": 1,
+    "tree layout": 0,
+    "verification": 0,
+    "tree walk": 1,
+    "compaction": 1,
+    "drafter": 0,
+    "context keys and values": 1,
+    "draft module forward": 1,
+    "frame statistics": 1,
+    "chain or tree search, masks included": 1,
+}
 
 
 class Stopwatch:
-    """Milliseconds by name, one entry per call; `synchronize` makes them true on a GPU."""
+    """Milliseconds by part, summed over each step of the draft whose turn it is."""
 
     def __init__(self, synchronize: Callable[[], None]):
         self.synchronize = synchronize
-        self.times: dict[str, list[float]] = defaultdict(list)
+        self.draft = ""
+        self.steps: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self._step: dict[str, float] = defaultdict(float)
 
     def wrap(self, owner: object, attribute: str, name: str) -> None:
         inner = getattr(owner, attribute)
@@ -56,7 +71,10 @@ class Stopwatch:
             started = time.perf_counter()
             result = inner(*args, **kwargs)
             self.synchronize()
-            self.times[name].append((time.perf_counter() - started) * 1e3)
+            self._step[name] += (time.perf_counter() - started) * 1e3
+            if name == STEP:
+                self.steps[self.draft].append(dict(self._step))
+                self._step.clear()
             return result
 
         setattr(owner, attribute, timed)
@@ -68,86 +86,86 @@ def synchronizer() -> Callable[[], None]:
     return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
-def instrument(llm, stopwatch: Stopwatch) -> None:
-    import vllm_ctc_spec.proposer as module
+def speculative_config(drafter: Path, draft: str) -> dict:
+    """`chain`, `tree:NODES` or `transform:NODES`."""
+    kind, _, nodes = draft.partition(":")
+    config = {**ctc_config(drafter), "ctc_draft": "chain" if kind == "chain" else "tree"}
+    if nodes:
+        config["num_speculative_tokens"] = int(nodes)
+    if kind == "transform":
+        config["ctc_search"] = "transform"
+    return config
+
+
+def instrument_engine(stopwatch: Stopwatch, llm) -> None:
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
 
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
+    proposer = runner.speculator
     stopwatch.wrap(core, "step_fn", STEP)
-    stopwatch.wrap(runner.model, "forward", TARGET_FORWARD)
-    stopwatch.wrap(runner, "sample", VERIFY)
-    stopwatch.wrap(runner.speculator, "propose", DRAFT)
-    stopwatch.wrap(runner.speculator, "_precompute_context_kv", CONTEXT)
-    stopwatch.wrap(runner.speculator, "_run_model", MODULE)
-    stopwatch.wrap(module, "frame_stats", FRAMES)
-    stopwatch.wrap(module, "prefix_chain", CHAIN)
+    stopwatch.wrap(runner.model, "forward", "target forward")
+    for name, layer in get_layers_from_vllm_config(runner.vllm_config, Attention).items():
+        if name not in proposer.draft_attn_layer_names:
+            stopwatch.wrap(layer.impl, "forward", "attention, all layers")
+    stopwatch.wrap(runner, "sample", "verification")
+    stopwatch.wrap(proposer, "propose", "drafter")
+    stopwatch.wrap(proposer, "_precompute_context_kv", "context keys and values")
+    stopwatch.wrap(proposer, "_run_model", "draft module forward")
 
 
-def measure_steps(llm, prompts: list, batch_size: int, max_tokens: int, stopwatch: Stopwatch) -> dict[str, float]:
-    """Median milliseconds by part over the decoding steps; prompts go in full batches of `batch_size`."""
+def instrument_functions(stopwatch: Stopwatch) -> None:
+    """What all engines share."""
+    import vllm_ctc_spec.proposer
+    import vllm_ctc_spec.tree.compaction
+    import vllm_ctc_spec.tree.model_state
+    import vllm_ctc_spec.tree.verification
+
+    stopwatch.wrap(vllm_ctc_spec.proposer, "frame_stats", "frame statistics")
+    for search in ("prefix_chain", "prefix_search", "ctc_transform"):
+        stopwatch.wrap(vllm_ctc_spec.proposer, search, "chain or tree search, masks included")
+    stopwatch.wrap(vllm_ctc_spec.tree.model_state, "tree_layout", "tree layout")
+    stopwatch.wrap(vllm_ctc_spec.tree.verification, "tree_walk", "tree walk")
+    compaction = vllm_ctc_spec.tree.compaction.PathCompaction
+    for kind in (compaction, *compaction.__subclasses__()):
+        stopwatch.wrap(kind, "run", "compaction")
+
+
+def measure_steps(llms: dict, prompts: list, batch_size: int, max_tokens: int, stopwatch: Stopwatch) -> dict[str, dict]:
+    """Median milliseconds by draft and part over the decoding steps, and tokens a request and step. Prompts go in full
+    batches of `batch_size`."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    llm.generate(prompts[:batch_size], sampling, use_tqdm=False)
-    stopwatch.times.clear()
+    for llm in llms.values():
+        llm.generate(prompts[:batch_size], sampling, use_tqdm=False)
+    stopwatch.steps.clear()
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"batch {batch_size}"):
-        llm.generate(prompts[start : start + batch_size], sampling, use_tqdm=False)
-    return {name: median(stopwatch.times[name]) for name in (STEP, *SHARES)}
-
-
-def measure_functions(batch_size: int, drafter, repeats: int, synchronize: Callable[[], None]) -> dict[str, float]:
-    """Median milliseconds of the drafter's functions alone, on random frames of this drafter's shapes."""
-    import torch
-    from vllm_ctc_spec.kernels.collapse import collapse
-    from vllm_ctc_spec.kernels.frame_stats import frame_stats
-    from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, drafter.num_frames, drafter.vocab_size)
-    logits = (3 * torch.randn(shape, generator=generator)).to(device)
-    log_blank = torch.log(torch.rand(shape[:2], generator=generator)).to(device)
-    log_label = torch.log1p(-log_blank.exp()) - logits.logsumexp(-1)
-    anchor = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    rank = drafter.markov_rank
-    tables = [torch.randn(drafter.vocab_size, rank, generator=generator).to(device) for _ in range(2)] if rank else None
-    alignment = logits.argmax(-1)
-    labels = drafter.num_labels
-    functions = {
-        FRAMES: lambda: frame_stats(logits),
-        CHAIN: lambda: prefix_chain(logits, log_label, log_blank, anchor, labels, tables and tuple(tables)),
-        "collapse": lambda: collapse(alignment, drafter.vocab_size, anchor, labels),
-    }
+        batch = prompts[start : start + batch_size]
+        for stopwatch.draft, llm in llms.items():
+            llm.generate(batch, sampling, use_tqdm=False)
+    batches = -(-len(prompts) // batch_size)
     result = {}
-    for name, function in functions.items():
-        times = []
-        for _ in range(repeats):
-            synchronize()
-            started = time.perf_counter()
-            function()
-            synchronize()
-            times.append((time.perf_counter() - started) * 1e3)
-        result[name] = median(times[repeats // 10 :])
+    for draft, steps in stopwatch.steps.items():
+        result[draft] = {name: median(step.get(name, 0.0) for step in steps) for name in (STEP, *PARTS)}
+        result[draft][TOKENS] = batches * max_tokens / len(steps)
     return result
 
 
-def to_markdown(run: dict, steps: dict[int, dict], functions: dict[int, dict]) -> str:
-    sizes = list(steps)
-    head = "| | " + " | ".join(f"batch {size}" for size in sizes) + " |\n|---|" + "---|" * len(sizes)
+def to_markdown(run: dict, by_size: dict[int, dict[str, dict]]) -> str:
     lines = [
         f"Medians over the decoding steps of {run['num_prompts']} prompts, greedy, {run['max_tokens']} tokens each, "
-        "one engine in one process. The last four parts belong to the drafter.",
+        "engines in one process, taking turns. `tree:N` searches exact prefixes, `transform:N` is the paper's way, "
+        "with N nodes each. A part that is indented belongs to the one above.",
         f"vLLM {run['vllm']}, torch {run['torch']}, Python {run['python']}, {run['gpu'] or run['cpu']}; "
         f"{run['date'][:10]}; `{run['command']}`.",
-        "",
-        head,
-        "| whole step, ms | " + " | ".join(f"{steps[size][STEP]:.2f}" for size in sizes) + " |",
     ]
-    for name in SHARES:
-        cells = (f"{steps[size][name]:.2f} ({steps[size][name] / steps[size][STEP]:.0%})" for size in sizes)
-        lines.append(f"| {name}, ms (share) | " + " | ".join(cells) + " |")
-    for name in functions[sizes[0]]:
-        lines.append(f"| {name} alone, ms | " + " | ".join(f"{functions[size][name]:.3f}" for size in sizes) + " |")
+    for size, drafts in by_size.items():
+        lines += ["", f"| batch {size}, milliseconds | " + " | ".join(drafts) + " |", "|---|" + "---|" * len(drafts)]
+        for name, depth in {STEP: 0, **PARTS}.items():
+            cells = " | ".join(f"{parts[name]:.2f}" for parts in drafts.values())
+            lines.append(f"| {'&nbsp;&nbsp;' * depth}{name} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
@@ -155,11 +173,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--drafter", type=Path, default=DRAFTER)
+    parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="chain, tree:N, transform:N")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="jsonl with the key `question`")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=300, help="of the functions alone")
     parser.add_argument("--output", type=Path, default=RESULTS / "step_time", help="path without suffix")
     return parser.parse_args(argv)
 
@@ -171,32 +189,31 @@ def main(argv: list[str]) -> int:
     busy = psutil.cpu_percent(BUSY_SECONDS)
     from vllm import LLM
 
-    from vllm_ctc_spec.config import DrafterConfig
-
     options = {"dtype": "float32", "enforce_eager": True} if on_cpu() else {}
-    llm = LLM(
-        str(args.target), speculative_config=ctc_config(args.drafter), max_num_seqs=max(args.batch_sizes),
-        enable_prefix_caching=False, **options,
-    )  # fmt: skip
+    llms = {
+        draft: LLM(
+            str(args.target), speculative_config=speculative_config(args.drafter, draft),
+            max_num_seqs=max(args.batch_sizes), enable_prefix_caching=False, **options,
+        )
+        for draft in args.drafts
+    }  # fmt: skip
     stopwatch = Stopwatch(synchronizer())
-    instrument(llm, stopwatch)
-    tokenizer = llm.get_tokenizer()
+    instrument_functions(stopwatch)
+    for llm in llms.values():
+        instrument_engine(stopwatch, llm)
+    tokenizer = next(iter(llms.values())).get_tokenizer()
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
         for question in read_questions(args.prompts, args.num_prompts)
     ]
-    steps = {size: measure_steps(llm, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
-    drafter = DrafterConfig.load(args.drafter)
-    functions = {
-        size: measure_functions(size, drafter, args.repeats, stopwatch.synchronize) for size in args.batch_sizes
-    }
+    by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
     run = describe_run("step_time.py", args, argv, len(prompts), busy)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": run, "steps_ms": steps, "functions_ms": functions}
+    record = {"run": run, "steps_ms": by_size}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = to_markdown(run, steps, functions)
+    table = to_markdown(run, by_size)
     args.output.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
     return 0

@@ -126,11 +126,6 @@ def test_the_accepted_path_moves_to_the_front(shape):
         return [(keys[block, :, :, offset], values[block, :, offset]) for block, offset in at]
 
     expected = [[(k.clone(), v.clone()) for k, v in entries(s[path])] for s, (_, path) in zip(batch.slots, accepted)]
-    total = len(batch.query)
-    layer.ctc_rows = tuple(torch.empty(total, shape[1], shape[2]) for _ in range(2))
-    for slots, root in zip(batch.slots, step.roots.tolist()):
-        for i, (key, value) in enumerate(entries(slots)):
-            layer.ctc_rows[0][root + i], layer.ctc_rows[1][root + i] = key, value
     step.num_reqs, step.slot_mappings = len(REQUESTS), torch.cat(batch.slots)[None].long()
     step.path = torch.arange(MAX_ROWS).repeat(len(REQUESTS), 1).int()
     for r, (_, path) in enumerate(accepted):

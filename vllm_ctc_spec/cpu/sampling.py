@@ -32,6 +32,13 @@ def gumbel_sample(
     local_argmax, local_max, seeds, temperatures = arrays(local_argmax_ptr, local_max_ptr, seeds_ptr, temp_ptr)
     logits = float_array(logits_ptr)
     salt = DRAFT_NOISE_SALT if IS_DRAFTING else 0
+    requests = expanded_idx_mapping_ptr.numpy()
+    if logits_cache_ptr is None and not (temperatures[requests] * (requests >= 0)).any():  # all at once
+        best = logits[:, :vocab_size].argmax(1)
+        local_max[:, 1:] = NEGATIVE_INFINITY
+        local_max[:, 0] = np.take_along_axis(logits, best[:, None], 1)[:, 0]
+        local_argmax[:, 0] = best
+        return
     rows = zip(expanded_idx_mapping_ptr.tolist(), pos_ptr.tolist(), strict=True)
     for row, (request, pos) in enumerate(rows):
         row_logits = logits[row, :vocab_size]

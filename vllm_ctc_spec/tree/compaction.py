@@ -1,7 +1,6 @@
 """The accepted path's keys and values move to the front of the rows that the tree took in the cache."""
 
-from typing import Any
-
+import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -19,19 +18,21 @@ class PathCompaction:
 
     def __init__(self, layers: dict[str, Attention]):
         self.layers = layers
-        self._groups: dict[int, CachePointers] = {}
 
     def bind(self, kv_cache_config: KVCacheConfig) -> None:
-        """Cache tensors exist now. Layers that share a cache are moved once."""
-        self._groups.clear()
+        """The cache tensors exist now."""
+        caches = self.caches_by_group(kv_cache_config)
+        self._groups = {group_id: CachePointers(tensors) for group_id, tensors in caches.items()}
+
+    def caches_by_group(self, kv_cache_config: KVCacheConfig) -> dict[int, list[torch.Tensor]]:
+        """The caches of the target's layers by KV cache group; layers that share a cache count once."""
+        result = {}
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
-            caches: dict[int, Any] = {}
-            for name in group.layer_names:
-                if name in self.layers:
-                    cache = self.layers[name].kv_cache
-                    caches[cache.data_ptr()] = cache
-            if caches:
-                self._groups[group_id] = CachePointers(list(caches.values()))
+            caches = [self.layers[name].kv_cache for name in group.layer_names if name in self.layers]
+            distinct = {cache.data_ptr(): cache for cache in caches}
+            if distinct:
+                result[group_id] = list(distinct.values())
+        return result
 
     def run(self, step: TreeStep) -> None:
         assert step.slot_mappings is not None
