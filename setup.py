@@ -24,7 +24,7 @@ setup(
     packages=[*find_packages(include=["vllm_ctc_spec", "vllm_ctc_spec.*"]), "vllm_ctc_spec.kernels"],
     # `kernels/` must never be importable under its bare name: transformers imports any package called `kernels`.
     package_dir={"vllm_ctc_spec.kernels": "kernels"},
-    install_requires=["rich", "tqdm"],
+    install_requires=["numba", "rich", "tqdm"],
     extras_require={
         "bench": ["matplotlib"],
         "ray": ["ray"],

@@ -1,7 +1,6 @@
 """The tree of the most probable label prefixes, from exact CTC prefix conditionals."""
 
-from typing import NamedTuple
-
+import numba
 import numpy as np
 import torch
 from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
@@ -61,29 +60,6 @@ def prefix_search(
     return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, markov, chain_only)
 
 
-class _Frames(NamedTuple):
-    """One request. U distinct candidates, ascending, so that the order of columns is the order of tokens."""
-
-    tokens: np.ndarray  # [U] int64
-    p: np.ndarray  # [T, U] fp32, p_t(candidate)
-    label_mass: np.ndarray  # [T] fp32, sum_v p_t(v)
-    after_blank: np.ndarray  # [T, T] fp32, b' = after_blank @ n'
-    w_in: torch.Tensor | None  # [V, r]
-    w_out: np.ndarray | None  # [r, U] fp32
-    complete: bool  # the candidates are the vocabulary
-
-
-class _Frontier(NamedTuple):
-    """F nodes of one depth with their states; row t of a state is what precedes frame t + 1."""
-
-    numbers: np.ndarray  # [F] int64, the nodes' places in the order in which they were found
-    scores: np.ndarray  # [F] fp32
-    columns: np.ndarray  # [F] int64, the last label
-    p_last: np.ndarray  # [T, F] fp32, p_t(last label)
-    w: np.ndarray  # [T, F] fp32
-    b: np.ndarray  # [T, F] fp32
-
-
 @torch.no_grad()
 def prefix_search_reference(
     logits: torch.Tensor,
@@ -96,177 +72,156 @@ def prefix_search_reference(
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    """For tensors of the CPU, request by request: there shapes may depend on values, so duplicates and dropped nodes
-    are cut away, and a call of numpy costs a tenth of torch's. Depth by depth: the nodes of a depth that are among the
-    best N so far are expanded together, and their children merged into the best N."""
+    """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
+    in torch or numpy is mostly the overhead of calls."""
     batch, num_frames, num_tokens = logits.shape
     width = min(width, num_tokens)
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
     chains = [False] * batch if chain_only is None else chain_only.tolist()
-    tree = _empty_tree(anchor, num_nodes)
-    with np.errstate(all="ignore"):
-        for row, is_chain in enumerate(chains):
-            tokens = np.unique(candidates[row])
-            frames = _frames(logits[row], log_label[row], log_blank[row], tokens, markov, width == num_tokens)
-            root = _root(frames, log_blank[row])
-            inner = None if markov is None else markov[0][anchor[row : row + 1]].float().numpy()
-            beam = 1 if is_chain else num_nodes
-            found = _best_nodes(frames, root, inner, num_nodes, beam, min(depth, num_frames))
-            _write_row(tree, row, tokens, *found)
-    return tree
+    tree = {
+        "tokens": np.repeat(anchor.numpy()[:, None], 1 + num_nodes, 1),
+        "parents": np.full((batch, 1 + num_nodes), -1, np.int32),
+        "depths": np.zeros((batch, 1 + num_nodes), np.int32),
+        "scores": np.full((batch, 1 + num_nodes), -np.inf, np.float32),
+        "ancestors": np.zeros((batch, 1 + num_nodes), np.int64),
+    }
+    p_blank = np.exp(log_blank.numpy())
+    label_mass = np.where(log_label.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
+    for row, is_chain in enumerate(chains):
+        tokens = np.unique(candidates[row])  # ascending: the order of columns is the order of tokens
+        index = torch.from_numpy(tokens)
+        x = logits[row].index_select(1, index).float()
+        p = torch.exp(x + log_label[row, :, None]).masked_fill_(x == -torch.inf, 0)  # log_label may be infinite there
+        if markov is None:
+            inner, outer = np.zeros((1 + len(tokens), 0), np.float32), np.zeros((0, len(tokens)), np.float32)
+        else:
+            inner = markov[0].index_select(0, torch.cat([index, anchor[row : row + 1]])).float().numpy()
+            outer = markov[1].index_select(0, index).float().T.contiguous().numpy()
+        columns = _best_first(
+            p.numpy(), label_mass[row], p_blank[row], inner, outer, min(depth, num_frames), is_chain,
+            markov is not None, width == num_tokens, *(tree[name][row] for name in list(tree)[1:]),
+        )  # fmt: skip
+        tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]
+    return DraftTree(**{name: torch.from_numpy(values) for name, values in tree.items()})
 
 
-def _empty_tree(anchor: torch.Tensor, num_nodes: int) -> DraftTree:
-    shape = (len(anchor), 1 + num_nodes)
-    scores = torch.full(shape, -torch.inf)
-    scores[:, 0] = 0
-    return DraftTree(
-        tokens=anchor[:, None].repeat(1, shape[1]),
-        parents=torch.full(shape, -1, dtype=torch.int32),
-        depths=torch.zeros(shape, dtype=torch.int32),
-        scores=scores,
-        ancestors=torch.zeros(shape, dtype=torch.int64),
-    )
+@numba.njit(cache=True)
+def _best_first(
+    p,  # [T, U] fp32, p_t(candidate)
+    label_mass,  # [T] fp32, sum_v p_t(v)
+    p_blank,  # [T] fp32
+    inner,  # [U + 1, r] fp32, W_in of the candidates and of the anchor
+    outer,  # [r, U] fp32, W_out of the candidates
+    depth,
+    is_chain,
+    has_head,
+    is_complete,  # the candidates are the vocabulary
+    parents,  # [1 + N] int32, and so on as in DraftTree: written
+    depths,
+    scores,
+    ancestors,
+):  # the columns of the nodes, [K] int64
+    """Every node of the tree keeps the scores of its children that are not in the tree; the best of all is next."""
+    num_rows, num_frames, num_columns = len(parents), *p.shape
+    w, b = np.zeros((num_rows, num_frames), np.float32), np.zeros((num_rows, num_frames), np.float32)
+    children = np.empty((num_rows, num_columns), np.float32)
+    best = np.full(num_rows, np.float32(-np.inf))  # the best child of each row, and where it is
+    best_column, columns = np.zeros(num_rows, np.int64), np.full(num_rows, -1, np.int64)
+    scores[0] = 0
+    state = np.float32(1)
+    for t in range(num_frames):
+        w[0, t] = b[0, t] = state
+        state *= p_blank[t]
+    node = 0
+    while True:
+        if depths[node] < depth:
+            last = columns[node]
+            _score_children(
+                p, label_mass, w[node], b[node], inner[last], outer, last, has_head, is_complete, scores[node],
+                children[node],
+            )  # fmt: skip
+            best_column[node], best[node] = _largest(children[node])
+        parent = node
+        if not is_chain:
+            for row in range(node + 1):  # ties: shallower, then the earlier row; _largest takes the lower token
+                above = best[row] > best[parent]
+                if above or (best[row] == best[parent] and (depths[row], row) < (depths[parent], parent)):
+                    parent = row
+        if best[parent] == -np.inf or node + 1 == num_rows:
+            return columns[1 : node + 1]
+        node += 1
+        column = best_column[parent]
+        columns[node], parents[node], depths[node], scores[node] = column, parent, depths[parent] + 1, best[parent]
+        ancestors[node] = ancestors[parent] | (np.int64(1) << (node - 1))
+        weight = b[parent] if column == columns[parent] else w[parent]
+        _extend(p[:, column], p_blank, weight, w[node], b[node])
+        children[parent, column] = -np.inf
+        best_column[parent], best[parent] = _largest(children[parent])
 
 
-def _frames(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    tokens: np.ndarray,
-    markov: tuple[torch.Tensor, torch.Tensor] | None,
-    complete: bool,
-) -> _Frames:
-    index = torch.from_numpy(tokens)
-    logits = logits.index_select(1, index).float().numpy()
-    log_label, log_blank = log_label.numpy(), log_blank.numpy()
-    p = np.exp(logits + log_label[:, None])
-    p[logits == -np.inf] = 0  # a frame of -inf only may come with an infinite log_label
-    label_mass = np.where(log_label < np.inf, -np.expm1(log_blank), 0)
-    # [t, s] = prod_{s<r<=t} p_r(blank) below the diagonal, else 0; frame r of 1..T lies at r - 1.
-    below = np.tri(len(p), k=-1, dtype=np.float32)
-    blank = np.exp(np.roll(log_blank, 1))[:, None]
-    after_blank = np.where(below, blank, 1).cumprod(0) * below
-    w_in, w_out = (None, None) if markov is None else markov
-    if w_out is not None:
-        w_out = w_out.index_select(0, index).float().numpy().T
-    return _Frames(tokens, p, label_mass, after_blank, w_in, w_out, complete)
+@numba.njit(cache=True)
+def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_complete, score, out):
+    """Writes `score + log q` of every candidate [U]; -inf or NaN where there is no child."""
+    out[:] = 0
+    _add_products(p, w, out)
+    if last >= 0:
+        repeat = np.float32(0)
+        for t in range(len(w)):
+            repeat += p[t, last] * b[t]
+        out[last] = repeat
+    total = mass = np.float32(0)
+    if not is_complete:
+        for t in range(len(w)):
+            total += label_mass[t] * w[t]
+            if last >= 0:
+                total -= p[t, last] * (w[t] - b[t])
+    for u in range(len(out)):
+        mass += out[u]
+        out[u] = np.log(out[u]) if out[u] > IMPOSSIBLE else -np.inf
+    normaliser = np.float32(0)
+    if has_head:
+        _add_products(outer, inner, out)
+        rest = total - mass
+        largest = np.max(out)
+        if not is_complete and rest > 0:
+            largest = max(largest, np.log(rest))
+            normaliser += np.exp(np.log(rest) - largest)
+        for u in range(len(out)):
+            normaliser += np.exp(out[u] - largest)
+        normaliser = largest + np.log(normaliser)
+    for u in range(len(out)):
+        log_q = out[u] - normaliser
+        out[u] = score + (np.float32(0) if log_q > 0 else log_q)
 
 
-def _root(frames: _Frames, log_blank: torch.Tensor) -> _Frontier:
-    """The empty prefix. There w = b: the rule for a repeat is void, and any column will do as the last label."""
-    state = np.exp(np.concatenate([[np.float32(0)], log_blank.numpy()[:-1]]).cumsum())[:, None]
-    zero = np.zeros(1, np.int64)
-    return _Frontier(zero, np.zeros(1, np.float32), zero, frames.p[:, :1], state, state)
+@numba.njit(cache=True)
+def _add_products(rows, factors, out):
+    """out += factors @ rows: [K, U] and [K] to [U]."""
+    for k in range(len(factors)):
+        row, factor = rows[k], factors[k]
+        for u in range(len(out)):
+            out[u] += row[u] * factor
 
 
-def _best_nodes(
-    frames: _Frames, root: _Frontier, inner: np.ndarray | None, num_nodes: int, beam: int, depth: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Columns [K] and parents [K] of all K nodes found, number 0 the anchor; numbers and scores of the best, in order.
-
-    inner [1, r]: W_in[anchor]. beam: how many children of a depth may stay, N in a tree, 1 in a chain.
-    """
-    num_columns = len(frames.tokens)
-    columns, parents, count = [root.columns], [root.numbers], 1
-    best, best_scores = root.numbers[:0], root.scores[:0]
-    frontier = root
-    for level in range(depth):
-        floor = best_scores[-1] if len(best) == num_nodes else -np.inf
-        places, scores = _largest(_child_scores(frames, frontier, inner).ravel(), beam, floor)
-        if not len(places):
-            break
-        parent, column = np.divmod(places, num_columns)
-        numbers = np.arange(count, count + len(places))
-        columns.append(column)
-        parents.append(frontier.numbers[parent])
-        count += len(places)
-        # The sort is stable: what was there before is shallower and wins ties.
-        merged = np.concatenate([best_scores, scores])
-        order = np.argsort(-merged, kind="stable")[:num_nodes]
-        kept = order[order >= len(best)] - len(best)
-        best, best_scores = np.concatenate([best, numbers])[order], merged[order]
-        if level + 1 < depth:
-            frontier = _extend(frames, frontier, numbers[kept], scores[kept], parent[kept], column[kept])
-            if frames.w_in is not None:
-                last = torch.from_numpy(frames.tokens[frontier.columns])
-                inner = frames.w_in.index_select(0, last).float().numpy()
-    return np.concatenate(columns), np.concatenate(parents), best, best_scores
+@numba.njit(cache=True)
+def _largest(values):
+    """Place and value of the largest, the first among equals; -inf if there is no number."""
+    place, value = 0, np.float32(-np.inf)
+    for u in range(len(values)):
+        if values[u] > value:
+            place, value = u, values[u]
+    return place, value
 
 
-def _child_scores(frames: _Frames, nodes: _Frontier, inner: np.ndarray | None) -> np.ndarray:
-    """[F, U] fp32, the score of every child; -inf or NaN where there is none. inner [F, r]: W_in[last]."""
-    mass = nodes.w.T @ frames.p  # S(v)
-    mass[np.arange(len(mass)), nodes.columns] = (nodes.p_last * nodes.b).sum(0)
-    log_q = np.log(np.where(mass > IMPOSSIBLE, mass, 0))
-    if inner is not None:
-        rest = np.zeros_like(nodes.scores)
-        if not frames.complete:
-            total = frames.label_mass @ nodes.w - (nodes.p_last * (nodes.w - nodes.b)).sum(0)
-            rest = np.maximum(total - mass.sum(1), 0)
-        log_q += inner @ frames.w_out
-        log_rest = np.log(rest)
-        largest = np.maximum(log_q.max(1), log_rest)
-        z = np.exp(log_q - largest[:, None]).sum(1) + np.exp(log_rest - largest)
-        log_q -= (largest + np.log(z))[:, None]
-    return np.minimum(log_q, 0) + nodes.scores[:, None]
-
-
-def _largest(values: np.ndarray, limit: int, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Places and values of the `limit` largest values above `floor`, largest first, ties in the order of places."""
-    places = np.flatnonzero(values > floor)
-    values = values[places]
-    if len(places) > limit:
-        enough = values >= np.partition(values, len(values) - limit)[len(values) - limit]
-        places, values = places[enough], values[enough]
-    order = np.argsort(-values, kind="stable")[:limit]
-    return places[order], values[order]
-
-
-def _extend(
-    frames: _Frames,
-    nodes: _Frontier,
-    numbers: np.ndarray,
-    scores: np.ndarray,
-    parent: np.ndarray,
-    columns: np.ndarray,
-) -> _Frontier:
-    """The states behind `columns`, children of `nodes[parent]`. `n'[t] = p_t(y) n'[t-1] + p_t(y) w_y[t-1]` is one
-    affine map per frame; they are composed by doubling."""
-    p = frames.p.take(columns, 1)
-    first = p * np.where(nodes.columns[parent] == columns, nodes.b.take(parent, 1), nodes.w.take(parent, 1))
-    first /= first.sum(0)
-    factor, n = np.zeros_like(p), np.zeros_like(p)
-    factor[1:], n[1:] = p[:-1], first[:-1]
-    step = 1
-    while step < len(p):
-        n[step:] += factor[step:] * n[:-step]
-        factor[step:] *= factor[:-step]
-        step *= 2
-    b = frames.after_blank @ n
-    return _Frontier(numbers, scores, columns, p, n + b, b)
-
-
-def _write_row(
-    tree: DraftTree,
-    row: int,
-    tokens: np.ndarray,
-    columns: np.ndarray,
-    parents: np.ndarray,
-    best: np.ndarray,
-    scores: np.ndarray,
-) -> None:
-    used = slice(1, 1 + len(best))
-    row_of = np.zeros(len(parents), np.int64)
-    row_of[best] = np.arange(1, 1 + len(best))
-    parent_rows = row_of[parents[best]]
-    depths, ancestors = [0], [0]
-    for bit, parent in enumerate(parent_rows.tolist()):
-        depths.append(depths[parent] + 1)
-        ancestors.append(ancestors[parent] | 1 << bit)
-    tree.tokens.numpy()[row, used] = tokens[columns[best]]
-    tree.parents.numpy()[row, used] = parent_rows
-    tree.depths.numpy()[row, used] = depths[1:]
-    tree.scores.numpy()[row, used] = scores
-    # The word of node 64 sets the sign bit.
-    tree.ancestors.numpy()[row, used] = np.array(ancestors[1:], np.uint64).view(np.int64)
+@numba.njit(cache=True)
+def _extend(p, p_blank, weight, w, b):
+    """Writes the state behind a label: p [T] its probabilities, weight [T] the mass before its first emission."""
+    total = np.float32(0)
+    for t in range(len(p)):
+        total += p[t] * weight[t]
+    n = blank = np.float32(0)
+    w[0] = b[0] = 0
+    for t in range(len(p) - 1):
+        blank = p_blank[t] * (blank + n)
+        n = p[t] * (n + weight[t] / total)
+        w[t + 1], b[t + 1] = n + blank, blank

@@ -6,8 +6,11 @@ are the kernels of a target with or without a DFlash-based drafter, and of every
 They belong to one release of vLLM: another release, or another source of a kernel, is refused.
 """
 
+import contextlib
 import functools
 import importlib.metadata
+import sys
+from collections.abc import Iterator
 
 SUPPORTED = "0.32.0"
 
@@ -42,16 +45,30 @@ def install() -> None:
     def register_triton_kernel_overrides(cls) -> None:
         import vllm.envs
 
-        original(cls)
+        with _llvmlite_out_of_sight():
+            original(cls)
         if vllm.envs.VLLM_USE_V2_MODEL_RUNNER:
             import vllm.v1.worker.cpu.shm  # noqa: F401  (vllm.v1.worker.gpu fails to import before it)
 
             from vllm_ctc_spec.cpu import table
 
-            table.register()
+            with _llvmlite_out_of_sight():
+                table.register()
 
     register_triton_kernel_overrides.registers_v2_kernels = True
     platform.register_triton_kernel_overrides = classmethod(register_triton_kernel_overrides)
+
+
+@contextlib.contextmanager
+def _llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM's registration looks into every object of every module and fails on the functions of llvmlite, which numba
+    loads (vllm/triton_utils/dispatcher.py, `vars(value).get`): their `__dict__` is no dictionary."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
+    hidden = {name: sys.modules.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 def _check_version() -> None:
