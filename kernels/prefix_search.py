@@ -183,7 +183,7 @@ def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_comple
         _add_products(outer, inner, out)
         rest = total - mass
         largest = np.max(out)
-        if not is_complete and rest > 0:
+        if not is_complete and not rest <= 0:  # what is not a number makes all scores so
             largest = max(largest, np.log(rest))
             normaliser += np.exp(np.log(rest) - largest)
         for u in range(len(out)):
