@@ -24,7 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import psutil
 from client import read_questions
-from pair import DRAFTER, PROMPTS, RESULTS, TARGET, ctc_config, existing
+from pair import DRAFTER, PROMPTS, RESULTS, TARGET, V2_RUNNER, ctc_config, existing
 from report import describe_run
 from server import on_cpu
 from tqdm import tqdm
@@ -33,10 +33,11 @@ if on_cpu():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(V2_RUNNER)  # without a drafter too, so that nothing but the drafts differs
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
-DRAFTS = ("chain", "tree:8", "tree:16", "tree:32", "tree:64", "transform:16")
-STEP, TOKENS = "whole step", "tokens"
+DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64", "transform:16")
+STEP, TOKENS, SPEED = "whole step", "tokens a step and request", "tokens/s"
 # Parts, and how deep each lies in the ones above it. The parts of a part need not add up to it.
 PARTS = {
     "target forward": 0,
@@ -86,10 +87,14 @@ def synchronizer() -> Callable[[], None]:
     return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
-def speculative_config(drafter: Path, draft: str) -> dict:
-    """`chain`, `tree:NODES` or `transform:NODES`."""
+def speculative_config(drafter: Path, draft: str) -> dict | None:
+    """`none`, `chain[:LABELS]`, `tree:NODES` or `transform:NODES`; trees of that size in batches of any size."""
     kind, _, nodes = draft.partition(":")
-    config = {**ctc_config(drafter), "ctc_draft": "chain" if kind == "chain" else "tree"}
+    if kind == "none":
+        return None
+    config = {**ctc_config(drafter), "ctc_draft": "chain"}
+    if kind != "chain":
+        config |= {"ctc_draft": "tree", "ctc_tree_rows": 2**20}
     if nodes:
         config["num_speculative_tokens"] = int(nodes)
     if kind == "transform":
@@ -107,9 +112,11 @@ def instrument_engine(stopwatch: Stopwatch, llm) -> None:
     stopwatch.wrap(core, "step_fn", STEP)
     stopwatch.wrap(runner.model, "forward", "target forward")
     for name, layer in get_layers_from_vllm_config(runner.vllm_config, Attention).items():
-        if name not in proposer.draft_attn_layer_names:
+        if proposer is None or name not in proposer.draft_attn_layer_names:
             stopwatch.wrap(layer.impl, "forward", "attention, all layers")
     stopwatch.wrap(runner, "sample", "verification")
+    if proposer is None:
+        return
     stopwatch.wrap(proposer, "propose", "drafter")
     stopwatch.wrap(proposer, "_precompute_context_kv", "context keys and values")
     stopwatch.wrap(proposer, "_run_model", "draft module forward")
@@ -133,23 +140,27 @@ def instrument_functions(stopwatch: Stopwatch) -> None:
 
 
 def measure_steps(llms: dict, prompts: list, batch_size: int, max_tokens: int, stopwatch: Stopwatch) -> dict[str, dict]:
-    """Median milliseconds by draft and part over the decoding steps, and tokens a request and step. Prompts go in full
-    batches of `batch_size`."""
+    """By draft: median milliseconds of each part over the decoding steps, tokens a step, tokens a second. Prompts go in
+    full batches of `batch_size`."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     for llm in llms.values():
         llm.generate(prompts[:batch_size], sampling, use_tqdm=False)
     stopwatch.steps.clear()
+    seconds = dict.fromkeys(llms, 0.0)
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"batch {batch_size}"):
         batch = prompts[start : start + batch_size]
         for stopwatch.draft, llm in llms.items():
+            started = time.perf_counter()
             llm.generate(batch, sampling, use_tqdm=False)
+            seconds[stopwatch.draft] += time.perf_counter() - started
     batches = -(-len(prompts) // batch_size)
     result = {}
     for draft, steps in stopwatch.steps.items():
         result[draft] = {name: median(step.get(name, 0.0) for step in steps) for name in (STEP, *PARTS)}
         result[draft][TOKENS] = batches * max_tokens / len(steps)
+        result[draft][SPEED] = len(prompts) * max_tokens / seconds[draft]
     return result
 
 
@@ -157,12 +168,15 @@ def to_markdown(run: dict, by_size: dict[int, dict[str, dict]]) -> str:
     lines = [
         f"Medians over the decoding steps of {run['num_prompts']} prompts, greedy, {run['max_tokens']} tokens each, "
         "engines in one process, taking turns. `tree:N` searches exact prefixes, `transform:N` is the paper's way, "
-        "with N nodes each. A part that is indented belongs to the one above.",
+        "with N nodes each. A part that is indented belongs to the one above. Tokens a second include prefill; where "
+        "requests of a batch end at different times, tokens a step and request fall short of the acceptance length.",
         f"vLLM {run['vllm']}, torch {run['torch']}, Python {run['python']}, {run['gpu'] or run['cpu']}; "
         f"{run['date'][:10]}; `{run['command']}`.",
     ]
     for size, drafts in by_size.items():
         lines += ["", f"| batch {size}, milliseconds | " + " | ".join(drafts) + " |", "|---|" + "---|" * len(drafts)]
+        lines.append(f"| {SPEED} | " + " | ".join(f"{parts[SPEED]:.0f}" for parts in drafts.values()) + " |")
+        lines.append(f"| {TOKENS} | " + " | ".join(f"{parts[TOKENS]:.2f}" for parts in drafts.values()) + " |")
         for name, depth in {STEP: 0, **PARTS}.items():
             cells = " | ".join(f"{parts[name]:.2f}" for parts in drafts.values())
             lines.append(f"| {'&nbsp;&nbsp;' * depth}{name} | {cells} |")
@@ -173,7 +187,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--drafter", type=Path, default=DRAFTER)
-    parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="chain, tree:N, transform:N")
+    parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="none, chain[:N], tree:N, transform:N")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="jsonl with the key `question`")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])

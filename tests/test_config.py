@@ -5,10 +5,12 @@ import json
 import pytest
 
 from vllm_ctc_spec.config import (
+    TREE_SIZES,
     DrafterConfig,
     DrafterConfigError,
     ServingOptions,
     default_aux_layer_ids,
+    tree_schedule,
 )
 
 SMALL = dict(
@@ -124,6 +126,8 @@ TREE = {"ctc_draft": "tree"}
         ({**TREE, "ctc_tree_depth": 7}, "ctc_tree_depth must be 1 to 6"),
         ({**TREE, "ctc_tree_width": 65}, "ctc_tree_width must be 1 to 64"),
         ({**TREE, "ctc_tree_width": True}, "ctc_tree_width must be 1 to 64"),
+        ({**TREE, "ctc_tree_rows": 0}, "ctc_tree_rows must be 1 to"),
+        ({**TREE, "ctc_tree_rows": 9, "num_speculative_tokens_per_batch_size": [(1, 8, 4)]}, "the same thing twice"),
     ],
 )
 def test_serving_options_are_checked(options, message):
@@ -162,3 +166,13 @@ def test_budgets_are_checked(draft, largest):
 def test_default_trees_that_no_word_holds_are_refused(tree_nodes):
     with pytest.raises(DrafterConfigError, match="tree_nodes must be 0"):
         DrafterConfig(**SMALL, tree_nodes=tree_nodes)
+
+
+@pytest.mark.parametrize(("nodes", "rows"), [(16, 32), (64, 256), (5, 7), (64, 10), (1, 1)])
+def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows):
+    schedule = tree_schedule(nodes, rows)
+    by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}
+    assert list(by_batch) == list(range(1, 2 * rows + 1))
+    for batch, size in by_batch.items():
+        allowed = [n for n in (*TREE_SIZES, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
+        assert size == max(allowed)

@@ -24,6 +24,8 @@ ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
 MAX_FRAMES = 64
 DEFAULT_TREE_NODES = 32
+MAX_TREE_ROWS = 2**20
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 NUM_AUX_LAYERS = 5
 
 
@@ -271,12 +273,15 @@ class ServingOptions:
         of each frame, collapsed (greedy drafts only), and "transform" (tree), the best alignments, collapsed.
     tree_width: symbols of each frame that a tree may use; None: as many as nodes.
     tree_depth: labels on a tree's longest path; None: the checkpoint's label horizon U.
+    tree_rows: how many rows, anchors and nodes of all requests together, a step may verify: larger batches draft
+        smaller trees. None: a default for the device.
     """
 
     draft: str | None = None
     search: str = "prefix"
     tree_width: int | None = None
     tree_depth: int | None = None
+    tree_rows: int | None = None
 
     @classmethod
     def take_from(cls, speculative: dict[str, Any]) -> "ServingOptions":
@@ -303,14 +308,17 @@ class ServingOptions:
                 "ctc_search 'argmax' has no proposal probabilities; use ctc_search 'prefix' with "
                 "draft_sample_method 'probabilistic'."
             )
-        for name, largest in (("tree_width", drafter.vocab_size), ("tree_depth", drafter.num_frames)):
+        if self.tree_rows is not None and SCHEDULE in speculative:
+            raise DrafterConfigError(f"ctc_tree_rows and {SCHEDULE} say the same thing twice; remove one of them.")
+        limits = (("tree_width", drafter.vocab_size), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
+        for name, largest in limits:
             value = getattr(self, name)
             if value is None:
                 continue
             if draft == "chain":
                 raise DrafterConfigError(f"ctc_{name} is an option of trees; remove it or set ctc_draft to 'tree'.")
             if type(value) is not int or not 1 <= value <= largest:  # a truth value is an int to isinstance
-                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest} for this drafter, not {value!r}.")
+                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {value!r}.")
         return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
 
     def check_budget(self, budget: Any, drafter: DrafterConfig) -> int:
@@ -328,3 +336,20 @@ class ServingOptions:
                 f"leave it out for {default}."
             )
         return budget
+
+
+TREE_SIZES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+"""Trees of a schedule: few sizes, because a GPU captures a CUDA graph for each."""
+
+
+def tree_schedule(num_nodes: int, rows: int) -> list[tuple[int, int, int]]:
+    """Value of vLLM's option SCHEDULE: (first batch size, last, nodes), such that the anchors and nodes of
+    a batch are at most `rows`. Batches beyond the last entry are not speculated for; the first K rows of a tree are the
+    best tree of K nodes."""
+    schedule, first = [], 1
+    for nodes in (num_nodes, *(size for size in TREE_SIZES if size < num_nodes)):
+        last = rows // (1 + nodes)
+        if last >= first:
+            schedule.append((first, last, nodes))
+            first = last + 1
+    return [*schedule, (first, MAX_TREE_ROWS, 0)]

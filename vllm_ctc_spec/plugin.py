@@ -29,10 +29,12 @@ from packaging.version import InvalidVersion, Version
 from vllm_ctc_spec.config import (
     ARCHITECTURE,
     DRAFTER_SUBFOLDER,
+    SCHEDULE,
     SPECULATORS_TYPE,
     DrafterConfig,
     DrafterConfigError,
     ServingOptions,
+    tree_schedule,
 )
 from vllm_ctc_spec.drafter import check_weights
 
@@ -183,11 +185,27 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     check_weights(folder, drafter)
     options = options.for_drafter(drafter, speculative)
     budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
+    if options.draft == "tree" and SCHEDULE not in speculative:
+        rows = options.tree_rows or _default_tree_rows()
+        speculative[SCHEDULE] = tree_schedule(budget, rows)
     for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
         if speculative.get(option):
             raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
     speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return options, drafter
+
+
+# Rows per step up to which verifying more of them brings more than it costs. CPU: measured with the embedded pair
+# (benchmarks/results/tree_rows.md). GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight and a
+# step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or 295
+# (3.35 TB/s, H100).
+TREE_ROWS = {"cpu": 32, "cuda": 256}
+
+
+def _default_tree_rows() -> int:
+    from vllm.platforms import current_platform
+
+    return TREE_ROWS["cpu" if current_platform.is_cpu() else "cuda"]
 
 
 def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:

@@ -38,6 +38,7 @@ class CTCProposer(DFlashSpeculator):
         self.options: ServingOptions = hf_config.ctc_options
         self.trees: TreeTable | None = None
         self.tree_step: TreeStep | None = None
+        self._idle = False
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
         num_rows = self.max_num_reqs * self.num_frames
@@ -68,6 +69,7 @@ class CTCProposer(DFlashSpeculator):
         if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
             rows = self.tree_step.rows_in_path_order(input_batch.num_tokens)
             aux_hidden_states = [states[rows] for states in aux_hidden_states]
+        self._idle = kwargs.get("num_speculative_tokens") == 0
         return super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )
@@ -90,6 +92,8 @@ class CTCProposer(DFlashSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> None:
         """One forward, then labels. Recorded in the draft's CUDA graph: fixed shapes, nothing is read on the host."""
+        if self._idle:  # a batch so large that nothing is to be drafted; the context is stored all the same
+            return
         hidden = self._run_model(
             num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
         )

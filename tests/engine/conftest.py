@@ -27,7 +27,8 @@ CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # t
 SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HIDDEN = 64
-TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16}
+# Trees of full size in batches of any size.
+TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
 DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both
 
 

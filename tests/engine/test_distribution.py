@@ -14,6 +14,8 @@ from vllm import SamplingParams
 
 from vllm_ctc_spec.proposer import CTCProposer
 
+from .conftest import TREE
+
 VOCAB = 6
 LENGTH = 3
 PROMPT = [3, 1, 4, 1, 5]
@@ -111,9 +113,9 @@ GREEDY_DRAFTS = {}
 SAMPLED_DRAFTS = {"draft_sample_method": "probabilistic"}
 BLOCK = {**SAMPLED_DRAFTS, "rejection_sample_method": "block"}
 # Every first token is a child of the anchor; two labels on the longest path; at most two children a node.
-WIDE = {"ctc_draft": "tree", "num_speculative_tokens": VOCAB, "ctc_tree_depth": 1}
-BUSHY = {"ctc_draft": "tree", "num_speculative_tokens": 10, "ctc_tree_depth": 2}
-DEEP = {"ctc_draft": "tree", "num_speculative_tokens": 5, "ctc_tree_width": 1}
+WIDE = {**TREE, "num_speculative_tokens": VOCAB, "ctc_tree_depth": 1}
+BUSHY = {**TREE, "num_speculative_tokens": 10, "ctc_tree_depth": 2}
+DEEP = {**TREE, "num_speculative_tokens": 5, "ctc_tree_width": 1}
 RUNS = {
     "greedy drafts": (GREEDY_DRAFTS, PLAIN),
     "greedy drafts, cold, top_k": (GREEDY_DRAFTS, COLD_TOP_K),

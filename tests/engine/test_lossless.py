@@ -7,6 +7,7 @@ import pytest
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
+from .conftest import TREE
 from .ties import differences
 
 NUM_PROMPTS = 100
@@ -53,11 +54,13 @@ def expected(plain, prompts) -> list[RequestOutput]:
     return answers
 
 
-TREES = {f"tree of {n}": {"ctc_draft": "tree", "num_speculative_tokens": n} for n in (8, 16, 32, 64)}
+TREES = {f"tree of {n}": {**TREE, "num_speculative_tokens": n} for n in (8, 16, 32, 64)}
 DRAFTS = {
     "chain": {},  # as a user asks for it: the number of speculative tokens is the checkpoint's
     **TREES,
     "transform": {**TREES["tree of 16"], "ctc_search": "transform"},
+    "trees by batch size": {"ctc_draft": "tree", "num_speculative_tokens": 32, "ctc_tree_rows": 40},
+    "no drafts for more than one": {"ctc_draft": "tree", "num_speculative_tokens": 1, "ctc_tree_rows": 2},
 }
 
 

@@ -13,6 +13,7 @@ import vllm_ctc_spec.proposer
 from vllm_ctc_spec.cpu.tree import CpuPathCompaction
 from vllm_ctc_spec.tree.model_state import TreeModelState
 
+from .conftest import TREE
 from .oracle import OracleProposer
 from .ties import differences
 
@@ -74,9 +75,8 @@ def oracle(engine, tiny_pair, prompts, expected):
                     proposers.append(self)
 
             patch.setattr(vllm_ctc_spec.proposer, "CTCProposer", Proposer)
-            speculative = {
-                "method": "ctc", "model": str(tiny_pair.drafter), "ctc_draft": "tree", "num_speculative_tokens": budget,
-            }  # fmt: skip
+            drafter = {"method": "ctc", "model": str(tiny_pair.drafter)}
+            speculative = {**drafter, **TREE, "num_speculative_tokens": budget}
             started[key] = engine(tiny_pair.target, speculative, block_size=BLOCK, **options)
             patch.undo()
             proposers[0].request_states = model_runner(started[key]).req_states
