@@ -88,13 +88,16 @@ def synchronizer() -> Callable[[], None]:
 
 
 def speculative_config(drafter: Path, draft: str) -> dict | None:
-    """`none`, `chain[:LABELS]`, `tree:NODES` or `transform:NODES`; trees of that size in batches of any size."""
+    """`none`, `chain[:LABELS]`, `tree:NODES` or `transform:NODES`, trees of that size in batches of any size, or
+    `scheduled:NODES`, trees that are smaller in larger batches, as users get them."""
     kind, _, nodes = draft.partition(":")
     if kind == "none":
         return None
     config = {**ctc_config(drafter), "ctc_draft": "chain"}
     if kind != "chain":
-        config |= {"ctc_draft": "tree", "ctc_tree_rows": 2**20}
+        config["ctc_draft"] = "tree"
+    if kind in ("tree", "transform"):
+        config["ctc_tree_rows"] = 2**20
     if nodes:
         config["num_speculative_tokens"] = int(nodes)
     if kind == "transform":
@@ -187,7 +190,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--drafter", type=Path, default=DRAFTER)
-    parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="none, chain[:N], tree:N, transform:N")
+    kinds = "none, chain[:N], tree:N, transform:N, scheduled:N"
+    parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help=kinds)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="jsonl with the key `question`")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])

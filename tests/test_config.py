@@ -168,7 +168,7 @@ def test_default_trees_that_no_word_holds_are_refused(tree_nodes):
         DrafterConfig(**SMALL, tree_nodes=tree_nodes)
 
 
-@pytest.mark.parametrize(("nodes", "rows"), [(16, 32), (64, 256), (5, 7), (64, 10), (1, 1)])
+@pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1)])
 def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows):
     schedule = tree_schedule(nodes, rows)
     by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}

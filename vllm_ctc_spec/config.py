@@ -338,8 +338,9 @@ class ServingOptions:
         return budget
 
 
-TREE_SIZES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-"""Trees of a schedule: few sizes, because a GPU captures a CUDA graph for each."""
+TREE_SIZES = (64, 48, 32, 24, 16, 12, 8)
+"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each; none below 8, because the drafter's
+forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
 
 
 def tree_schedule(num_nodes: int, rows: int) -> list[tuple[int, int, int]]:

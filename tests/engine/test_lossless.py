@@ -60,7 +60,7 @@ DRAFTS = {
     **TREES,
     "transform": {**TREES["tree of 16"], "ctc_search": "transform"},
     "trees by batch size": {"ctc_draft": "tree", "num_speculative_tokens": 32, "ctc_tree_rows": 40},
-    "no drafts for more than one": {"ctc_draft": "tree", "num_speculative_tokens": 1, "ctc_tree_rows": 2},
+    "drafts for one request at a time": {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 17},
 }
 
 
