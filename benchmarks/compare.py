@@ -1,6 +1,7 @@
-"""Side by side: the target without speculation, with vLLM's n-gram drafts, and with its CTC drafter.
+"""Side by side: the target without speculation, with vLLM's n-gram drafts, and with its CTC drafter's chains and trees.
 
     python benchmarks/compare.py                               # what `make bench` runs: the embedded pair and prompts
+    python benchmarks/compare.py --methods all                 # trees of every size too
     python benchmarks/compare.py --prompts gsm8k_test.jsonl    # a jsonl file with the key `question`
 
 All servers run at once and load goes to one of them at a time (an idle server costs next to no CPU time; it is measured
@@ -42,13 +43,23 @@ class Method:
 
 
 def methods(drafter: Path) -> list[Method]:
-    """The rows; the first is what the outputs of the others are compared with."""
+    """The rows; the first is what the outputs of the others are compared with. Trees get smaller in larger batches, as
+    users get them; `transform` is the paper's way to a tree, with as many nodes."""
+
+    def tree(nodes: int, **options: str) -> dict:
+        return {**ctc_config(drafter), "ctc_draft": "tree", "num_speculative_tokens": nodes, **options}
+
     return [
         Method("none (default runner)"),
         Method("none (V2 runner)", env=V2_RUNNER),
         Method("ngram", NGRAM),
-        Method("ctc", ctc_config(drafter)),
+        Method("ctc chain", {**ctc_config(drafter), "ctc_draft": "chain"}),
+        *(Method(f"ctc tree {nodes}", tree(nodes)) for nodes in (8, 16, 32, 64)),
+        *(Method(f"ctc transform {nodes}", tree(nodes, ctc_search="transform")) for nodes in (16, 64)),
     ]
+
+
+DEFAULT_METHODS = ("none (default runner)", "none (V2 runner)", "ngram", "ctc chain", "ctc tree 16", "ctc transform 16")
 
 
 def start(method: Method, target: Path, log_folder: Path, servers_at_once: int) -> Server:
@@ -118,7 +129,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--drafter", type=Path, default=DRAFTER)
     names = [method.name for method in methods(DRAFTER)]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--methods", nargs="+", choices=["all", *names], default=DEFAULT_METHODS, metavar="NAME",
+        help="all, or of: " + ", ".join(names),
+    )  # fmt: skip
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="jsonl with the key `question`")
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4])
@@ -134,8 +148,8 @@ def main(argv: list[str]) -> int:
     for name in V2_RUNNER:  # each row says which runner it wants; the shell has no say
         os.environ.pop(name, None)
     existing(args.target)
-    chosen = [method for method in methods(args.drafter) if method.name in args.methods]
-    if any(method.name == "ctc" for method in chosen):
+    chosen = [method for method in methods(args.drafter) if {method.name, "all"} & set(args.methods)]
+    if any(method.name.startswith("ctc") for method in chosen):
         existing(args.drafter)
     questions = read_questions(args.prompts, args.num_prompts)
     try:

@@ -128,7 +128,9 @@ def plot(path: Path, run: dict, rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     concurrencies = list(dict.fromkeys(row.concurrency for row in rows))
-    figure, panels = pyplot.subplots(1, len(concurrencies), figsize=(5 * len(concurrencies), 3.2), squeeze=False)
+    rows_each = len(rows) // len(concurrencies)
+    size = (5 * len(concurrencies), 1 + 0.45 * rows_each)
+    figure, panels = pyplot.subplots(1, len(concurrencies), figsize=size, squeeze=False)
     for panel, concurrency in zip(panels[0], concurrencies, strict=True):
         group = [row for row in rows if row.concurrency == concurrency]
         speeds = [row.tokens_per_second for row in group]
@@ -136,7 +138,7 @@ def plot(path: Path, run: dict, rows: list[Row]) -> None:
             [row.tokens_per_second - row.lowest for row in group],
             [row.highest - row.tokens_per_second for row in group],
         ]
-        colors = ["tab:orange" if row.method == "ctc" else "tab:gray" for row in group]
+        colors = ["tab:orange" if row.method.startswith("ctc") else "tab:gray" for row in group]
         panel.barh([row.method for row in group], speeds, xerr=errors, color=colors, capsize=3)
         for y, row in enumerate(group):
             if row.acceptance_length:

@@ -27,41 +27,53 @@ def measurement(method="ctc", concurrency=1, repeat=0, seconds=1.0, tokens=10, d
 def test_writes_all_figures(fake_vllm, pair, tmp_path):
     assert compare.main(arguments(pair, tmp_path)) == 0
     record = json.loads((tmp_path / "out" / "small.json").read_text())
-    assert len(record["measurements"]) == 4 * 2 * 2
+    assert len(record["measurements"]) == len(compare.DEFAULT_METHODS) * 2 * 2
     rows = {(row["method"], row["concurrency"]): row for row in record["rows"]}
-    assert rows["ctc", 1]["acceptance_length"] == 1.5
+    assert rows["ctc chain", 1]["acceptance_length"] == 1.5
     assert rows["none (V2 runner)", 2]["acceptance_length"] is None
     assert all(row["same_output"] == 3 for row in rows.values())
     assert record["run"]["num_prompts"] == 3
     assert set(record["run"]["idle_cpu_seconds_per_second"]) == {row["method"] for row in record["rows"]}
-    assert "| 2 | ctc |" in (tmp_path / "out" / "small.md").read_text()
+    assert "| 2 | ctc tree 16 |" in (tmp_path / "out" / "small.md").read_text()
     assert (tmp_path / "out" / "small.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in (tmp_path / "out" / "small.json").read_text()
     fake_vllm.assert_gone()
 
 
 def test_the_methods_take_turns(fake_vllm, pair, tmp_path):
-    compare.main(arguments(pair, tmp_path, "--methods", "none (default runner)", "ngram", "ctc"))
+    compare.main(arguments(pair, tmp_path, "--methods", "none (default runner)", "ngram", "ctc chain"))
     measurements = json.loads((tmp_path / "out" / "small.json").read_text())["measurements"]
     order = [(m["repeat"], m["method"]) for m in measurements if m["concurrency"] == 1]
-    none = "none (default runner)"
-    assert order == [(0, none), (0, "ngram"), (0, "ctc"), (1, "ngram"), (1, "ctc"), (1, none)]
+    none, ctc = "none (default runner)", "ctc chain"
+    assert order == [(0, none), (0, "ngram"), (0, ctc), (1, "ngram"), (1, ctc), (1, none)]
 
 
 def test_each_method_gets_its_own_server(fake_vllm, pair, tmp_path):
     compare.main(arguments(pair, tmp_path))
-    default, v2, ngram, ctc = fake_vllm.started
+    default, v2, ngram, chain, tree, transform = fake_vllm.started
     assert v2["environment"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert "VLLM_USE_V2_MODEL_RUNNER" not in default["environment"] | ngram["environment"]
     assert json.loads(ngram["arguments"][-1]) == compare.NGRAM
-    assert json.loads(ctc["arguments"][-1]) == {"method": "ctc", "model": str(pair[1])}
+    ctc = {"method": "ctc", "model": str(pair[1])}
+    assert json.loads(chain["arguments"][-1]) == {**ctc, "ctc_draft": "chain"}
+    of_16 = {**ctc, "ctc_draft": "tree", "num_speculative_tokens": 16}
+    assert json.loads(tree["arguments"][-1]) == of_16
+    assert json.loads(transform["arguments"][-1]) == {**of_16, "ctc_search": "transform"}
+
+
+def test_all_methods_are_more_trees(fake_vllm, pair, tmp_path):
+    compare.main(arguments(pair, tmp_path, "--methods", "all", "--concurrency", "1", "--repeats", "1"))
+    rows = json.loads((tmp_path / "out" / "small.json").read_text())["rows"]
+    names = [row["method"] for row in rows]
+    assert set(compare.DEFAULT_METHODS) < set(names)
+    assert [name for name in names if "tree" in name] == [f"ctc tree {nodes}" for nodes in (8, 16, 32, 64)]
 
 
 def test_a_changed_output_is_counted(fake_vllm, pair, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_BEHAVIOUR", "wrong")
-    compare.main(arguments(pair, tmp_path, "--methods", "none (default runner)", "ctc"))
+    compare.main(arguments(pair, tmp_path, "--methods", "none (default runner)", "ctc tree 16"))
     rows = json.loads((tmp_path / "out" / "small.json").read_text())["rows"]
-    assert {(row["method"], row["same_output"]) for row in rows} == {("none (default runner)", 3), ("ctc", 0)}
+    assert {(row["method"], row["same_output"]) for row in rows} == {("none (default runner)", 3), ("ctc tree 16", 0)}
 
 
 def test_the_prompts_given_are_asked(fake_vllm, pair, tmp_path, monkeypatch):

@@ -56,7 +56,8 @@ def expected(plain, prompts) -> list[RequestOutput]:
 
 TREES = {f"tree of {n}": {**TREE, "num_speculative_tokens": n} for n in (8, 16, 32, 64)}
 DRAFTS = {
-    "chain": {},  # as a user asks for it: the number of speculative tokens is the checkpoint's
+    "as the checkpoint says": {},
+    "chain": {"ctc_draft": "chain"},
     **TREES,
     "transform": {**TREES["tree of 16"], "ctc_search": "transform"},
     "trees by batch size": {"ctc_draft": "tree", "num_speculative_tokens": 32, "ctc_tree_rows": 40},
@@ -100,7 +101,7 @@ def test_single_requests_are_answered_as_without_drafter(with_drafter, plain, pr
 
 
 def test_the_papers_chain_is_lossless_too(with_drafter, plain, prompts, expected):
-    llm = with_drafter({"ctc_search": "argmax"})
+    llm = with_drafter({"ctc_draft": "chain", "ctc_search": "argmax"})
     given = llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
     assert differences(plain, [GREEDY] * NUM_SINGLE, expected[SOME], given) == []
 
@@ -111,7 +112,7 @@ def test_more_is_accepted_of_exact_prefixes_and_of_larger_trees(with_drafter, pr
         llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
         return llm.acceptance_length
 
-    assert 1 < acceptance_length({"ctc_search": "argmax"}) < acceptance_length(DRAFTS["chain"])
+    assert 1 < acceptance_length({"ctc_draft": "chain", "ctc_search": "argmax"}) < acceptance_length(DRAFTS["chain"])
     assert 1 < acceptance_length(DRAFTS["transform"]) < acceptance_length(DRAFTS["tree of 16"])
     by_size = [acceptance_length(options) for options in TREES.values()]
     assert by_size == sorted(by_size)
