@@ -20,7 +20,8 @@ MAX_TOKENS = 48
 
 @pytest.fixture(scope="module", params=["chain", "tree"])
 def server(request, demo_pair, tmp_path_factory):
-    """One server that drafts chains, and one that drafts trees, for all tests here. Its processes are those of a user: no setting of the tests reaches them."""
+    """A server that drafts chains, and one that drafts trees, each for all tests here. Its processes are those of a
+    user: no setting of the tests reaches them."""
     log_path = tmp_path_factory.mktemp("server") / "server.log"
     drafter = {"method": "ctc", "model": str(demo_pair.drafter), "num_speculative_tokens": BUDGET}
     drafter["ctc_draft"] = request.param
