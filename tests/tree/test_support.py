@@ -79,22 +79,24 @@ def test_an_engine_that_trees_can_serve():
     check_engine(configuration(model_config__hf_text_config=unused))
 
 
-def layer(backend: str = "FLASH_ATTN", **implementation) -> SimpleNamespace:
+def layer(backend: str = "FLASH_ATTN", writes_in_forward: bool = False, **implementation) -> SimpleNamespace:
     fields = {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 0, **implementation}
-    return SimpleNamespace(
-        attn_backend=SimpleNamespace(get_name=lambda: backend), impl=SimpleNamespace(**fields)
+    attn_backend = SimpleNamespace(
+        get_name=lambda: backend, forward_includes_kv_cache_update=writes_in_forward
     )
+    return SimpleNamespace(attn_backend=attn_backend, impl=SimpleNamespace(**fields))
 
 
 @pytest.mark.parametrize(
     ("unfit", "what"),
     [
         (layer("FLASHINFER"), "the attention backend FLASHINFER"),
+        (layer(writes_in_forward=True), "the attention backend FLASH_ATTN"),
         (layer(sinks=object()), "attention sinks"),
         (layer(logits_soft_cap=30.0), "attention soft caps"),
         (layer(alibi_slopes=[0.5]), "ALiBi"),
     ],
-    ids=["backend", "sinks", "soft cap", "ALiBi"],
+    ids=["backend", "cache update", "sinks", "soft cap", "ALiBi"],
 )
 def test_a_layer_that_trees_cannot_use(unfit, what):
     with pytest.raises(DrafterConfigError, match=f"trees do not work with {what}"):

@@ -47,7 +47,8 @@ def check_engine(config: VllmConfig) -> None:
 def check_layer(name: str, layer: Any) -> None:
     """Refuse what only a loaded attention layer tells (DrafterConfigError)."""
     backend, implementation = layer.attn_backend.get_name(), layer.impl
-    if backend not in BACKENDS:
+    # A step of trees never calls the backend's own forward: keys and values must be in the cache without it.
+    if backend not in BACKENDS or layer.attn_backend.forward_includes_kv_cache_update:
         raise refused(f"the attention backend {backend} (use {' or '.join(BACKENDS)})")
     for what, attribute in (
         ("attention sinks", "sinks"),
