@@ -1,5 +1,5 @@
-"""Other ways to run an engine, each with the answers of the usual one without drafter: asynchronous scheduling, tensor
-parallelism, LoRA adapters on the target. Chains and trees; every test shows that its mode was really at work.
+"""Other ways to run an engine, each with the answers of the usual one without drafter: asynchronous scheduling, LoRA
+adapters on the target, tensor parallelism. Chains and trees; every test shows that its mode was really at work.
 """
 
 import json
@@ -125,7 +125,7 @@ def test_batches_scheduled_before_the_last_results(engine, tiny_pair, plain, req
     first = [({"prompt_token_ids": [5 + n, *range(10, 9 + 2 * BLOCK)]}, greedy) for n in range(3)]
     answered = [out.prompt_token_ids + list(out.outputs[0].token_ids) for out in answer(plain, first)]
     further = [({"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=10)) for tokens in answered]
-    # Two blocks are the prompt's and two the answer's, of which vLLM drops the last one: its drafters' states are missing.
+    # Two blocks hold the prompt, two the answer; vLLM always computes the last of them again, for the drafter.
     for asked, num_blocks in ((first, 0), (further, 3)):
         llm.counters.clear()
         parameters = [params for _, params in asked]
@@ -136,63 +136,6 @@ def test_batches_scheduled_before_the_last_results(engine, tiny_pair, plain, req
         core.step_fn()
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # all but the null block
-
-
-# --- tensor parallelism ---
-
-
-@pytest.fixture(scope="module")
-def pair_of_two_heads(tmp_path_factory) -> Pair:
-    """As `tiny_pair`, with two heads of keys and values, one for each of two ranks."""
-    folder = tmp_path_factory.mktemp("pair_of_two_heads")
-    pair = Pair(folder / "target", folder / "drafter")
-    vocab_size = save_tokenizer(pair.target)
-
-    def config(**options) -> LlamaConfig:
-        return LlamaConfig(**options | {"num_key_value_heads": 2})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(save_target.__globals__, "LlamaConfig", config)
-        target = save_target(pair.target, vocab_size, seed=3)
-    save_drafter(pair.drafter, target, seed=4)
-    return pair
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not current_platform.is_cpu() and torch.cuda.device_count() < 2, reason="two ranks need two GPUs, or none"
-)
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_two_tensor_parallel_ranks(engine, pair_of_two_heads, requests, asynchronous, draft):
-    """Two processes, which load the plugin by its entry point; scheduling is asynchronous, as on GPUs by default: here
-    it really overlaps with the ranks' work."""
-    few = requests[:24]
-    plain = engine(pair_of_two_heads.target, max_logprobs=-1)
-    expected = answer(plain, few)
-    llm = engine(
-        pair_of_two_heads.target,
-        speculative(pair_of_two_heads, draft),
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-        **SMALL_CACHE,
-        **asynchronous,
-    )
-    batches = count_batches(llm)
-    given = answer(llm, few)
-    assert wrong_answers(plain, few, expected, dict(enumerate(given)), draft) == []
-    assert batches["ahead"] > 0.8 * batches["batches"] and batches["sampled"] > 0
-    assert llm.counters["accepted"] > 100
-
-    def look(worker) -> tuple:  # a nested function: it travels by value
-        runner = worker.model_runner
-        drafter = runner.speculator
-        heads = {layer.self_attn.attn.num_kv_heads for layer in runner.model.model.layers}
-        return os.getpid(), worker.rank, type(drafter).__name__, heads, drafter.draft_tokens.tolist()
-
-    processes, ranks, drafters, heads, drafts = zip(*llm.collective_rpc(look))
-    assert len({*processes, os.getpid()}) == 3
-    assert ranks == (0, 1) and drafters == ("CTCProposer",) * 2 and heads == ({1}, {1})
-    assert drafts[0] == drafts[1] and any(any(row) for row in drafts[0])
 
 
 # --- LoRA ---
@@ -260,7 +203,7 @@ def adapted(with_lora) -> LLM:
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's Triton kernels for LoRA refuse float32")
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_lora_adapters_of_the_target(adapted, with_lora, tiny_pair, adapters, requests, expected, draft):
+def test_lora_adapters_of_the_target(plain, adapted, with_lora, tiny_pair, adapters, requests, expected, draft):
     """Requests with two adapters and with none share batches; on the second run their beginnings are cached."""
     few = requests[:36]
     chosen = [adapters[n % 3] for n in range(len(few))]
@@ -275,5 +218,64 @@ def test_lora_adapters_of_the_target(adapted, with_lora, tiny_pair, adapters, re
             assert wrong_answers(Adapted(adapted, adapter), few, wanted, mine, draft) == []
         assert llm.counters["accepted"] > 100
     assert llm.counters["hits"] > 10 * BLOCK
+    without = range(0, len(few), 3)
+    parameters = [few[n][1] for n in without]
+    assert differences(plain, parameters, [expected[n] for n in without], [wanted[n] for n in without]) == []
     changed = [a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in zip(wanted, expected)]
-    assert [sum(changed[kind::3]) > 8 for kind in range(3)] == [False, True, True]
+    assert min(sum(changed[1::3]), sum(changed[2::3])) > 8
+
+
+# --- tensor parallelism ---
+
+
+@pytest.fixture(scope="module")
+def pair_of_two_heads(tmp_path_factory) -> Pair:
+    """As `tiny_pair`, with two heads of keys and values, one for each of two ranks."""
+    folder = tmp_path_factory.mktemp("pair_of_two_heads")
+    pair = Pair(folder / "target", folder / "drafter")
+    vocab_size = save_tokenizer(pair.target)
+
+    def config(**options) -> LlamaConfig:
+        return LlamaConfig(**options | {"num_key_value_heads": 2})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(save_target.__globals__, "LlamaConfig", config)
+        target = save_target(pair.target, vocab_size, seed=3)
+    save_drafter(pair.drafter, target, seed=4)
+    return pair
+
+
+@pytest.mark.skipif(
+    not current_platform.is_cpu() and torch.cuda.device_count() < 2, reason="two ranks need two GPUs, or none"
+)
+@pytest.mark.parametrize("draft", ["tree", pytest.param("chain", marks=pytest.mark.slow)])
+def test_two_tensor_parallel_ranks(engine, pair_of_two_heads, requests, asynchronous, draft):
+    """Two processes, which load the plugin by its entry point; scheduling is asynchronous, as on GPUs by default: here
+    it really overlaps with the ranks' work."""
+    few = requests[:24]
+    plain = engine(pair_of_two_heads.target, max_logprobs=-1)
+    expected = answer(plain, few)
+    llm = engine(
+        pair_of_two_heads.target,
+        speculative(pair_of_two_heads, draft),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        **SMALL_CACHE,
+        **asynchronous,
+    )
+    batches = count_batches(llm)
+    given = answer(llm, few)
+    assert wrong_answers(plain, few, expected, dict(enumerate(given)), draft) == []
+    assert batches["ahead"] > 0.8 * batches["batches"] and batches["sampled"] > 0
+    assert llm.counters["accepted"] > 100
+
+    def look(worker) -> tuple:  # a nested function: it travels by value
+        runner = worker.model_runner
+        drafter = runner.speculator
+        heads = {layer.self_attn.attn.num_kv_heads for layer in runner.model.model.layers}
+        return os.getpid(), worker.rank, type(drafter).__name__, heads, drafter.draft_tokens.tolist()
+
+    processes, ranks, drafters, heads, drafts = zip(*llm.collective_rpc(look))
+    assert len({*processes, os.getpid()}) == 3
+    assert ranks == (0, 1) and drafters == ("CTCProposer",) * 2 and heads == ({1}, {1})
+    assert drafts[0] == drafts[1] and any(any(row) for row in drafts[0])
