@@ -1,5 +1,6 @@
 """Compaction of the KV cache: the entries of an accepted path move to where a sequence has them."""
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ _MAX_COLUMNS = 2048
 class CachePointers:
     """The caches of L layers, all of one shape, dtype, strides and device, as one tensor of addresses.
 
-    Built once from the list; the caches must stay where they are.
+    Built once from the list; the caches must stay where they are, and are not kept alive by this.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
@@ -40,9 +41,15 @@ class CachePointers:
                 "KV compaction needs caches [num_blocks, Hkv, block_size, 2 d] that are contiguous in the last "
                 f"dimension, not {tuple(first.shape)} with strides {first.stride()}."
             )
-        integer = _INTEGERS[first.element_size()]
-        self.layers = [cache.view(integer) for cache in caches]  # each [num_blocks, Hkv, block_size, 2 d]
+        self.integer = _INTEGERS[first.element_size()]
+        self.shape, self.strides = first.shape, first.stride()
         self.addresses = torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=first.device)
+        self._caches = [weakref.ref(cache) for cache in caches]  # vLLM decides how long a cache lives
+
+    def layers(self) -> list[torch.Tensor]:
+        """The caches as integers, each [num_blocks, Hkv, block_size, 2 d]."""
+        caches = [cache() for cache in self._caches]
+        return [cache.view(self.integer) for cache in caches if cache is not None]
 
 
 def compact_kv(
@@ -94,10 +101,10 @@ def compact_kv_reference(
                 targets.append(target)
     if not sources:
         return
-    block_size = caches.layers[0].shape[2]
+    block_size = caches.shape[2]
     from_block, from_offset = np.divmod(sources, block_size)
     to_block, to_offset = np.divmod(targets, block_size)
-    for layer in caches.layers:
+    for layer in caches.layers():
         cache = layer.numpy()
         cache[to_block, :, to_offset] = cache[from_block, :, from_offset]
 
@@ -109,13 +116,13 @@ def compact_kv_triton(
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
-    cache = caches.layers[0]
-    _, num_heads, block_size, entry_size = cache.shape
+    _, num_heads, block_size, entry_size = caches.shape
+    element = caches.addresses.new_empty(0, dtype=caches.integer)
     num_columns = num_heads * entry_size
     block = min(_MAX_COLUMNS, triton.next_power_of_2(num_columns))
-    grid = (path.shape[0], len(caches.layers), triton.cdiv(num_columns, block))
+    grid = (path.shape[0], len(caches.addresses), triton.cdiv(num_columns, block))
     _compact_kv_kernel[grid](
-        cache, caches.addresses, *cache.stride()[:3], slot_mapping, roots, path, num_sampled,
+        element, caches.addresses, *caches.strides[:3], slot_mapping, roots, path, num_sampled,
         PATH_WIDTH=path.shape[1], BLOCK_SIZE=block_size, ENTRY_SIZE=entry_size, NUM_COLUMNS=num_columns,
         BLOCK=block, ALIGNMENT=_ALIGNMENT, num_warps=4,
     )  # fmt: skip
@@ -123,7 +130,7 @@ def compact_kv_triton(
 
 @triton.jit
 def _compact_kv_kernel(
-    cache_ptr,  # any of the caches, for its element type
+    element_ptr,  # an empty tensor of the caches' element type
     addresses_ptr,  # [L] int64
     cache_stride_block,
     cache_stride_head,
@@ -146,7 +153,7 @@ def _compact_kv_kernel(
     """
     request, layer = tl.program_id(0), tl.program_id(1)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    base = tl.load(addresses_ptr + layer).to(cache_ptr.dtype)
+    base = tl.load(addresses_ptr + layer).to(element_ptr.dtype)
     base = tl.multiple_of(base, ALIGNMENT)
     columns = base + (column // ENTRY_SIZE).to(tl.int64) * cache_stride_head + column % ENTRY_SIZE
     root = tl.load(roots_ptr + request)

@@ -1,9 +1,7 @@
 """The tree of the most probable label prefixes, from exact CTC prefix conditionals."""
 
-import numba
 import numpy as np
 import torch
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
 from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
 from vllm_ctc_spec.draft_tree import MAX_NODES, DraftTree
@@ -74,6 +72,8 @@ def prefix_search_reference(
 ) -> DraftTree:
     """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
     in torch or numpy is mostly the overhead of calls."""
+    from vllm_ctc_spec.kernels.prefix_search_loops import best_first  # numba is for a CPU only
+
     batch, num_frames, num_tokens = logits.shape
     width = min(width, num_tokens)
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
@@ -97,131 +97,9 @@ def prefix_search_reference(
         else:
             inner = markov[0].index_select(0, torch.cat([index, anchor[row : row + 1]])).float().numpy()
             outer = markov[1].index_select(0, index).float().T.contiguous().numpy()
-        columns = _best_first(
+        columns = best_first(
             p.numpy(), label_mass[row], p_blank[row], inner, outer, min(depth, num_frames), is_chain,
             markov is not None, width == num_tokens, *(tree[name][row] for name in list(tree)[1:]),
         )  # fmt: skip
         tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]
     return DraftTree(**{name: torch.from_numpy(values) for name, values in tree.items()})
-
-
-@numba.njit(cache=True)
-def _best_first(
-    p,  # [T, U] fp32, p_t(candidate)
-    label_mass,  # [T] fp32, sum_v p_t(v)
-    p_blank,  # [T] fp32
-    inner,  # [U + 1, r] fp32, W_in of the candidates and of the anchor
-    outer,  # [r, U] fp32, W_out of the candidates
-    depth,
-    is_chain,
-    has_head,
-    is_complete,  # the candidates are the vocabulary
-    parents,  # [1 + N] int32, and so on as in DraftTree: written
-    depths,
-    scores,
-    ancestors,
-):  # the columns of the nodes, [K] int64
-    """Every node of the tree keeps the scores of its children that are not in the tree; the best of all is next."""
-    num_rows, num_frames, num_columns = len(parents), *p.shape
-    w, b = np.zeros((num_rows, num_frames), np.float32), np.zeros((num_rows, num_frames), np.float32)
-    children = np.empty((num_rows, num_columns), np.float32)
-    best = np.full(num_rows, np.float32(-np.inf))  # the best child of each row, and where it is
-    best_column, columns = np.zeros(num_rows, np.int64), np.full(num_rows, -1, np.int64)
-    scores[0] = 0
-    state = np.float32(1)
-    for t in range(num_frames):
-        w[0, t] = b[0, t] = state
-        state *= p_blank[t]
-    node = 0
-    while True:
-        if depths[node] < depth:
-            last = columns[node]
-            _score_children(
-                p, label_mass, w[node], b[node], inner[last], outer, last, has_head, is_complete, scores[node],
-                children[node],
-            )  # fmt: skip
-            best_column[node], best[node] = _largest(children[node])
-        parent = node
-        if not is_chain:
-            for row in range(node + 1):  # ties: shallower, then the earlier row; _largest takes the lower token
-                above = best[row] > best[parent]
-                if above or (best[row] == best[parent] and (depths[row], row) < (depths[parent], parent)):
-                    parent = row
-        if best[parent] == -np.inf or node + 1 == num_rows:
-            return columns[1 : node + 1]
-        node += 1
-        column = best_column[parent]
-        columns[node], parents[node], depths[node], scores[node] = column, parent, depths[parent] + 1, best[parent]
-        ancestors[node] = ancestors[parent] | (np.int64(1) << (node - 1))
-        weight = b[parent] if column == columns[parent] else w[parent]
-        _extend(p[:, column], p_blank, weight, w[node], b[node])
-        children[parent, column] = -np.inf
-        best_column[parent], best[parent] = _largest(children[parent])
-
-
-@numba.njit(cache=True)
-def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_complete, score, out):
-    """Writes `score + log q` of every candidate [U]; -inf or NaN where there is no child."""
-    out[:] = 0
-    _add_products(p, w, out)
-    if last >= 0:
-        repeat = np.float32(0)
-        for t in range(len(w)):
-            repeat += p[t, last] * b[t]
-        out[last] = repeat
-    total = mass = np.float32(0)
-    if not is_complete:
-        for t in range(len(w)):
-            total += label_mass[t] * w[t]
-            if last >= 0:
-                total -= p[t, last] * (w[t] - b[t])
-    for u in range(len(out)):
-        mass += out[u]
-        out[u] = np.log(out[u]) if out[u] > IMPOSSIBLE else -np.inf
-    normaliser = np.float32(0)
-    if has_head:
-        _add_products(outer, inner, out)
-        rest = total - mass
-        largest = np.max(out)
-        if not is_complete and not rest <= 0:  # what is not a number makes all scores so
-            largest = max(largest, np.log(rest))
-            normaliser += np.exp(np.log(rest) - largest)
-        for u in range(len(out)):
-            normaliser += np.exp(out[u] - largest)
-        normaliser = largest + np.log(normaliser)
-    for u in range(len(out)):
-        log_q = out[u] - normaliser
-        out[u] = score + (np.float32(0) if log_q > 0 else log_q)
-
-
-@numba.njit(cache=True)
-def _add_products(rows, factors, out):
-    """out += factors @ rows: [K, U] and [K] to [U]."""
-    for k in range(len(factors)):
-        row, factor = rows[k], factors[k]
-        for u in range(len(out)):
-            out[u] += row[u] * factor
-
-
-@numba.njit(cache=True)
-def _largest(values):
-    """Place and value of the largest, the first among equals; -inf if there is no number."""
-    place, value = 0, np.float32(-np.inf)
-    for u in range(len(values)):
-        if values[u] > value:
-            place, value = u, values[u]
-    return place, value
-
-
-@numba.njit(cache=True)
-def _extend(p, p_blank, weight, w, b):
-    """Writes the state behind a label: p [T] its probabilities, weight [T] the mass before its first emission."""
-    total = np.float32(0)
-    for t in range(len(p)):
-        total += p[t] * weight[t]
-    n = blank = np.float32(0)
-    w[0] = b[0] = 0
-    for t in range(len(p) - 1):
-        blank = p_blank[t] * (blank + n)
-        n = p[t] * (n + weight[t] / total)
-        w[t + 1], b[t + 1] = n + blank, blank

@@ -25,6 +25,7 @@ SPECULATORS_TYPE = "ctc"
 MAX_FRAMES = 64
 DEFAULT_TREE_NODES = 32
 MAX_TREE_ROWS = 2**20
+MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 NUM_AUX_LAYERS = 5
 
@@ -310,7 +311,8 @@ class ServingOptions:
             )
         if self.tree_rows is not None and SCHEDULE in speculative:
             raise DrafterConfigError(f"ctc_tree_rows and {SCHEDULE} say the same thing twice; remove one of them.")
-        limits = (("tree_width", drafter.vocab_size), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
+        width = min(drafter.vocab_size, MAX_CANDIDATES // drafter.num_frames)
+        limits = (("tree_width", width), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
         for name, largest in limits:
             value = getattr(self, name)
             if value is None:
@@ -338,7 +340,7 @@ class ServingOptions:
         return budget
 
 
-TREE_SIZES = (64, 48, 32, 24, 16, 12, 8)
+TREE_SIZES = (64, 32, 16, 8)
 """Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each; none below 8, because the drafter's
 forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
 

@@ -258,6 +258,13 @@ def _checking(original: Callable) -> Callable:
                 "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
                 "fall back to V1 (see its warning above); remove that option."
             )
+        lora = config.lora_config
+        if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
+            # LoraState.make_lora_inputs maps one row of logits a request, not 1 + N (vLLM 0.32 and 0.33).
+            raise DrafterConfigError(
+                "With a drafter, vLLM would adapt the wrong rows of logits if an adapter may change the target's head; "
+                "add --lora-target-modules with what your adapters change, without lm_head."
+            )
         if config.speculative_config.draft_model_config.hf_config.ctc_options.draft == "tree":
             from vllm_ctc_spec.tree.support import check_engine
 

@@ -6,6 +6,7 @@ slots, sample indices, CUDA graphs) is told T. (vLLM V2 calls a proposer a specu
 vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: its DSpark and DFlash2 subclasses.)
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class CTCProposer(DFlashSpeculator):
         self.options: ServingOptions = hf_config.ctc_options
         self.trees: TreeTable | None = None
         self.tree_step: TreeStep | None = None
+        if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
+            self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
+            self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
         self._idle = False
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
@@ -49,10 +53,20 @@ class CTCProposer(DFlashSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         layers = target_layers(self.vllm_config)
         super().load_model(target_model)
-        if self.options.draft == "tree":
-            self.trees, self.tree_step = attach_trees(
-                self.vllm_config, target_model, layers, self.num_labels, self.max_num_reqs, self.device
-            )
+        if self.trees is not None:
+            attach_trees(self.vllm_config, target_model, layers, self.trees, self.tree_step)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """A schedule of smaller drafts for larger batches changes what is verified, never the 1 + T rows a request of
+        the draft's forward: vLLM is not to capture a graph for each."""
+        whole = self.vllm_config
+        self.vllm_config = copy.copy(whole)
+        self.vllm_config.speculative_config = copy.copy(whole.speculative_config)
+        self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
+        try:
+            super().init_cudagraph_manager(cudagraph_mode)
+        finally:
+            self.vllm_config = whole
 
     def propose(
         self,
@@ -70,6 +84,8 @@ class CTCProposer(DFlashSpeculator):
             rows = self.tree_step.rows_in_path_order(input_batch.num_tokens)
             aux_hidden_states = [states[rows] for states in aux_hidden_states]
         self._idle = kwargs.get("num_speculative_tokens") == 0
+        if self._idle:
+            kwargs["is_profile"] = True  # no CUDA graph of the draft, which would be replayed whole (vLLM 0.32)
         return super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )

@@ -181,6 +181,14 @@ def test_a_batch_that_no_draft_fits_into(tiny_pair):
     assert is_one_sentence(text)
 
 
+@pytest.mark.parametrize("modules", [{}, {"lora_target_modules": ["q_proj", "lm_head"]}], ids=["any", "head"])
+def test_adapters_that_may_change_the_head(tiny_pair, modules):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter)}
+    text = startup_error(tiny_pair.target, speculative, enable_lora=True, **modules)
+    assert "wrong rows of logits" in text and "add --lora-target-modules" in text
+    assert is_one_sentence(text)
+
+
 def test_vllm_serve_ends_with_the_sentence_and_loads_no_weights(tiny_pair, drafter):
     truncate_weights(drafter)
     speculative_config = json.dumps({"method": "ctc", "model": str(drafter)})

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_ctc_spec.config import DrafterConfigError
 from vllm_ctc_spec.tree.support import check_engine, check_layer
@@ -73,18 +74,30 @@ def test_an_engine_that_trees_cannot_serve(change, what):
         check_engine(configuration(**change))
 
 
+def test_batch_invariance(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(DrafterConfigError, match="trees do not work with batch invariance"):
+        check_engine(configuration())
+
+
 def test_an_engine_that_trees_can_serve():
     check_engine(configuration())
     unused = SimpleNamespace(sliding_window=512, use_sliding_window=False, layer_types=["full_attention"] * 4)
     check_engine(configuration(model_config__hf_text_config=unused))
 
 
-def layer(backend: str = "FLASH_ATTN", writes_in_forward: bool = False, **implementation) -> SimpleNamespace:
+def layer(
+    backend: str = "FLASH_ATTN", writes_in_forward: bool = False, cache: torch.dtype = torch.bfloat16,
+    window: int | None = None, mm_prefix: bool = False, **implementation,
+) -> SimpleNamespace:  # fmt: skip
     fields = {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 0, **implementation}
     attn_backend = SimpleNamespace(
         get_name=lambda: backend, forward_includes_kv_cache_update=writes_in_forward
     )
-    return SimpleNamespace(attn_backend=attn_backend, impl=SimpleNamespace(**fields))
+    return SimpleNamespace(
+        attn_backend=attn_backend, impl=SimpleNamespace(**fields), dtype=torch.bfloat16, kv_cache_torch_dtype=cache,
+        sliding_window=window, use_mm_prefix=mm_prefix,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -92,11 +105,14 @@ def layer(backend: str = "FLASH_ATTN", writes_in_forward: bool = False, **implem
     [
         (layer("FLASHINFER"), "the attention backend FLASHINFER"),
         (layer(writes_in_forward=True), "the attention backend FLASH_ATTN"),
+        (layer(cache=torch.uint8), "a KV cache of torch.uint8 under a model of torch.bfloat16"),
+        (layer(window=512), "sliding windows"),
+        (layer(mm_prefix=True), "bidirectional prefixes"),
         (layer(sinks=object()), "attention sinks"),
         (layer(logits_soft_cap=30.0), "attention soft caps"),
         (layer(alibi_slopes=[0.5]), "ALiBi"),
     ],
-    ids=["backend", "cache update", "sinks", "soft cap", "ALiBi"],
+    ids=["backend", "cache update", "cache dtype", "window", "prefix", "sinks", "soft cap", "ALiBi"],
 )
 def test_a_layer_that_trees_cannot_use(unfit, what):
     with pytest.raises(DrafterConfigError, match=f"trees do not work with {what}"):

@@ -1,6 +1,5 @@
 """Trees meet the loaded target: its attention layers and its model state."""
 
-import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -20,14 +19,9 @@ def target_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
 
 
 def attach_trees(
-    vllm_config: VllmConfig,
-    target: nn.Module,
-    layers: dict[str, Attention],
-    num_nodes: int,
-    max_num_reqs: int,
-    device: torch.device,
-) -> tuple[TreeTable, TreeStep]:
-    """Let `target`, with its attention `layers`, verify trees of `num_nodes`.
+    vllm_config: VllmConfig, target: nn.Module, layers: dict[str, Attention], trees: TreeTable, step: TreeStep
+) -> None:
+    """Let `target`, with its attention `layers`, verify `trees` in the layout of `step`.
 
     vLLM loads a drafter after the target's weights and before the model state, the samplers and the attention
     metadata builders are made from the target (`GPUModelRunner.load_model`), so that they are made from this.
@@ -36,15 +30,11 @@ def attach_trees(
         raise support.refused(f"{type(target).__name__}, which keeps a state of its own in vLLM")
     for name, layer in layers.items():
         support.check_layer(name, layer)
-    attend, compaction = (attend_tree_rows, PathCompaction) if device.type != "cpu" else _on_cpu()
-    max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    trees = TreeTable(max_num_reqs, num_nodes, device)
-    step = TreeStep.allocate(max_num_reqs, max_num_tokens, num_nodes, device)
+    attend, compaction = _on_cpu() if step.positions.is_cpu else (attend_tree_rows, PathCompaction)
     use_tree_attention(layers.values(), attend, step)
     shared = {"trees": trees, "step": step, "compaction": compaction(layers)}
     model_state = type("TreeModelState", (TreeModelState,), shared)
     target.get_model_state_cls = lambda: model_state
-    return trees, step
 
 
 def _on_cpu() -> tuple[AttendTreeRows, type[PathCompaction]]:

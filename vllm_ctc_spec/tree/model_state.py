@@ -45,10 +45,11 @@ class TreeModelState(DefaultModelState):
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         *args: Any,
+        for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         step = self.step
-        step.attend = _attend(input_batch, cudagraph_mode)
+        step.attend = _attend(input_batch, for_capture)
         step.num_reqs = input_batch.num_reqs
         step.slot_mappings = slot_mappings
         step.path = step.num_sampled = None
@@ -64,7 +65,9 @@ class TreeModelState(DefaultModelState):
             step.roots,
             step.num_rows,
         )
-        return super().prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, *args, **kwargs)
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, *args, for_capture=for_capture, **kwargs
+        )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         # The same buffer on every step: CUDA graphs keep its address.
@@ -79,10 +82,14 @@ class TreeModelState(DefaultModelState):
         return sampler, TreeRejectionSampler(self, sampler)
 
 
-def _attend(input_batch: InputBatch, cudagraph_mode: CUDAGraphMode) -> Attend:
-    """Known on the host. Full graphs are captured for, and replayed with, batches of tree rows only."""
-    if cudagraph_mode == CUDAGraphMode.FULL:
-        return Attend.ALL_ROWS
+def _attend(input_batch: InputBatch, for_capture: bool) -> Attend:
+    """Known on the host. A replayed graph does what was captured, whatever this says then.
+
+    Full graphs are captured with a dummy batch, which has no drafts, and replayed for verifications of that many rows a
+    request (UNIFORM_BATCH); with one row a request there is nothing to verify, and the stock attention is right.
+    """
+    if for_capture:
+        return Attend.ALL_ROWS if input_batch.num_tokens > input_batch.num_reqs else Attend.NO_ROWS
     if input_batch.num_draft_tokens == 0:
         return Attend.NO_ROWS
     rows = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])

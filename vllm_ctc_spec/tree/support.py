@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from vllm_ctc_spec.config import DrafterConfigError
@@ -30,6 +31,7 @@ REFUSED: tuple[tuple[str, Callable[[VllmConfig], Any]], ...] = (
     ("targets with multimodal rotary positions", lambda c: c.model_config.uses_mrope),
     ("sliding-window targets", lambda c: _has_window(c.model_config.hf_text_config)),
     ("targets with ALiBi", lambda c: c.model_config.uses_alibi),
+    ("batch invariance (VLLM_BATCH_INVARIANT)", lambda c: envs.VLLM_BATCH_INVARIANT),
     ("sampled drafts (draft_sample_method 'probabilistic')",
         lambda c: c.speculative_config.draft_sample_method == "probabilistic"),
     ("rejection_sample_method other than 'standard'",
@@ -50,6 +52,12 @@ def check_layer(name: str, layer: Any) -> None:
     # A step of trees never calls the backend's own forward: keys and values must be in the cache without it.
     if backend not in BACKENDS or layer.attn_backend.forward_includes_kv_cache_update:
         raise refused(f"the attention backend {backend} (use {' or '.join(BACKENDS)})")
+    if layer.kv_cache_torch_dtype != layer.dtype:
+        raise refused(f"a KV cache of {layer.kv_cache_torch_dtype} under a model of {layer.dtype} (layer {name})")
+    if layer.sliding_window is not None:
+        raise refused(f"sliding windows (layer {name})")
+    if layer.use_mm_prefix:
+        raise refused(f"bidirectional prefixes (layer {name})")
     for what, attribute in (
         ("attention sinks", "sinks"),
         ("attention soft caps", "logits_soft_cap"),
