@@ -85,7 +85,8 @@ def check_layout(layer: Any) -> None:
     """Refuse a CPU whose kernels keep keys in another order than `attend_tree_rows` reads (DrafterConfigError)."""
     cache = layer.kv_cache[:1].clone()
     _, num_kv_heads, block_size, _ = cache.shape
-    key, value = torch.randn(2, block_size, num_kv_heads, layer.head_size)
+    size = (2, block_size, num_kv_heads, layer.head_size)
+    key, value = torch.arange(np.prod(size), dtype=torch.float32).view(size)
     layer.impl.do_kv_cache_update(layer, key, value, cache, torch.arange(block_size))
     keys, values = views(cache)
     if not (torch.equal(keys[0], key.permute(1, 2, 0)) and torch.equal(values[0], value.transpose(0, 1))):

@@ -18,7 +18,6 @@ class TreeTable:
     """
 
     def __init__(self, num_slots: int, num_nodes: int, device: torch.device):
-        self.num_nodes = num_nodes
         row = torch.arange(1 + num_nodes, device=device)
         self._chain = (
             (row - 1).int(),
