@@ -173,6 +173,7 @@ def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes,
     schedule = tree_schedule(nodes, rows)
     by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}
     assert list(by_batch) == list(range(1, 2 * rows + 1))
+    assert by_batch.pop(1) == nodes  # what was asked for
     for batch, size in by_batch.items():
         allowed = [n for n in (*TREE_SIZES, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
         assert size == max(allowed)
