@@ -346,9 +346,11 @@ forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
 
 
 def tree_schedule(num_nodes: int, rows: int) -> list[tuple[int, int, int]]:
-    """Value of vLLM's option SCHEDULE: (first batch size, last, nodes), such that the anchors and nodes of a batch are
-    at most `rows`. A request alone gets the tree that was asked for, whatever its rows; batches beyond the last tree get
-    none. The first K rows of a tree are the best tree of K nodes."""
+    """Value of vLLM's option SCHEDULE: (first batch size, last, nodes).
+
+    The anchors and nodes of a batch are at most `rows`. A request alone gets the tree that was asked for, whatever its
+    rows; batches beyond the last tree get none. The first K rows of a tree are the best tree of K nodes.
+    """
     schedule, first = [], 1
     for nodes in (num_nodes, *(size for size in TREE_SIZES if size < num_nodes)):
         last = max(rows // (1 + nodes), 1)
