@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import ctc
 from vllm_ctc_spec.drafter import CTCDrafter
@@ -44,7 +45,7 @@ def served(tiny_pair, engine):
     emitted: list[torch.Tensor] = []
     models: list[CTCDraftModel] = []
     propose, compute_frames = CTCProposer.propose, CTCDraftModel.compute_frames
-    signature = inspect.signature(propose)
+    signature = inspect.signature(DFlashSpeculator.propose)
 
     def recording_frames(self, hidden_states):
         logits, odds = compute_frames(self, hidden_states)
