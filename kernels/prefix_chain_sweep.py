@@ -125,7 +125,7 @@ def score_kernel(
 
 
 @triton.jit
-def _then(a, c, a_next, c_next):
+def then(a, c, a_next, c_next):
     """The affine map `x -> a x + c`, and then the next one."""
     return a * a_next, c * a_next + c_next
 
@@ -186,11 +186,11 @@ def extend_kernel(
     _, mass = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t, T)
     p, first = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 1, T)
     p_before, first_before = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 2, T)
-    _, n = tl.associative_scan((p, first), 0, _then)
-    _, n_before = tl.associative_scan((p_before, first_before), 0, _then)
+    _, n = tl.associative_scan((p, first), 0, then)
+    _, n_before = tl.associative_scan((p_before, first_before), 0, then)
     behind = (t > 0) & (t < T)
     blank = tl.exp(tl.load(log_blank_ptr + row * T + t - 1, mask=behind, other=-float("inf")))
-    _, b = tl.associative_scan((blank, blank * n_before), 0, _then)
+    _, b = tl.associative_scan((blank, blank * n_before), 0, then)
 
     scale = tl.where(alive, 1.0 / tl.sum(mass, axis=0), 0.0)
     # All warps must have read the old state.

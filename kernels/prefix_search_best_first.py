@@ -6,7 +6,7 @@ The mathematics and the reference are in `prefix_search.py`.
 import torch
 import triton
 import triton.language as tl
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
+from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, then
 
 from vllm_ctc_spec.draft_tree import DraftTree
 
@@ -104,12 +104,6 @@ def candidates_kernel(
 
 
 @triton.jit
-def _then(a, c, a_next, c_next):
-    """The affine map `x -> a x + c`, and then the next one."""
-    return a * a_next, c * a_next + c_next
-
-
-@triton.jit
 def _complement(x):
     """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
@@ -137,9 +131,9 @@ def _extend(p_ptr, weight_ptr, blank, alive, num_candidates, T: tl.constexpr, BL
     p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, num_candidates, T)
     p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, num_candidates, T)
     scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
-    _, n = tl.associative_scan((p_1, first_1 * scale), 0, _then)
-    _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, _then)
-    _, b = tl.associative_scan((blank, blank * n_before), 0, _then)
+    _, n = tl.associative_scan((p_1, first_1 * scale), 0, then)
+    _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, then)
+    _, b = tl.associative_scan((blank, blank * n_before), 0, then)
     return p, n, b
 
 

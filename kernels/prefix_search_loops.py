@@ -43,7 +43,7 @@ def best_first(
         w[0, t] = b[0, t] = state
         state *= p_blank[t]
     node = 0
-    while True:
+    while node + 1 < num_rows:
         if depths[node] < depth:
             last = columns[node]
             _score_children(
@@ -57,8 +57,8 @@ def best_first(
                 above = best[row] > best[parent]
                 if above or (best[row] == best[parent] and (depths[row], row) < (depths[parent], parent)):
                     parent = row
-        if best[parent] == -np.inf or node + 1 == num_rows:
-            return columns[1 : node + 1]
+        if best[parent] == -np.inf:
+            break
         node += 1
         column = best_column[parent]
         columns[node], parents[node], depths[node], scores[node] = column, parent, depths[parent] + 1, best[parent]
@@ -67,6 +67,7 @@ def best_first(
         _extend(p[:, column], p_blank, weight, w[node], b[node])
         children[parent, column] = -np.inf
         best_column[parent], best[parent] = _largest(children[parent])
+    return columns[1 : node + 1]
 
 
 @compiled

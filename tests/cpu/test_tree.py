@@ -71,9 +71,7 @@ class Batch:
     def attend(self) -> torch.Tensor:
         output = torch.full_like(self.query, UNWRITTEN)
         layer = self.layer
-        attend_tree_rows(
-            layer, self.step, layer, self.query, self.query, self.query, layer.kv_cache, self.metadata, output
-        )
+        attend_tree_rows(layer, self.step, self.query, layer.kv_cache, self.metadata, output)
         return output
 
 

@@ -28,10 +28,7 @@ class Rows(NamedTuple):
 def attend_tree_rows(
     implementation: Any,
     step: TreeStep,
-    layer: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     kv_cache: torch.Tensor,
     attn_metadata: Any,
     output: torch.Tensor,

@@ -10,10 +10,10 @@ from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.tree.state import Attend, TreeStep
 
 AttendTreeRows = Callable[..., None]
-"""f(implementation, step, layer, query, key, value, kv_cache, attn_metadata, output): writes tree rows of `output`.
+"""f(implementation, step, query, kv_cache, attn_metadata, output): writes the tree rows of `output`.
 
-query, output [num_tokens, num_heads, head_size]; key, value [num_tokens, num_kv_heads, head_size], in the cache
-already; kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
+query, output [num_tokens, num_heads, head_size]; kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size], which
+holds the keys and values of all rows already."""
 
 
 def use_tree_attention(layers: Iterable[Attention], attend_tree_rows: AttendTreeRows, step: TreeStep) -> None:
@@ -51,7 +51,7 @@ def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, step: TreeStep) -
             if attend is not Attend.ALL_ROWS:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if attend is not Attend.NO_ROWS:
-                attend_tree_rows(self, step, layer, query, key, value, kv_cache, attn_metadata, output)
+                attend_tree_rows(self, step, query, kv_cache, attn_metadata, output)
             return output
 
         def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -64,10 +64,7 @@ def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, step: TreeStep) -
 def attend_tree_rows(
     implementation: Any,
     step: TreeStep,
-    layer: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     kv_cache: torch.Tensor,
     attn_metadata: Any,
     output: torch.Tensor,
