@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vllm_ctc_spec.config import (
+    MAX_CANDIDATES,
     TREE_SIZES,
     DrafterConfig,
     DrafterConfigError,
@@ -134,6 +135,14 @@ def test_serving_options_are_checked(options, message):
     options = dict(options)
     with pytest.raises(DrafterConfigError, match=message):
         ServingOptions.take_from(options).for_drafter(DrafterConfig(**SMALL), options)
+
+
+def test_a_tree_has_no_more_candidates_than_a_gpu_program_holds():
+    drafter = DrafterConfig(**{**SMALL, "vocab_size": 50_000})
+    largest = MAX_CANDIDATES // drafter.num_frames
+    ServingOptions(draft="tree", tree_width=largest).for_drafter(drafter, {})
+    with pytest.raises(DrafterConfigError, match=f"ctc_tree_width must be 1 to {largest}"):
+        ServingOptions(draft="tree", tree_width=largest + 1).for_drafter(drafter, {})
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """After a tree the drafter sees what it would see after a chain: frames for equal contexts are equal."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 import vllm_ctc_spec.proposer
 from vllm_ctc_spec.proposer import CTCProposer
@@ -71,3 +75,33 @@ def test_frames_after_trees_are_frames_after_chains(record, monkeypatch):
     assert largest_difference(after_trees, after_chains) < 1e-3
     # A test of the test: without the accepted rows in front, the drafter reads rejected ones.
     assert largest_difference(out_of_order, after_chains) > 0.1
+
+
+def test_the_draft_module_rests_while_a_batch_is_too_large_for_drafts(engine, tiny_pair, monkeypatch):
+    forwards = []
+    run_model = CTCProposer._run_model
+    monkeypatch.setattr(CTCProposer, "_run_model", lambda self, *a, **k: forwards.append(a) or run_model(self, *a, **k))
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **TREE, "ctc_tree_rows": 17}
+    llm = engine(tiny_pair.target, speculative, max_num_batched_tokens=512)
+    forwards.clear()
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)  # all prompts fit into the first step, and all end together
+    assert forwards == []
+    llm.counters.clear()
+    llm.generate(PROMPTS[:1], GREEDY, use_tqdm=False)
+    assert len(forwards) >= llm.counters["drafts"] > 0
+
+
+def test_no_schedule_reaches_the_graphs_of_the_draft(monkeypatch):
+    """They would be captured for 1 + T rows a request and, for nothing, for every other size of the schedule."""
+    seen = []
+    monkeypatch.setattr(
+        DFlashSpeculator, "init_cudagraph_manager",
+        lambda self, mode: seen.append(self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size),
+    )  # fmt: skip
+    proposer = object.__new__(CTCProposer)
+    schedule = [(1, 4, 16), (5, 9, 0)]
+    whole = SimpleNamespace(speculative_config=SimpleNamespace(num_speculative_tokens_per_batch_size=schedule))
+    proposer.vllm_config = whole
+    proposer.init_cudagraph_manager(CUDAGraphMode.FULL)
+    assert seen == [None]
+    assert proposer.vllm_config is whole and whole.speculative_config.num_speculative_tokens_per_batch_size is schedule

@@ -1,5 +1,7 @@
 """KV compaction, against a loop over moves, heads and elements; and what it refuses."""
 
+import weakref
+
 import pytest
 import torch
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
@@ -117,3 +119,13 @@ def test_other_caches_are_refused() -> None:
         CachePointers([torch.zeros(NUM_BLOCKS, 8, BLOCK_SIZE, 3).transpose(1, 3)])
     with pytest.raises(ValueError, match="num_blocks, Hkv"):
         CachePointers([torch.zeros(2, NUM_BLOCKS, 3, BLOCK_SIZE, 8)])
+
+
+def test_the_pointers_keep_no_cache_alive() -> None:
+    """vLLM frees a cache that it only profiled with."""
+    cache = torch.zeros(2, 1, 16, 8)
+    alive = weakref.ref(cache)
+    pointers = CachePointers([cache])
+    assert len(pointers.layers()) == 1
+    del cache
+    assert alive() is None and pointers.layers() == []

@@ -1,7 +1,9 @@
 """The prefix search against the fp64 oracle, which is proved against enumeration in tests/test_ctc.py."""
 
+import numba
 import pytest
 import torch
+from vllm_ctc_spec.kernels import prefix_search_loops
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 
@@ -191,3 +193,15 @@ def test_inputs_are_not_modified() -> None:
 def test_refuses_a_budget_that_does_not_fit(num_nodes: int) -> None:
     with pytest.raises(ValueError, match=f"1 to 64 nodes, not {num_nodes}"):
         prefix_search(*random_frames(1, 4, 9, seed=0), anchors(1), num_nodes, 4, 4)
+
+
+def test_the_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def without_cache(*args, cache: bool = False):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args)
+
+    monkeypatch.setattr(prefix_search_loops.numba, "njit", without_cache)
+    assert prefix_search_loops.compiled(lambda x: x + 1)(2) == 3
