@@ -37,7 +37,7 @@ def test_save_and_load_give_the_same_frames(drafter, weights, tmp_path):
     loaded = CTCDrafter.load(tmp_path, *weights)
     a, b = drafter(*inputs()), loaded(*inputs())
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0)
-    torch.testing.assert_close(a.blank_odds, b.blank_odds, rtol=0, atol=0)
+    torch.testing.assert_close(a.lattice.blank_odds, b.blank_odds, rtol=0, atol=0)
     assert not any("target" in name for name in drafter.state_dict())
 
 
@@ -86,5 +86,5 @@ def test_frames_see_each_other_in_both_directions(drafter):
 
 
 def test_blank_starts_at_the_share_that_the_labels_leave(drafter):
-    blank = torch.sigmoid(drafter(*inputs()).blank_odds)
+    blank = torch.sigmoid(drafter(*inputs()).lattice.blank_odds)
     torch.testing.assert_close(blank, torch.full_like(blank, 2 / 6))

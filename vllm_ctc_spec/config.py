@@ -23,6 +23,9 @@ DRAFTER_SUBFOLDER = "ctc_drafter"
 ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
 MAX_FRAMES = 64
+LATTICES = ("ctc", "transitions", "slots")
+"""How frames spell labels. "ctc": a blank, and repeats merge. "transitions": learned probabilities of the step from the
+frame of one label to the frame of the next. "slots": frame k is label k, as in parallel drafters without alignments."""
 DEFAULT_TREE_NODES = 32
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
@@ -49,6 +52,8 @@ class DrafterConfig:
     aux_hidden_state_layer_ids: tuple[int, ...]
     num_frames: int = 12  # T
     num_labels: int = 8  # U, the label horizon of training and the default number of speculative tokens
+    lattice: str = "ctc"  # one of LATTICES
+    transition_rank: int = 0  # of the learned transitions' queries and keys, 0 in the other lattices
     markov_rank: int = 0  # rank of the label-conditional head, 0 = none
     tree_nodes: int = 0  # the tree that this drafter is served with by default, 0 = a chain of num_labels
     num_layers: int = 1
@@ -79,6 +84,15 @@ class DrafterConfig:
             raise DrafterConfigError(
                 f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
                 f"{self.num_frames} labels; lower num_labels or raise num_frames."
+            )
+        if self.lattice not in LATTICES:
+            raise DrafterConfigError(
+                f"CTC drafter: lattice must be one of {', '.join(LATTICES)}, not {self.lattice!r}."
+            )
+        if self.transition_rank < 0 or (self.transition_rank > 0) != (self.lattice == "transitions"):
+            raise DrafterConfigError(
+                f"CTC drafter: transition_rank is {self.transition_rank}, but it must be more than 0 with lattice "
+                "'transitions' and 0 with the others."
             )
         if not 0 <= self.tree_nodes <= MAX_NODES:
             raise DrafterConfigError(
@@ -162,6 +176,8 @@ class DrafterConfig:
             "target_num_layers": self.target_num_layers,
             "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
             "num_frames": self.num_frames,
+            "lattice": self.lattice,
+            "transition_rank": self.transition_rank,
             "markov_rank": self.markov_rank,
             "tree_nodes": self.tree_nodes,
         }
@@ -183,6 +199,8 @@ class DrafterConfig:
                 aux_hidden_state_layer_ids=raw["aux_hidden_state_layer_ids"],
                 num_frames=raw["num_frames"],
                 num_labels=spec["proposal_methods"][0]["speculative_tokens"],
+                lattice=raw.get("lattice", "ctc"),
+                transition_rank=raw.get("transition_rank", 0),
                 markov_rank=raw["markov_rank"],
                 tree_nodes=raw.get("tree_nodes", 0),
                 num_layers=layer["num_hidden_layers"],
@@ -303,6 +321,11 @@ class ServingOptions:
         if self.search not in SEARCHES[draft]:
             raise DrafterConfigError(
                 f"ctc_search must be one of {', '.join(SEARCHES[draft])} with ctc_draft {draft!r}, not {self.search!r}."
+            )
+        if self.search != "prefix" and drafter.lattice != "ctc":
+            raise DrafterConfigError(
+                f"ctc_search {self.search!r} collapses repeats and blanks, which this drafter's lattice "
+                f"{drafter.lattice!r} does not have; use ctc_search 'prefix'."
             )
         if self.search == "argmax" and speculative.get("draft_sample_method") == "probabilistic":
             raise DrafterConfigError(

@@ -5,15 +5,21 @@ anchor token and T learned frame queries, into T frames in one parallel forward:
 
     context = norm(fc(concat of auxiliary hidden states))      keys and values of every layer, positions 0..a-1
     queries = [embed(anchor), frame_1 .. frame_T]              positions a..a+T, bidirectional among themselves
-    logits  = target_head(h_t),  P(blank) = sigmoid(blank_head(h_t))
+    logits  = target_head(h_t)
+
+and, by the lattice that spells labels with them,
+
+    "ctc"          P(blank) = sigmoid(blank_head(h_t))
+    "transitions"  P(t | s) = softmax over t > s of query(h_s) . key(h_t) / sqrt(r) + offset[t - s - 1], 0 the anchor
+    "slots"        P(s + 1 | s) = 1: frame k is label k, nothing is learned
 
 Embedding and head are the target's, frozen, and not part of the state dict. Names and shapes of the parameters are
 those of the file that `vllm_ctc_spec/model.py` serves; a test holds both to the same frames.
 """
 
-import dataclasses
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,16 +28,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError
+from vllm_ctc_spec.ctc import NEG, slot_transitions, transition_log_probs
 
 INIT_STD = 0.02
 
 
-@dataclasses.dataclass
-class Frames:
+class Lattice(NamedTuple):
+    """What spells labels with frames: the blank's odds or the steps between frames; `...` as in `Frames`."""
+
+    blank_odds: Tensor | None = None  # [..., T]: P(blank) = sigmoid(blank_odds); lattice "ctc" only
+    log_transitions: Tensor | None = None  # [..., 1 + T, T], NEG where t <= s; the other lattices only
+
+
+class Frames(NamedTuple):
     """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
 
     logits: Tensor  # [..., T, V] over the target's vocabulary, unnormalised
-    blank_odds: Tensor  # [..., T]: P(blank) = sigmoid(blank_odds)
+    lattice: Lattice
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -113,6 +126,22 @@ class MarkovHead(nn.Module):
         return self.output(self.embedding(last))
 
 
+class TransitionHead(nn.Module):
+    """Learned steps from the frame of one label to the frame of the next (after DA-Transformer, arXiv 2205.07459)."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
+        self.key = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
+        self.offset = nn.Parameter(torch.empty(config.num_frames))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Normalised hidden states `[..., 1 + T, H]` of the anchor's slot and the frames to log-probabilities, fp32,
+        `[..., 1 + T, T]`: row s is the frame of the last label, 0 the anchor; column t - 1 is frame t of the next."""
+        query, key = self.query(slots).float(), self.key(slots[..., 1:, :]).float()
+        return transition_log_probs(query, key, self.offset.float())
+
+
 class CTCDrafter(nn.Module):
     """The drafter with the target's frozen embedding `[V, H]` and head `[V, H]`.
 
@@ -136,12 +165,13 @@ class CTCDrafter(nn.Module):
         self.frame_queries = nn.Parameter(torch.empty(config.num_frames, d))
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
-        self.blank_head = nn.Linear(d, 1)
+        self.blank_head = nn.Linear(d, 1) if config.lattice == "ctc" else None
+        self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """P(blank) starts at (T - U) / T, the share that a uniform spread of U labels leaves."""
+        """Labels start uniformly spread: of T frames, U labels leave a share of (T - U) / T."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -149,15 +179,24 @@ class CTCDrafter(nn.Module):
         if self.markov_head is not None:
             nn.init.zeros_(self.markov_head.output.weight)
         spare = max(self.config.num_frames - self.config.num_labels, 0.05)
-        nn.init.zeros_(self.blank_head.weight)
-        nn.init.constant_(self.blank_head.bias, math.log(spare / self.config.num_labels))
+        self.spread_labels(spare / self.config.num_frames)
+
+    def spread_labels(self, skipped: float) -> None:
+        """Start with `skipped`, between 0 and 1, as the share of frames that hold no label: P(blank), or the ratio of
+        the geometric law of steps."""
+        if self.blank_head is not None:
+            nn.init.zeros_(self.blank_head.weight)
+            nn.init.constant_(self.blank_head.bias, math.log(skipped / (1 - skipped)))
+        if self.transition_head is not None:
+            offset = self.transition_head.offset
+            offset.data.copy_(torch.arange(len(offset)) * math.log(skipped))
 
     def encode_context(self, aux_hidden_states: Tensor) -> Tensor:
         """`[B, S, A * H]` concatenated auxiliary hidden states to the layers' common context `[B, S, H]`."""
         return self.hidden_norm(self.fc(aux_hidden_states))
 
-    def hidden_frames(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
-        """Normalised hidden states of the frames, `[B, M, T, H]`.
+    def hidden_slots(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
+        """Normalised hidden states of the anchor's slot and the frames, `[B, M, 1 + T, H]`.
 
         aux_hidden_states [B, S, A * H]; anchor_tokens, anchor_positions [B, M]: the anchor at position a sees the
         context 0..a-1 only (its own hidden state does not exist yet when it is drafted from).
@@ -178,20 +217,45 @@ class CTCDrafter(nn.Module):
         mask = torch.cat([sees_context, sees_block], 2).unsqueeze(1)
         for layer in self.layers:
             hidden = layer(hidden, positions, context, context_positions, mask)
-        return self.norm(hidden).unflatten(1, (num_anchors, slots))[:, :, 1:]
+        return self.norm(hidden).unflatten(1, (num_anchors, slots))
 
     def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Frames:
-        """Frames for M anchors in each of B sequences; arguments as in `hidden_frames`."""
-        return self.frames(self.hidden_frames(aux_hidden_states, anchor_tokens, anchor_positions))
+        """Frames for M anchors in each of B sequences; arguments as in `hidden_slots`."""
+        return self.frames(self.hidden_slots(aux_hidden_states, anchor_tokens, anchor_positions))
 
-    def frames(self, hidden: Tensor) -> Frames:
-        """Normalised hidden states `[..., T, H]` to frames."""
-        return Frames(F.linear(hidden, self.target_head), self.blank_head(hidden).squeeze(-1))
+    def frames(self, slots: Tensor) -> Frames:
+        """Normalised hidden states `[..., 1 + T, H]` to frames."""
+        return Frames(F.linear(slots[..., 1:, :], self.target_head), self.lattice(slots))
+
+    def lattice(self, slots: Tensor) -> Lattice:
+        """The same without what needs the vocabulary; transitions are fp32."""
+        if self.blank_head is not None:
+            return Lattice(blank_odds=self.blank_head(slots[..., 1:, :]).squeeze(-1))
+        if self.transition_head is not None:
+            return Lattice(log_transitions=self.transition_head(slots))
+        fixed = slot_transitions(self.config.num_frames).to(slots.device).log().clamp_min(NEG)
+        return Lattice(log_transitions=fixed.expand(*slots.shape[:-2], -1, -1))
+
+    @property
+    def markov_tables(self) -> tuple[Tensor, Tensor] | None:
+        """(W_in [V, r], W_out [V, r]) of the label-conditional head, or None."""
+        return None if self.markov_head is None else (self.markov_head.embedding.weight, self.markov_head.output.weight)
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` (fp32; embedding and head stay with the target)."""
         self.config.save(folder)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    def start_from(self, folder: str | Path) -> None:
+        """Take over the weights of another drafter that this one has too, by name and shape: a start for another
+        lattice, loss or number of layers (DrafterConfigError if there is none)."""
+        DrafterConfig.load(folder)
+        mine = self.state_dict()
+        given = load_file(Path(folder) / WEIGHTS_NAME)
+        shared = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
+        if not shared:
+            raise DrafterConfigError(f"The drafter at {folder} shares no weight with this one to start from.")
+        self.load_state_dict(shared, strict=False)
 
     @classmethod
     def load(cls, folder: str | Path, embedding: Tensor, head: Tensor) -> "CTCDrafter":

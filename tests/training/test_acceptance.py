@@ -1,4 +1,4 @@
-"""The held-out measure: serving's walk by hand, the drafts that it uses, and its interval."""
+"""The offline measure: serving's walk by hand, drafts against the oracle, and the interval."""
 
 import math
 
@@ -7,21 +7,61 @@ import torch
 
 from vllm_ctc_spec import ctc
 from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter, Frames
+from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training import acceptance
-from vllm_ctc_spec.training.acceptance import Acceptance, measure_acceptance, parallel_drafts, prefix_drafts, walk
+from vllm_ctc_spec.training.acceptance import (
+    Acceptance,
+    expected_walk,
+    measure_chain,
+    measure_sampled_chain,
+    measure_trees,
+    walk,
+)
+from vllm_ctc_spec.training.batches import make_batch
+from vllm_ctc_spec.training.drafting import Drafting
+from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.generate import Example
-from vllm_ctc_spec.training.target import AuxHiddenStates
+
+EXAMPLE = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
+LATTICES = ["ctc", "transitions", "slots"]
 
 
 @pytest.fixture
-def drafter(target):
-    torch.manual_seed(3)
-    config = DrafterConfig.for_target(target.model.config, num_frames=6, num_labels=4, markov_rank=5)
-    drafter = CTCDrafter(config, target.embedding, target.head)
-    torch.nn.init.normal_(drafter.markov_head.embedding.weight)
-    torch.nn.init.normal_(drafter.markov_head.output.weight)
-    return drafter
+def make_drafter(target):
+    def make(lattice="ctc"):
+        torch.manual_seed(3)
+        shape = dict(num_frames=6, num_labels=4, markov_rank=5, lattice=lattice)
+        if lattice == "transitions":
+            shape["transition_rank"] = 3
+        drafter = CTCDrafter(DrafterConfig.for_target(target.model.config, **shape), target.embedding, target.head)
+        torch.nn.init.normal_(drafter.markov_head.embedding.weight)
+        torch.nn.init.normal_(drafter.markov_head.output.weight)
+        return drafter, in_process(target, drafter.config.aux_hidden_state_layer_ids)
+
+    return make
+
+
+@torch.no_grad()
+def draft(drafter, features, example=EXAMPLE) -> Drafting:
+    """At every anchor of one response."""
+    positions = torch.arange(len(example.prompt), len(example) - 1)[None]
+    batch = make_batch([example], positions, drafter.config.num_labels)
+    return Drafting.at(drafter, features([example], batch.token_ids), batch)
+
+
+def oracle(drafting: Drafting, row: int) -> dict:
+    """The frames, as the oracle's functions take them."""
+    logits, (odds, log_transitions) = drafting.frames
+    if odds is None:
+        odds = torch.full(logits.shape[:2], -torch.inf)
+    bias = drafting.drafter.markov_head(torch.arange(logits.shape[-1])).detach()
+    return dict(
+        log_probs=ctc.frame_log_probs(logits[row], odds[row]),
+        label_bias=bias,
+        anchor=int(drafting.anchors[row]),
+        log_transitions=None if log_transitions is None else log_transitions[row],
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,64 +69,131 @@ def drafter(target):
     [([0, 0, 0], 3), ([2, 9, 9], 1), ([1, 9, 0], 2), ([3, 9, 9, 9, 1, 9, 0], 3), ([], 0)],
 )
 def test_walk_advances_by_the_accepted_labels_and_one(accepted, steps):
-    assert walk(accepted) == (len(accepted), steps)
+    assert walk(accepted) == steps
 
 
-def test_drafts_are_the_oracles_greedy_chains(drafter):
+def test_expected_walk_is_the_mean_over_all_outcomes():
     generator = torch.Generator().manual_seed(0)
-    frames = Frames(2 * torch.randn(5, 6, 31, generator=generator), torch.randn(5, 6, generator=generator))
-    anchors = torch.tensor([4, 5, 6, 7, 8])
-    drafts = prefix_drafts(frames, anchors, drafter).tolist()
-    bias = drafter.markov_head(torch.arange(31)).detach()
-    log_probs = ctc.frame_log_probs(frames.logits, frames.blank_odds)
-    for row in range(5):
-        expected = ctc.chain(log_probs[row], 4, label_bias=bias, anchor=int(anchors[row])).labels
-        assert tuple(drafts[row]) == expected
+    probability = torch.rand(5, 2, generator=generator)
+
+    def steps_from(anchor: int) -> float:
+        if anchor >= 5:
+            return 0.0
+        first, second = probability[anchor].tolist()
+        outcomes = ((1 - first, 1), (first * (1 - second), 2), (first * second, 3))
+        return 1 + sum(p * steps_from(anchor + advance) for p, advance in outcomes)
+
+    assert expected_walk(probability) == pytest.approx(steps_from(0))
+    assert expected_walk(torch.zeros(4, 3)) == 4 and expected_walk(torch.ones(4, 3)) == 1
 
 
-def test_parallel_drafts_read_frame_k_given_the_label_before(drafter):
-    frames = Frames(torch.randn(2, 6, 31), torch.zeros(2, 6))
-    drafts = parallel_drafts(frames, torch.tensor([4, 9]), drafter)
-    last = torch.tensor([4, 9])
-    for k in range(4):
-        last = (frames.logits[:, k] + drafter.markov_head(last)).argmax(-1)
-        assert drafts[:, k].tolist() == last.tolist()
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_drafts_are_the_oracles(lattice, make_drafter):
+    drafting = draft(*make_drafter(lattice))
+    chains, tree = drafting.chain().tolist(), drafting.tree(31)  # as wide as the vocabulary
+    for row in range(len(chains)):
+        frames = oracle(drafting, row)
+        assert tuple(chains[row]) == ctc.chain(num_labels=4, **frames).labels
+        expected = ctc.best_prefixes(num_nodes=12, depth=4, **frames)
+        assert [tuple(path) for path in paths_of(tree, row)[:12]] == [labels for labels, _ in expected]
 
 
-def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(drafter, target, monkeypatch):
-    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", 4)
-    examples = [Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3]), Example([1, 2], [3]), Example([1, 9, 2], [4, 5, 5])]
-    examples.append(Example([1, 2], [10, 11, 12, 13]))
-    aux = AuxHiddenStates(target, drafter.config.aux_hidden_state_layer_ids)
+def paths_of(tree: DraftTree, row: int) -> list[list[int]]:
+    paths: list[list[int]] = [[]]
+    for node in range(1, tree.tokens.shape[1]):
+        paths.append([*paths[tree.parents[row, node]], int(tree.tokens[row, node])])
+    return paths[1:]
+
+
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_log_q_is_the_oracles_conditional(lattice, make_drafter):
+    drafting = draft(*make_drafter(lattice))
+    log_q = drafting.log_q()
+    for row, labels in enumerate(drafting.labels.tolist()):
+        frames = oracle(drafting, row)
+        prefix, last = ctc.root_prefix(frames["log_probs"], frames["log_transitions"]), frames["anchor"]
+        for k, label in enumerate(labels):
+            if not drafting.valid[row, k]:
+                break
+            law = torch.log_softmax(prefix.conditional(frames["log_probs"]) + frames["label_bias"][last], -1)
+            assert float(log_q[row, k]) == pytest.approx(float(law[label]), abs=2e-4)
+            prefix, last = prefix.extend(frames["log_probs"], label), label
+
+
+def test_a_tree_is_followed_as_deep_as_it_holds_the_labels(make_drafter, monkeypatch):
+    drafting = draft(*make_drafter())
+    labels = drafting.labels[0].tolist()  # 7 8 9 9
+    wrong = 20
+    # Depth two on a late row, below a sibling of a wrong node that carries the right token one level too deep.
+    tokens = torch.tensor([[6, wrong, labels[0], labels[1], labels[1], labels[2]]]).expand(len(drafting.labels), -1)
+    parents = torch.tensor([[-1, 0, 0, 1, 2, 3]], dtype=torch.int32).expand_as(tokens)
+    depths = torch.tensor([[0, 1, 1, 2, 2, 3]], dtype=torch.int32).expand_as(tokens)
+    tree = DraftTree(tokens, parents, depths, torch.zeros(tokens.shape), torch.zeros_like(tokens))
+    monkeypatch.setattr(Drafting, "tree", lambda self, num_nodes: tree)
+    reached = drafting.accepted_by_trees([1, 2, 3, 4, 5])
+    assert [int(reached[size][0]) for size in (1, 2, 3, 4, 5)] == [0, 1, 1, 2, 2]
+
+
+def test_a_token_past_the_end_is_not_accepted(make_drafter, monkeypatch):
+    """Labels are padded with token 0, which a drafter may draft."""
+    drafting = draft(*make_drafter())
+    assert not drafting.valid[-1, 1]
+    said = drafting.labels.clone()  # all of them right, and zeros behind the end
+    monkeypatch.setattr(Drafting, "chain", lambda self: said)
+    assert drafting.accepted_by_chain().tolist() == drafting.valid.sum(1).tolist()
+
+
+@pytest.mark.parametrize("at_once", [4, 64])
+def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(make_drafter, monkeypatch, at_once):
+    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", at_once)
+    examples = [EXAMPLE, Example([1, 2], [3]), Example([1, 9, 2], [4, 5, 5]), Example([1, 2], [10, 11, 12, 13])]
     answers = {6: [7, 8, 0, 0], 9: [9, 9, 9, 9], 7: [3, 0, 0, 0], 4: [5, 5, 5, 5], 10: [0, 12, 13, 0]}
 
-    def chain(frames, anchors, drafter):
-        return torch.tensor([answers.get(anchor, [0, 0, 0, 0]) for anchor in anchors.tolist()])
+    def chain(self):
+        return torch.tensor([answers.get(anchor, [0, 0, 0, 0]) for anchor in self.anchors.tolist()])
 
+    monkeypatch.setattr(Drafting, "chain", chain)
     # first: 6 -> (7 8) 9; 9 -> (9 9) 6; 6 -> (7) 3, the response ends; third: 4 -> (5 5), ends;
     # fourth: a wrong first label takes the right ones behind it along: 11; 12; 13
-    result = measure_acceptance(drafter, aux, examples, chain)
+    result = measure_chain(*make_drafter(), examples)
     assert (result.tokens, result.steps) == ([8, 2, 3], [3, 1, 3])
     assert result.length == 13 / 7
 
 
-def test_the_real_chain_is_measured_like_a_loop_over_steps(drafter, target):
-    example = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
-    tokens = torch.tensor([example.prompt + example.response])
-    aux_states = AuxHiddenStates(target, drafter.config.aux_hidden_state_layer_ids)
-    position, steps = 4, 0
-    with torch.no_grad():
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_drafter):
+    drafter, features = make_drafter(lattice)
+    tokens = torch.tensor([EXAMPLE.prompt + EXAMPLE.response])
+
+    def loop(depth_of) -> int:
+        position, steps = 4, 0
         while position < 12:
-            context = aux_states(tokens[:, :position])
-            frames = drafter(context, tokens[:, position : position + 1], torch.tensor([[position]]))
-            rows = Frames(frames.logits[0], frames.blank_odds[0])
-            draft = prefix_drafts(rows, tokens[0, position : position + 1], drafter)[0].tolist()
-            following = tokens[0, position + 1 :].tolist()
-            while draft and following and draft[0] == following[0]:
-                draft, following, position = draft[1:], following[1:], position + 1
-            position, steps = position + 1, steps + 1
-    result = measure_acceptance(drafter, aux_states, [example], prefix_drafts)
-    assert result.steps == [steps]
+            following = make_batch([EXAMPLE], torch.tensor([[position]]), 4)
+            context = features([EXAMPLE], tokens[:, :position])
+            with torch.no_grad():
+                position += 1 + depth_of(Drafting.at(drafter, context, following))
+            steps += 1
+        return steps
+
+    chain_steps = loop(lambda drafting: int(drafting.accepted_by_chain()))
+    assert measure_chain(drafter, features, [EXAMPLE]).steps == [chain_steps]
+    measured = measure_trees(drafter, features, [EXAMPLE], [4, 16])
+    for size in (4, 16):
+        # The whole vocabulary of 31 is no wider than the candidates of a tree of 31.
+        assert measured[size].steps == [loop(lambda drafting: int(drafting.accepted_by_trees([size, 31])[size]))]
+
+
+def test_sampled_chains_are_accepted_by_the_ratio_of_the_laws(make_drafter):
+    drafter, features = make_drafter()
+    log_q, valid = (getattr(draft(drafter, features), name) for name in ("log_q", "valid"))
+    log_p = torch.log(torch.linspace(0.05, 0.9, 9))
+    expected = torch.zeros(8, 4)
+    for i in range(8):
+        for k in range(4):
+            if valid[i, k]:
+                expected[i, k] = min(1.0, math.exp(float(log_q()[i, k]) - float(log_p[i + 1 + k])))
+    measured = measure_sampled_chain(drafter, features, [EXAMPLE], lambda example: log_p)
+    assert measured.tokens == [8] and measured.steps == [pytest.approx(expected_walk(expected), rel=1e-4)]
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():

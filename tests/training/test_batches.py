@@ -32,12 +32,13 @@ def test_sampled_anchors_are_distinct_and_follow_from_the_seed():
     assert set(batches[0].positions[0].tolist()) <= set(anchor_positions(long))
 
 
-def test_an_epoch_has_every_example_once_and_can_start_anywhere():
+def test_an_epoch_has_every_example_and_full_batches_and_can_start_anywhere():
     examples = [Example([i], list(range(2 + i % 7))) for i in range(23)] + [Example([99], [1])]
     batches = list(itertools.islice(epochs(examples, 4, seed=5), 18))
     for start in (0, 6, 12):
         seen = sorted(example.prompt[0] for batch in batches[start : start + 6] for example in batch)
-        assert seen == list(range(23))  # the one without an anchor is never there
+        assert seen == [0, *range(23)]  # the one without an anchor is never there, the last batch is filled up
+    assert {len(batch) for batch in batches} == {4}
     assert batches[:6] != batches[6:12]
     assert batches[:6] != list(itertools.islice(epochs(examples, 4, seed=6), 6))
     assert list(itertools.islice(epochs(examples, 4, 5, first_step=8), 10)) == batches[8:]

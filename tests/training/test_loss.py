@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.drafter import Frames
-from vllm_ctc_spec.training.loss import LOSSES, ce_loss, ctc_loss, position_weights, prefix_loss, previous_labels
+from vllm_ctc_spec.drafter import Frames, Lattice
+from vllm_ctc_spec.training.loss import LOSSES, RowLoss, position_weights
+from vllm_ctc_spec.training.vocabulary import label_scores
 
 V, T, U = 3, 5, 3
 ROWS = list(itertools.product(range(V), repeat=U))
@@ -18,20 +19,33 @@ ANCHORS = torch.arange(len(ROWS)) % V
 VALID = torch.ones_like(LABELS, dtype=torch.bool)
 
 
-def random_frames(num_rows=V**U, num_frames=T, seed=0) -> Frames:
+def random_frames(num_rows=V**U, num_frames=T, seed=0, lattice="ctc") -> Frames:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num_rows, num_frames, V, generator=generator, dtype=torch.float64)
-    return Frames(logits, torch.randn(num_rows, num_frames, generator=generator, dtype=torch.float64))
+    odds = torch.randn(num_rows, num_frames, generator=generator, dtype=torch.float64)
+    if lattice == "ctc":
+        return Frames(logits, Lattice(blank_odds=odds))
+    if lattice == "slots":
+        steps = ctc.slot_transitions(num_frames).double().log().clamp_min(ctc.NEG)
+        return Frames(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
+    query, key = (torch.randn(num_rows, n, 2, generator=generator).double() for n in (1 + num_frames, num_frames))
+    return Frames(logits, Lattice(log_transitions=ctc.transition_log_probs(query, key, odds[0])))
 
 
-def random_bias(anchors=ANCHORS, labels=LABELS) -> torch.Tensor:
-    table = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return table[previous_labels(anchors, labels)]
+TABLE = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)  # row: the last label
+
+
+def evaluate(name, frames, labels=LABELS, valid=VALID, table=None, anchors=ANCHORS) -> RowLoss:
+    """With logits for hidden states and the identity for both heads."""
+    eye = torch.eye(V, dtype=frames.logits.dtype)
+    markov = None if table is None else (table, eye)
+    scores = label_scores(frames.logits, eye, anchors, labels, markov, frames.lattice.blank_odds is not None)
+    return LOSSES[name](frames.lattice, scores, labels, valid)
 
 
 def masses(frames: Frames, row: int) -> tuple[dict, dict]:
     """P(collapse starts with y) and P(collapse == y), by summing over all alignments."""
-    log_probs = ctc.frame_log_probs(frames.logits[row], frames.blank_odds[row]).tolist()
+    log_probs = ctc.frame_log_probs(frames.logits[row], frames.lattice.blank_odds[row]).tolist()
     starts, exact = defaultdict(float), defaultdict(float)
     for alignment in itertools.product(range(V + 1), repeat=len(log_probs)):
         probability = math.exp(sum(log_probs[t][s] for t, s in enumerate(alignment)))
@@ -42,46 +56,69 @@ def masses(frames: Frames, row: int) -> tuple[dict, dict]:
     return starts, exact
 
 
+def path_masses(frames: Frames, row: int) -> tuple[dict, dict]:
+    """The same with transitions, by summing over all increasing sequences of frames and all tokens in them."""
+    p = frames.logits[row].softmax(-1).tolist()
+    steps = frames.lattice.log_transitions[row].exp().tolist()
+    starts, exact = defaultdict(float), defaultdict(float)
+
+    def walk(labels, frame, mass):
+        starts[labels] += mass
+        exact[labels] += mass * (1 - sum(steps[frame]))
+        for ahead in range(frame + 1, len(p) + 1):
+            for v in range(V):
+                walk((*labels, v), ahead, mass * steps[frame][ahead - 1] * p[ahead - 1][v])
+
+    walk((), 0, 1.0)
+    return starts, exact
+
+
+MASSES = {"ctc": masses, "transitions": path_masses, "slots": path_masses}
+
+
 def omega(count: int) -> list[float]:
     raw = [math.exp(-k / 4) for k in range(count)]
     return [w / sum(raw) for w in raw]
 
 
-def test_prefix_loss_is_the_weighted_conditional():
-    frames = random_frames()
-    result = prefix_loss(frames, LABELS, VALID, None)
+@pytest.mark.parametrize("lattice", MASSES)
+def test_prefix_loss_is_the_weighted_conditional(lattice):
+    frames = random_frames(lattice=lattice)
+    result = evaluate("prefix", frames)
     for i, row in enumerate(ROWS):
-        starts, _ = masses(frames, i)
+        starts, _ = MASSES[lattice](frames, i)
         feasible = [k for k in range(U) if starts.get(row[: k + 1], 0.0) > 0]
         terms = [math.log(starts[row[: k + 1]] / starts[row[:k]]) for k in feasible]
         assert float(result.loss[i]) == pytest.approx(-sum(w * x for w, x in zip(omega(len(terms)), terms)), rel=1e-6)
 
 
-def test_prefix_loss_with_the_label_conditional_head_shares_out_the_mass_that_goes_on():
-    frames, bias = random_frames(), random_bias()
-    result = prefix_loss(frames, LABELS, VALID, bias)
+@pytest.mark.parametrize("lattice", MASSES)
+def test_prefix_loss_with_the_label_conditional_head_shares_out_the_mass_that_goes_on(lattice):
+    frames = random_frames(lattice=lattice)
+    result = evaluate("prefix", frames, table=TABLE)
     for i, row in enumerate(ROWS):
-        starts, exact = masses(frames, i)
+        starts, exact = MASSES[lattice](frames, i)
         expected = 0.0
         for k, weight in enumerate(omega(U)):
             before = row[:k]
-            shares = [starts.get((*before, v), 0.0) * math.exp(bias[i, k, v]) for v in range(V)]
+            bias = TABLE[before[-1] if before else ANCHORS[i]]
+            shares = [starts.get((*before, v), 0.0) * math.exp(bias[v]) for v in range(V)]
             goes_on = 1 - exact[before] / starts[before]
             expected -= weight * math.log(goes_on * shares[row[k]] / sum(shares))
         assert float(result.loss[i]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_zero_bias_leaves_the_telescoped_loss():
-    frames = random_frames(seed=3)
-    plain = prefix_loss(frames, LABELS, VALID, None)
-    biased = prefix_loss(frames, LABELS, VALID, torch.zeros(len(ROWS), U, V, dtype=torch.float64))
+@pytest.mark.parametrize("lattice", MASSES)
+def test_a_zero_bias_leaves_the_telescoped_loss(lattice):
+    frames = random_frames(seed=3, lattice=lattice)
+    plain, biased = evaluate("prefix", frames), evaluate("prefix", frames, table=torch.zeros_like(TABLE))
     torch.testing.assert_close(biased.loss, plain.loss, rtol=1e-8, atol=1e-8)
 
 
 def test_ctc_loss_is_the_whole_sequence_per_label():
     frames, valid = random_frames(), VALID.clone()
     valid[5, 2:] = False
-    result = ctc_loss(frames, LABELS, valid, None)
+    result = evaluate("ctc", frames, valid=valid)
     for i, row in enumerate(ROWS):
         labels = row[: int(valid[i].sum())]
         _, exact = masses(frames, i)
@@ -89,28 +126,42 @@ def test_ctc_loss_is_the_whole_sequence_per_label():
 
 
 def test_ce_loss_reads_frame_k_for_label_k():
-    frames, bias = random_frames(), random_bias()
-    result = ce_loss(frames, LABELS, VALID, bias)
+    frames = random_frames(lattice="slots")
+    result = evaluate("ce", frames, table=TABLE)
     for i, row in enumerate(ROWS):
         expected = 0.0
         for k, weight in enumerate(omega(U)):
-            scores = [math.exp(frames.logits[i, k, v] + bias[i, k, v]) for v in range(V)]
+            bias = TABLE[row[k - 1] if k else ANCHORS[i]]
+            scores = [math.exp(frames.logits[i, k, v] + bias[v]) for v in range(V)]
             expected -= weight * math.log(scores[row[k]] / sum(scores))
         assert float(result.loss[i]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "with_bias"), [("prefix", False), ("prefix", True), ("ctc", False), ("ce", True)])
-def test_gradients(name, with_bias):
+@pytest.mark.parametrize(
+    ("name", "lattice", "with_bias"),
+    [("prefix", "ctc", False), ("prefix", "ctc", True), ("ctc", "ctc", False), ("ce", "slots", False),
+     ("ce", "slots", True), ("prefix", "transitions", False), ("prefix", "transitions", True)],
+)  # fmt: skip
+def test_gradients(name, lattice, with_bias):
     labels = torch.tensor([[2, 2, 0], [0, 1, 2], [1, 1, 1]])
     valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
-    frames = random_frames(3)
-    bias = random_bias(torch.tensor([0, 1, 2]), labels).requires_grad_() if with_bias else None
-    inputs = [frames.logits.requires_grad_(), frames.blank_odds.requires_grad_()] + ([bias] if with_bias else [])
+    frames = random_frames(3, lattice=lattice)
+    learned = {"ctc": ["blank_odds"], "transitions": ["log_transitions"], "slots": []}[lattice]
+    inputs = [frames.logits.requires_grad_()]
+    inputs += [getattr(frames.lattice, field).clone().requires_grad_() for field in learned]
+    steps = frames.lattice.log_transitions
+    possible = steps is None or steps > ctc.NEG / 2
 
-    def total(logits, odds, bias=None):
-        return LOSSES[name](Frames(logits, odds), labels, valid, bias).loss.sum()
+    def total(logits, lattice_part=None, table=None):
+        if lattice == "transitions":  # an impossible step stays one when the checker moves it
+            lattice_part = torch.where(possible, lattice_part, ctc.NEG)
+        parts = {learned[0]: lattice_part} if learned else {"log_transitions": steps}
+        return evaluate(name, Frames(logits, Lattice(**parts)), labels, valid, table, torch.tensor([0, 1, 2])).loss.sum()
 
-    assert torch.autograd.gradcheck(total, inputs)
+    table = TABLE.clone().requires_grad_() if with_bias else None
+    if not learned:
+        inputs.append(None)
+    assert torch.autograd.gradcheck(total, (*inputs, table))
 
 
 @pytest.mark.parametrize("name", ["prefix", "ctc"])
@@ -118,32 +169,35 @@ def test_gradients(name, with_bias):
 def test_labels_that_do_not_fit_the_frames_are_left_out_and_give_no_nan(name, with_bias):
     labels = torch.tensor([[1, 1, 0], [0, 1, 2]])  # a repeat takes two frames, and there are two
     frames = random_frames(2, num_frames=2)
-    inputs = [frames.logits.requires_grad_(), frames.blank_odds.requires_grad_()]
-    bias = random_bias(torch.tensor([0, 0]), labels) if with_bias else None
-    result = LOSSES[name](frames, labels, torch.ones_like(labels, dtype=torch.bool), bias)
+    inputs = [frames.logits.requires_grad_(), frames.lattice.blank_odds.requires_grad_()]
+    table, anchors = TABLE if with_bias else None, torch.tensor([0, 0])
+    result = evaluate(name, frames, labels, torch.ones_like(labels, dtype=torch.bool), table, anchors)
     assert result.counted.tolist() == [[True, False, False], [True, True, False]]
-    only_feasible = LOSSES[name](frames, labels, result.counted, bias)
+    only_feasible = evaluate(name, frames, labels, result.counted, table, anchors)
     torch.testing.assert_close(result.loss, only_feasible.loss)
     for gradient in torch.autograd.grad(result.loss.sum(), inputs):
         assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "with_bias"), [("prefix", True), ("ctc", False), ("ce", True)])
-def test_a_label_past_the_end_changes_nothing(name, with_bias):
+@pytest.mark.parametrize(
+    ("name", "lattice", "with_bias"),
+    [("prefix", "ctc", True), ("ctc", "ctc", False), ("ce", "slots", True), ("prefix", "transitions", True)],
+)
+def test_a_label_past_the_end_changes_nothing(name, lattice, with_bias):
     valid = VALID.clone()
     valid[:, 2:] = False
-    frames, bias = random_frames(), random_bias() if with_bias else None
+    frames = random_frames(lattice=lattice)
     other = LABELS.clone()
     other[:, 2] = (other[:, 2] + 1) % V
-    results = [LOSSES[name](frames, labels, valid, bias).loss for labels in (LABELS, other)]
+    table = TABLE if with_bias else None
+    results = [evaluate(name, frames, labels, valid, table).loss for labels in (LABELS, other)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_a_row_without_labels_has_no_loss():
-    nothing = torch.zeros_like(VALID)
-    for name, loss in LOSSES.items():
-        result = loss(random_frames(), LABELS, nothing, None)
-        assert float(result.loss.abs().sum()) == 0 and not result.counted.any(), name
+@pytest.mark.parametrize(("name", "lattice"), [("prefix", "ctc"), ("ctc", "ctc"), ("prefix", "transitions")])
+def test_a_row_without_labels_has_no_loss(name, lattice):
+    result = evaluate(name, random_frames(lattice=lattice), valid=torch.zeros_like(VALID))
+    assert float(result.loss.abs().sum()) == 0 and not result.counted.any()
 
 
 def test_confident_frames_in_fp32_stay_finite():
@@ -154,7 +208,8 @@ def test_confident_frames_in_fp32_stay_finite():
     logits.requires_grad_()
     odds = torch.full((1, 6), -30.0, requires_grad=True)
     labels = torch.tensor([[0, 1, 2]])
-    result = prefix_loss(Frames(logits, odds), labels, torch.ones_like(labels, dtype=torch.bool), torch.zeros(1, U, V))
+    valid, anchors = torch.ones_like(labels, dtype=torch.bool), torch.tensor([2])
+    result = evaluate("prefix", Frames(logits, Lattice(odds)), labels, valid, torch.zeros(V, V), anchors)
     assert result.loss.item() == pytest.approx(0, abs=1e-4)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
 
@@ -163,15 +218,11 @@ def test_frames_that_are_sure_of_stopping_stay_finite():
     odds = torch.full((1, 4), 40.0, requires_grad=True)
     logits = torch.randn(1, 4, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.tensor([[0, 1]])
-    for bias in (None, torch.zeros(1, 2, V)):
-        result = prefix_loss(Frames(logits, odds), labels, torch.ones_like(labels, dtype=torch.bool), bias)
+    valid, anchors = torch.ones_like(labels, dtype=torch.bool), torch.tensor([2])
+    for table in (None, torch.zeros(V, V)):
+        result = evaluate("prefix", Frames(logits, Lattice(odds)), labels, valid, table, anchors)
         assert torch.isfinite(result.loss).all()
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
-
-
-def test_the_token_before_the_first_label_is_the_anchor():
-    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    assert previous_labels(torch.tensor([9, 8]), labels).tolist() == [[9, 1, 2], [8, 4, 5]]
 
 
 def test_position_weights_fall_by_a_quarter_nat():
@@ -179,3 +230,5 @@ def test_position_weights_fall_by_a_quarter_nat():
     torch.testing.assert_close(weights[0, 1] / weights[0, 0], torch.tensor(math.exp(-0.25)))
     torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1.0, 0.0]))
     assert weights[1, 2] == 0
+    flat = position_weights(torch.ones(1, 3).bool(), decay=math.inf)
+    torch.testing.assert_close(flat, torch.full((1, 3), 1 / 3))

@@ -1,35 +1,34 @@
-"""Held-out acceptance length: what greedy serving would get from this drafter, without a server.
+"""Acceptance length without a server: what serving would get from this drafter on given responses of the target.
 
-The target's own greedy responses are fixed, so that one pass of the target gives every hidden state, the drafts of
-all positions are made at once, and serving's walk over them is a lookup: at the anchor accept the longest prefix of
-the draft that the response continues with, then the target's own next token.
+The responses are fixed, so that one pass of the target gives every hidden state, the drafts of all positions are made
+at once, and serving's walk over them is a lookup: at the anchor advance by the labels accepted and one. That is exact
+at any temperature at which the responses were sampled, because verification leaves the output's law alone: given that
+the target says y, a greedy chain or a tree is accepted as far as it holds y, and a draft sampled from q up to each
+label with probability min(1, q(y) / p(y)).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from vllm_ctc_spec.drafter import CTCDrafter, Frames
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.batches import anchor_positions, make_batch
+from vllm_ctc_spec.training.drafting import Drafting
+from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
-from vllm_ctc_spec.training.target import AuxHiddenStates
 
 ANCHORS_AT_ONCE = 64  # bounds the attention mask, which is quadratic in the anchors of a forward
-
-Chain = Callable[[Frames, Tensor, CTCDrafter], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """Tokens advanced and steps taken, one entry per response."""
+    """Tokens advanced and steps taken, one entry per response; steps are expectations where drafts are sampled."""
 
     tokens: list[int]
-    steps: list[int]
+    steps: list[float]
 
     @property
     def length(self) -> float:
@@ -45,63 +44,98 @@ class Acceptance:
         return 1.96 * math.sqrt(count / (count - 1) * sum(r * r for r in residuals)) / steps
 
     def __str__(self) -> str:
-        return f"{self.length:.3f} +- {self.half_width:.3f} ({len(self.steps)} prompts, {sum(self.steps)} steps)"
+        return f"{self.length:.3f} +- {self.half_width:.3f} ({len(self.steps)} prompts, {sum(self.steps):.0f} steps)"
 
 
-def prefix_drafts(frames: Frames, anchors: Tensor, drafter: CTCDrafter) -> Tensor:
-    """Greedy labels from the exact prefix conditionals, `[N, U]`; frames `[N, T, ...]`, anchors `[N]`."""
-    logits, odds = frames.logits.float(), frames.blank_odds.float()
-    head = drafter.markov_head
-    markov = None if head is None else (head.embedding.weight, head.output.weight)
-    log_label = logsigmoid(-odds) - torch.logsumexp(logits, -1)
-    return prefix_chain(logits, log_label, logsigmoid(odds), anchors, drafter.config.num_labels, markov=markov)[0]
-
-
-def parallel_drafts(frames: Frames, anchors: Tensor, drafter: CTCDrafter) -> Tensor:
-    """Greedy labels of a drafter trained with the cross-entropy twin: frame k is label k."""
-    labels = [anchors]
-    for k in range(drafter.config.num_labels):
-        scores = frames.logits[:, k]
-        if drafter.markov_head is not None:
-            scores = scores + drafter.markov_head(labels[-1])
-        labels.append(scores.argmax(-1))
-    return torch.stack(labels[1:], 1)
-
-
-CHAINS: dict[str, Chain] = {"prefix": prefix_drafts, "ctc": prefix_drafts, "ce": parallel_drafts}
-
-
-def walk(accepted: Sequence[int]) -> tuple[int, int]:
-    """Tokens and steps of serving, given how many labels would be accepted at each anchor of a response."""
+def walk(accepted: Sequence[int]) -> int:
+    """Steps of serving, given how many labels would be accepted at each anchor of a response."""
     position = steps = 0
     while position < len(accepted):
         # The response may end before the draft does, or before the target's own next token.
-        position += min(accepted[position] + 1, len(accepted) - position)
+        position += accepted[position] + 1
         steps += 1
-    return len(accepted), steps
+    return steps
 
 
-@torch.no_grad()
-def measure_acceptance(
-    drafter: CTCDrafter, aux_hidden_states: AuxHiddenStates, examples: Sequence[Example], chain: Chain
-) -> Acceptance:
-    """Greedy acceptance length over the examples that have anything to draft."""
+def expected_walk(probability: Tensor) -> float:
+    """Expected steps, where label k of anchor i, `[anchors, U]`, is accepted with a probability if those before are."""
+    num_anchors, num_labels = probability.shape
+    reached = torch.cat([torch.ones(num_anchors, 1), probability], 1).double().cumprod(1)
+    stops = reached - torch.cat([reached[:, 1:], torch.zeros(num_anchors, 1)], 1)  # [anchors, 1 + U]: k accepted
+    visits = torch.zeros(num_anchors + num_labels + 1, dtype=torch.float64)
+    visits[0] = 1
+    for anchor in range(num_anchors):
+        visits[anchor + 1 : anchor + num_labels + 2] += visits[anchor] * stops[anchor]
+    return float(visits[:num_anchors].sum())
+
+
+def draft_everywhere(
+    drafter: CTCDrafter, features: Features, examples: Sequence[Example]
+) -> Iterator[tuple[Example, list[Drafting]]]:
+    """Each example that has anything to draft, and the drafter at all of its anchors."""
     device, num_labels = drafter.target_head.device, drafter.config.num_labels
-    tokens, steps = [], []
     for example in examples:
-        there = torch.tensor(anchor_positions(example))[None]
+        there = torch.tensor(anchor_positions(example), dtype=torch.long)[None]
         if not there.numel():
             continue
         batch = make_batch([example], there, num_labels).to(device)
-        aux = aux_hidden_states(batch.token_ids)
-        matches = []
-        for start in range(0, there.shape[1], ANCHORS_AT_ONCE):
-            part = slice(start, start + ANCHORS_AT_ONCE)
-            frames = drafter(aux, batch.anchors[:, part], batch.positions[:, part])
-            drafts = chain(Frames(frames.logits[0], frames.blank_odds[0]), batch.anchors[0, part], drafter)
-            matches.append(drafts == batch.labels[0, part])
-        accepted = torch.cat(matches).cumprod(1).sum(1).tolist()
-        advanced, taken = walk(accepted)
-        tokens.append(advanced)
-        steps.append(taken)
+        states = features([example], batch.token_ids)
+        parts = [
+            Drafting.at(drafter, states, batch.anchors_in(slice(start, start + ANCHORS_AT_ONCE)))
+            for start in range(0, there.shape[1], ANCHORS_AT_ONCE)
+        ]
+        yield example, parts
+
+
+Accepted = Callable[[Drafting], Tensor]
+
+
+@torch.no_grad()
+def measure_chain(drafter: CTCDrafter, features: Features, examples: Sequence[Example]) -> Acceptance:
+    """Greedy chains of U labels."""
+    tokens, steps = [], []
+    for _, parts in draft_everywhere(drafter, features, examples):
+        accepted = torch.cat([part.accepted_by_chain() for part in parts]).tolist()
+        tokens.append(len(accepted))
+        steps.append(walk(accepted))
+    return Acceptance(tokens, steps)
+
+
+@torch.no_grad()
+def measure_trees(
+    drafter: CTCDrafter, features: Features, examples: Sequence[Example], sizes: Sequence[int]
+) -> dict[int, Acceptance]:
+    """Trees of each size, at most U deep; one search of the largest serves all, its beginnings are the best smaller."""
+    measured: dict[int, Acceptance] = {size: Acceptance([], []) for size in sizes}
+    for _, parts in draft_everywhere(drafter, features, examples):
+        found = [part.accepted_by_trees(list(sizes)) for part in parts]
+        for size in sizes:
+            accepted = torch.cat([one[size] for one in found]).tolist()
+            measured[size].tokens.append(len(accepted))
+            measured[size].steps.append(walk(accepted))
+    return measured
+
+
+@torch.no_grad()
+def measure_sampled_chain(
+    drafter: CTCDrafter,
+    features: Features,
+    examples: Sequence[Example],
+    target_log_probs: Callable[[Example], Tensor],
+) -> Acceptance:
+    """Chains sampled from q at temperature 1, for responses sampled at temperature 1: exact expected steps.
+
+    target_log_probs: log p of each response token under the target, `[response]`.
+    """
+    tokens, steps = [], []
+    for example, parts in draft_everywhere(drafter, features, examples):
+        log_q = torch.cat([part.log_q() for part in parts])
+        valid = torch.cat([part.valid for part in parts])
+        log_p = target_log_probs(example).to(log_q)
+        # Label k of anchor i, response token i, is response token i + k.
+        place = torch.arange(len(log_q))[:, None] + torch.arange(1, log_q.shape[1] + 1)
+        log_p = log_p[place.clamp_max(len(log_p) - 1)]
+        probability = torch.where(valid, (log_q - log_p).clamp_max(0).exp(), 0.0)
+        tokens.append(len(log_q))
+        steps.append(expected_walk(probability.cpu()))
     return Acceptance(tokens, steps)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.dataset import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+    def rows(self, kept: Sequence[int]) -> "Batch":
+        """A part of the sequences, padded as before."""
+        index = torch.tensor(kept)
+        return Batch(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+    def anchors_in(self, part: slice) -> "Batch":
+        """The same sequences with a part of their anchors."""
+        kept = (x[:, part] for x in (self.anchors, self.positions, self.labels, self.valid))
+        return Batch(self.token_ids, *kept)
 
 
 def anchor_positions(example: Example) -> range:
@@ -55,13 +65,15 @@ def sample_batch(examples: Sequence[Example], num_anchors: int, num_labels: int,
 
 
 def epochs(examples: Sequence[Example], batch_size: int, seed: int, first_step: int = 0) -> Iterator[list[Example]]:
-    """Endless batches from `first_step` on: sequences of like length together, batches in random order."""
+    """Endless batches from `first_step` on: sequences of like length together, batches in random order. The last one
+    of an epoch is filled up, so that every batch can be shared by the same number of processes."""
     usable = [example for example in examples if len(anchor_positions(example))]
     per_epoch = -(-len(usable) // batch_size)
     epoch, skip = divmod(first_step, per_epoch)
     while True:
         rng = random.Random(seed * 1_000_003 + epoch)
-        order = sorted(usable, key=lambda example: len(example) + rng.random() * 16)
+        filled = usable + [usable[i % len(usable)] for i in range(-len(usable) % batch_size)]
+        order = sorted(filled, key=lambda example: len(example) + rng.random() * 16)
         starts = list(range(0, len(order), batch_size))
         rng.shuffle(starts)
         for start in starts[skip:]:

@@ -1,7 +1,6 @@
 """Files of a run: what may be started where, the resumable checkpoint, the log, and the finished drafter."""
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME
 from vllm_ctc_spec.training.settings import (
     SETTINGS_NAME,
     TrainConfig,
@@ -20,7 +20,6 @@ from vllm_ctc_spec.training.settings import (
 )
 
 CHECKPOINT_NAME = "checkpoint.pt"
-LOG_NAME = "log.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,7 @@ class RunPaths:
         if overwrite:
             for name in (CHECKPOINT_NAME, LOG_NAME):
                 (self.work / name).unlink(missing_ok=True)
+            shutil.rmtree(self.work / TENSORBOARD_NAME, ignore_errors=True)
         record_settings(self.work / SETTINGS_NAME, dataclasses.asdict(config))
 
 
@@ -65,10 +65,9 @@ class Progress:
     best_step: int = 0
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def keep_if_best(self, length: float) -> None:
+    def keep_if_best(self, length: float, weights: dict[str, Tensor]) -> None:
         if length > self.best_length:
-            self.best_length, self.best_step = length, self.step
-            self.best_weights = {name: w.detach().cpu().clone() for name, w in self.drafter.state_dict().items()}
+            self.best_length, self.best_step, self.best_weights = length, self.step, weights
 
     def save(self, work: Path) -> None:
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -78,28 +77,17 @@ class Progress:
         torch.save(state, temporary)
         os.replace(temporary, work / CHECKPOINT_NAME)
 
-    def restore(self, work: Path) -> None:
-        """Continue from the checkpoint, if there is one, and forget log entries that it does not cover."""
+    def restore(self, work: Path, device: torch.device) -> None:
+        """Continue from the checkpoint, if there is one."""
         path = work / CHECKPOINT_NAME
-        if path.is_file():
-            state = torch.load(path, map_location=self.drafter.target_head.device)
-            self.drafter.load_state_dict(state.pop("drafter"))
-            for optimizer, saved in zip(self.optimizers, state.pop("optimizers")):
-                optimizer.load_state_dict(saved)
-            for name, value in state.items():
-                setattr(self, name, value)
-        log = work / LOG_NAME
-        if log.is_file():
-            kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """A line that a kill cut short belongs to no step."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=device)
+        self.drafter.load_state_dict(state.pop("drafter"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:

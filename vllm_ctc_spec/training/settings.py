@@ -3,10 +3,15 @@
 import dataclasses
 import json
 import os
+import tomllib
 from pathlib import Path
+from typing import Any
+
+from vllm_ctc_spec.config import LATTICES
 
 SETTINGS_NAME = "train_config.json"
 LOSS_NAMES = ("prefix", "ctc", "ce")
+OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("fp32", "bf16")
 
 
@@ -16,21 +21,35 @@ class TrainingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Every setting that changes the trained drafter; where the files lie and the number of threads do not."""
+    """Every setting that changes the trained drafter; where the files lie and how many processes share the work do not.
+
+    Fields whose default follows from others (`RESOLVED`) are None in what a user gives, and never in a run.
+    """
 
     target: str
     data: str
+    loss: str = "prefix"
+    lattice: str | None = None
     num_frames: int = 12
     num_labels: int = 8
     num_layers: int = 2
-    markov_rank: int = 64
-    loss: str = "prefix"
+    aux_layers: tuple[int, ...] | None = None
+    markov_rank: int | None = None
+    transition_rank: int | None = None
+    blank_share: float | None = None
+    tree_nodes: int = 0
+    init: str = ""
     steps: int = 4000
-    batch_size: int = 8  # sequences
-    anchors: int = 64  # per sequence and step
+    batch_size: int = 8
+    accumulate: int = 1
+    anchors: int = 64
+    position_decay: float = 4.0
+    optimizer: str = "muon"
     lr: float = 4e-3
+    warmup: int = 50
+    clip: float = 1.0
     seed: int = 0
-    temperature: float = 0.0  # of the target's responses, 0 = greedy
+    temperature: float = 0.0
     max_new_tokens: int = 256
     held_out: int = 100
     save_every: int = 100
@@ -38,25 +57,83 @@ class TrainConfig:
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "anchors", "lr", "max_new_tokens", "held_out", "save_every", "eval_every")
+        for name, choices in (("loss", LOSS_NAMES), ("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        if self.aux_layers is not None:
+            object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
+        for name, default in self.resolved().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        positive = ("steps", "batch_size", "accumulate", "anchors", "position_decay", "lr", "clip", "max_new_tokens",
+                    "held_out", "save_every", "eval_every")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{option(name)} must be more than 0, not {getattr(self, name)}.")
-        if self.temperature < 0:
-            raise TrainingError(f"--temperature must be 0 (greedy) or more, not {self.temperature}.")
-        for name, choices in (("loss", LOSS_NAMES), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        for name, what in (("temperature", "0 (greedy) or more"), ("warmup", "0 or more")):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(f"{option(name)} must be {what}, not {getattr(self, name)}.")
+        if not 0 < self.blank_share < 1:
+            raise TrainingError(f"--blank-share must be between 0 and 1, not {self.blank_share}.")
+        self._check_combinations()
+
+    def resolved(self) -> dict[str, Any]:
+        """The defaults that depend on other settings."""
+        lattice = self.lattice or ("slots" if self.loss == "ce" else "ctc")
+        return {
+            "lattice": lattice,
+            "markov_rank": 0 if self.loss == "ctc" else 64,
+            "transition_rank": 64 if lattice == "transitions" else 0,
+            # What a uniform spread of U labels over T frames leaves.
+            "blank_share": max(self.num_frames - self.num_labels, 0.05) / max(self.num_frames, 1),
+        }
+
+    def _check_combinations(self) -> None:
+        if self.lattice not in LATTICES:
+            raise TrainingError(f"--lattice must be one of {', '.join(LATTICES)}, not {self.lattice!r}.")
+        if (self.loss == "ce") != (self.lattice == "slots"):
+            raise TrainingError(
+                f"--loss {self.loss} cannot train --lattice {self.lattice}: the cross-entropy twin is --loss ce with "
+                "--lattice slots, both or neither; leave --lattice out."
+            )
+        if self.loss == "ctc" and self.lattice != "ctc":
+            raise TrainingError(f"--loss ctc cannot train --lattice {self.lattice}, which has no blank; use prefix.")
         if self.loss == "ctc" and self.markov_rank > 0:
             raise TrainingError(
                 "--loss ctc is the likelihood of whole alignments and cannot train the label-conditional head; "
                 "add --markov-rank 0 or use --loss prefix."
+            )
+        if self.batch_size % self.accumulate:
+            raise TrainingError(
+                f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts."
             )
 
 
 def option(name: str) -> str:
     """The command line's spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file, keys as the fields of `TrainConfig`."""
+    try:
+        with path.open("rb") as file:
+            given = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"The configuration {path} cannot be read ({error}).") from error
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, value in given.items():
+        if name not in fields:
+            raise TrainingError(f"{path} has an unknown setting {name!r}; the settings are {', '.join(fields)}.")
+        if not _fits(value, str(fields[name].type)):
+            raise TrainingError(f"{path}: {name} must be {fields[name].type}, not {value!r}.")
+    return given
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    kinds = {"str": str, "int": int, "float": (int, float), "tuple[int, ...]": list}
+    kind = kinds[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,6 +152,7 @@ def differing_settings(path: Path, settings: dict) -> list[str]:
     if not path.is_file():
         return []
     recorded = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(json.dumps(settings))  # as it would be read back: a tuple is a list there
     names = [*settings, *(name for name in recorded if name not in settings)]
     return [
         f"{option(name)} {recorded.get(name)} -> {settings.get(name)}"

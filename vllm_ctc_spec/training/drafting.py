@@ -1,0 +1,92 @@
+"""What a drafter would propose at given anchors: chains, trees and exact probabilities, without a server."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.drafter import CTCDrafter, Frames
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.kernels.prefix_search import prefix_search
+from vllm_ctc_spec.training.batches import Batch
+from vllm_ctc_spec.training.loss import log_labels
+from vllm_ctc_spec.training.vocabulary import label_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """A drafter at N anchors, ready for the kernels; labels and valid `[N, U]` are what the target says after them."""
+
+    drafter: CTCDrafter
+    slots: Tensor  # [N, 1 + T, H]
+    frames: Frames
+    anchors: Tensor  # [N]
+    labels: Tensor  # [N, U]
+    valid: Tensor  # [N, U]
+
+    @classmethod
+    def at(cls, drafter: CTCDrafter, features: Tensor, batch: Batch) -> "Drafting":
+        """features `[B, S, A * H]`; the anchors without a label are left out."""
+        kept = batch.valid[..., 0]
+        slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept]
+        return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
+
+    def _kernel_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, tuple | Tensor | None]]:
+        """logits, log_label, log_blank, anchor, and what is optional."""
+        logits, (blank_odds, log_transitions) = self.frames
+        log_label = -torch.logsumexp(logits, -1)
+        if blank_odds is None:
+            log_blank, transitions = torch.full_like(log_label, -torch.inf), log_transitions.exp()
+        else:
+            log_label = log_label + logsigmoid(-blank_odds)
+            log_blank, transitions = logsigmoid(blank_odds), None
+        return (logits, log_label, log_blank, self.anchors), {
+            "markov": self.drafter.markov_tables,
+            "transitions": transitions,
+        }
+
+    def chain(self) -> Tensor:
+        """Greedy labels, `[N, U]`."""
+        frames, options = self._kernel_arguments()
+        return prefix_chain(*frames, self.labels.shape[1], **options)[0]
+
+    def tree(self, num_nodes: int) -> DraftTree:
+        """The `num_nodes` most probable prefixes of at most U labels; its first K rows are the best tree of K."""
+        frames, options = self._kernel_arguments()
+        return prefix_search(*frames, num_nodes, num_nodes, self.labels.shape[1], **options)
+
+    def log_q(self) -> Tensor:
+        """log q(y_k | y_<k) of the target's labels, given that the drafter goes on: `[N, U]`, -inf where impossible."""
+        lattice = self.frames.lattice
+        scores = label_scores(
+            self.slots[:, 1:],
+            self.drafter.target_head,
+            self.anchors,
+            self.labels,
+            self.drafter.markov_tables,
+            exclude_repeats=lattice.blank_odds is not None,
+        )
+        law = log_labels(lattice, scores, self.labels, self.valid)
+        return law.given_going_on.masked_fill(~law.counted, -torch.inf)
+
+    def accepted_by_chain(self) -> Tensor:
+        """Labels that the target says too, of the greedy chain: `[N]`."""
+        return ((self.chain() == self.labels) & self.valid).cumprod(1).sum(1)
+
+    def accepted_by_trees(self, sizes: list[int]) -> dict[int, Tensor]:
+        """Depth that the target's labels reach in the tree of each size, `[N]`."""
+        tree = self.tree(max(sizes))
+        on_path = torch.zeros_like(tree.tokens, dtype=torch.bool)
+        on_path[:, 0] = True
+        reached = torch.zeros_like(tree.depths)
+        for row in range(1, on_path.shape[1]):  # parents come before their children
+            parent, depth = tree.parents[:, row].long(), tree.depths[:, row].long()
+            there = (depth > 0) & on_path.gather(1, parent.clamp_min(0)[:, None])[:, 0]
+            label = (depth - 1).clamp_min(0)[:, None]
+            said = self.labels.gather(1, label)[:, 0] == tree.tokens[:, row]
+            on_path[:, row] = there & said & self.valid.gather(1, label)[:, 0]
+            reached[:, row] = torch.where(on_path[:, row], tree.depths[:, row], 0)
+        deepest = reached.cummax(1).values
+        return {size: deepest[:, size] for size in sizes}

@@ -1,0 +1,16 @@
+"""Where the drafter's context comes from: the frozen target in this process, or states that were stored before."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.target import AuxHiddenStates, Target
+
+Features = Callable[[Sequence[Example], Tensor], Tensor]
+"""Examples and their token ids [B, S], padded on the right, to auxiliary hidden states [B, S, A * H], fp32."""
+
+
+def in_process(target: Target, layer_ids: tuple[int, ...]) -> Features:
+    run = AuxHiddenStates(target, layer_ids)
+    return lambda examples, token_ids: run(token_ids).float()
