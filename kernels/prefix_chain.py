@@ -1,5 +1,6 @@
-"""The chain of labels drafted from exact CTC prefix conditionals."""
+"""The chain of labels drafted from exact prefix conditionals."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ def prefix_chain(
     num_labels: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V, r], W_out [V, r]
     sampling: ChainSampling | None = None,
+    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, N] int64, [B] int32
     """Draft `N` labels, each from its exact conditional given the labels before it.
 
@@ -55,6 +57,12 @@ def prefix_chain(
     The chain ends where no `S(v)` is above `IMPOSSIBLE`; `T` frames hold at most `T - repeats` labels. The vectors are
     linear fp32: conditionals agree with fp64 to 1e-5, down to about 1e-15 in chains that use up their frames.
 
+    With transitions `A` between frames there is no blank and no repeat rule: `A[s, t]` is the probability that the
+    label after frame `s` (0: the anchor) appears at frame `t > s`, and both vectors of the state are `phi`, the mass
+    with which the next label appears at a frame. Only the state differs:
+
+        w[t-1] = b[t-1] = phi[t],   phi[t] = A[0, t] at the root,   phi'[t] = sum_{s<t} A[s, t] p_s(y) phi[s] / S(y)
+
     Arguments:
         logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
         log_label, log_blank: [B, T] fp32.
@@ -65,6 +73,8 @@ def prefix_chain(
             `ell` before the temperature, so that the law of label k is exactly
             `softmax(draft_logits[slot, k] / temperature)`; past the end it is the one-hot row of the fill token (0
             there, -inf elsewhere). Inert rows (slot -1) write nothing there and their labels are arbitrary token ids.
+        transitions: None for CTC, or A [B, 1 + T, T] fp32: rows s = 0..T, columns t = 1..T, 0 unless t > s. log_blank
+            is not read then.
     Returns:
         labels [B, N] int64 and lengths [B] int32, the number of labels before the end. Past the length stands the
         last label, or the anchor if there is none.
@@ -76,7 +86,7 @@ def prefix_chain(
     a CUDA graph can hold it) and each sweep spreads over the vocabulary.
     """
     run = prefix_chain_triton if logits.is_cuda else prefix_chain_reference
-    return run(logits, log_label, log_blank, anchor, num_labels, markov, sampling)
+    return run(logits, log_label, log_blank, anchor, num_labels, markov, sampling, transitions)
 
 
 def prefix_chain_reference(
@@ -87,19 +97,13 @@ def prefix_chain_reference(
     num_labels: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     sampling: ChainSampling | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both recursions in closed form: `n' = A w_y` with `A[t, s] = prod_{s<r<=t} p_r(y)`, `s < t`, and `b' = K n'` with
-    the same matrix of the blank. Products of probabilities, so zeros and ones are exact and nothing cancels."""
+    """The two vectors of the state, w = n + b and b, are rows 0 and 1 of [B, 2, T]."""
     num_frames = logits.shape[1]
     p = torch.exp(logits.float() + log_label[..., None])
     p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may come with an infinite log_label
-    below = torch.ones(num_frames, num_frames, dtype=torch.bool, device=p.device).tril(-1)
-    one = p.new_ones(())
-    blank = torch.nn.functional.pad(log_blank[:, :-1].exp(), (1, 0), value=1.0)  # [B, T], entry t is frame t of t < T
-    after_blank = _products(blank, below, one)
-    # The two vectors of the state are w = n + b and b: rows 0 and 1 of [B, 2, T].
-    advance = torch.stack([after_blank + torch.eye(num_frames, device=p.device), after_blank], 1).flatten(1, 2)
-    state = blank.cumprod(1)[:, None].expand(-1, 2, -1)
+    state, extend = _ctc(log_blank) if transitions is None else _between_frames(transitions)
     if markov is not None:
         w_in, w_out = markov[0], markov[1].float().T
     if sampling is not None:
@@ -127,14 +131,44 @@ def prefix_chain_reference(
 
         frame_p = p.gather(2, label[:, None].expand(-1, num_frames, 1))  # p_t(y), [B, T, 1]
         weight = torch.where(label == last, state[:, 1], state[:, 0]) * (alive / drawn_mass.clamp_min(IMPOSSIBLE))
-        first = _products(torch.nn.functional.pad(frame_p[:, :-1, 0], (1, 0)), below, one)
-        state = torch.bmm(advance, torch.bmm(first, weight[..., None])).view(-1, 2, num_frames)
+        state = extend(frame_p[..., 0], weight)
         last = label
 
     if sampling is not None:
         active = sampling.slots >= 0
         sampling.draft_logits[sampling.slots[active], :num_labels] = torch.stack(rows, 1)[active]
     return torch.cat(labels, 1), torch.cat(alive_at, 1).sum(1, dtype=torch.int32)
+
+
+Lattice = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+"""The root state [B, 2, T], and the state behind a label from p_t(y) [B, T] and the mass before it [B, T]."""
+
+
+def _ctc(log_blank: torch.Tensor) -> Lattice:
+    """Both recursions in closed form: `n' = P w_y` with `P[t, s] = prod_{s<r<=t} p_r(y)`, `s < t`, and `b' = K n'` with
+    the same matrix of the blank. Products of probabilities, so zeros and ones are exact and nothing cancels."""
+    num_frames = log_blank.shape[1]
+    below = torch.ones(num_frames, num_frames, dtype=torch.bool, device=log_blank.device).tril(-1)
+    one = log_blank.new_ones(())
+    blank = torch.nn.functional.pad(log_blank[:, :-1].exp(), (1, 0), value=1.0)  # [B, T], entry t is frame t of t < T
+    after_blank = _products(blank, below, one)
+    advance = torch.stack([after_blank + torch.eye(num_frames, device=one.device), after_blank], 1).flatten(1, 2)
+
+    def extend(frame_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        first = _products(torch.nn.functional.pad(frame_p[:, :-1], (1, 0)), below, one)
+        return torch.bmm(advance, torch.bmm(first, weight[..., None])).view(-1, 2, num_frames)
+
+    return blank.cumprod(1)[:, None].expand(-1, 2, -1), extend
+
+
+def _between_frames(transitions: torch.Tensor) -> Lattice:
+    def extend(frame_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        emitted = (frame_p * weight)[:, None]
+        # A second division, after which a label of one frame has exactly 1 there.
+        emitted = emitted / emitted.sum(2, keepdim=True).clamp_min(IMPOSSIBLE)
+        return torch.bmm(emitted, transitions[:, 1:]).expand(-1, 2, -1)
+
+    return transitions[:, :1].expand(-1, 2, -1), extend
 
 
 def _products(p: torch.Tensor, below: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
@@ -160,6 +194,7 @@ def prefix_chain_triton(
     num_labels: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     sampling: ChainSampling | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
         raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
@@ -180,6 +215,7 @@ def prefix_chain_triton(
     block_best = torch.empty(batch, num_blocks, dtype=torch.float32, device=device)
     block_token = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
     log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
+    transitions = None if transitions is None else transitions.contiguous()
     frames = (logits, logits.stride(0), logits.stride(1), log_label)
     w_in, w_out = (None, None) if markov is None else markov
     draft = (None,) * 5 + (0, 0)
@@ -187,7 +223,7 @@ def prefix_chain_triton(
         draft = (*sampling, sampling.draft_logits.stride(0), sampling.draft_logits.stride(1))
 
     root_kernel[(batch,)](
-        log_blank, anchor.contiguous(), state, last, lengths, T=num_frames, BLOCK_T=block_t, num_warps=1
+        log_blank, transitions, anchor.contiguous(), state, last, lengths, T=num_frames, BLOCK_T=block_t, num_warps=1
     )
     for k in range(num_labels):
         score_kernel[(triton.cdiv(batch, rows), num_blocks)](
@@ -197,8 +233,8 @@ def prefix_chain_triton(
             num_warps=4,
         )  # fmt: skip
         extend_kernel[(batch,)](
-            *frames, log_blank, state, last, *draft[3:], block_best, block_token, labels, lengths, k, num_labels,
-            num_blocks, T=num_frames, BLOCK_T=block_t, BLOCK_N=triton.next_power_of_2(num_blocks),
+            *frames, log_blank, transitions, state, last, *draft[3:], block_best, block_token, labels, lengths, k,
+            num_labels, num_blocks, T=num_frames, BLOCK_T=block_t, BLOCK_N=triton.next_power_of_2(num_blocks),
             SAMPLED=sampling is not None, num_warps=4,
         )  # fmt: skip
     return labels, lengths

@@ -16,6 +16,7 @@ _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 @triton.jit
 def root_kernel(
     log_blank_ptr,  # [B, T] fp32
+    transitions_ptr,  # [B, 1 + T, T] fp32, or None
     anchor_ptr,  # [B] int64
     state_ptr,  # [B, 2, T] fp32
     last_ptr,  # [B] int64
@@ -23,12 +24,15 @@ def root_kernel(
     T: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The state before the first label, `w[t] = b[t] = prod_{s<=t} p_s(blank)`. Grid (B,)."""
+    """The state before the first label, `w[t] = b[t] = prod_{s<=t} p_s(blank)`, or `A[0, t + 1]`. Grid (B,)."""
     row = tl.program_id(0)
     t = tl.arange(0, BLOCK_T)
-    # Frame t of 1..T lies at t - 1; the empty product at t = 0 is 1.
-    log_blank = tl.load(log_blank_ptr + row * T + t - 1, mask=(t > 0) & (t < T), other=0.0)
-    b = tl.cumprod(tl.exp(log_blank), axis=0)
+    if transitions_ptr is None:
+        # Frame t of 1..T lies at t - 1; the empty product at t = 0 is 1.
+        log_blank = tl.load(log_blank_ptr + row * T + t - 1, mask=(t > 0) & (t < T), other=0.0)
+        b = tl.cumprod(tl.exp(log_blank), axis=0)
+    else:
+        b = tl.load(transitions_ptr + row.to(tl.int64) * (1 + T) * T + t, mask=t < T, other=0.0)
     tl.store(state_ptr + row * 2 * T + t, b, mask=t < T)
     tl.store(state_ptr + row * 2 * T + T + t, b, mask=t < T)
     tl.store(last_ptr + row, tl.load(anchor_ptr + row))
@@ -131,6 +135,17 @@ def then(a, c, a_next, c_next):
 
 
 @triton.jit
+def along_transitions(mass, transitions_ptr, T: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`phi'[t] = sum_s mass[s] A[s, t] / sum_s mass[s]`, 0 if there is no mass. transitions_ptr: A [1 + T, T]."""
+    total = tl.sum(mass, axis=0)
+    # Rounded to nearest, so that all mass at one frame is exactly 1.
+    emitted = tl.where(total > 0, tl.div_rn(mass, total), 0.0)
+    s, t = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_T)[None, :]
+    tile = tl.load(transitions_ptr + (1 + s) * T + t, mask=(s < T) & (t < T), other=0.0)
+    return tl.sum(emitted[:, None] * tile, axis=0)
+
+
+@triton.jit
 def _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, frame, T: tl.constexpr):
     """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
@@ -146,6 +161,7 @@ def extend_kernel(
     logits_stride_t,
     log_label_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
+    transitions_ptr,  # [B, 1 + T, T] fp32, or None
     state_ptr,  # [B, 2, T] fp32: w = n + b, and b
     last_ptr,  # [B] int64
     slots_ptr,  # [B] int64
@@ -166,9 +182,9 @@ def extend_kernel(
 ):
     """Take the best block's token as label `k` and move the state behind it. Grid (B,).
 
-    Both recursions are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in lane
-    `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`, which
-    is the same scan one frame later, cheaper than a turn through shared memory.
+    Both recursions of CTC are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in
+    lane `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`,
+    which is the same scan one frame later, cheaper than a turn through shared memory.
     """
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK_N)
@@ -184,19 +200,25 @@ def extend_kernel(
     weight_ptr = state_ptr + tl.where(label == last, T, 0)
     t = tl.arange(0, BLOCK_T)
     _, mass = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t, T)
-    p, first = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 1, T)
-    p_before, first_before = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 2, T)
-    _, n = tl.associative_scan((p, first), 0, then)
-    _, n_before = tl.associative_scan((p_before, first_before), 0, then)
-    behind = (t > 0) & (t < T)
-    blank = tl.exp(tl.load(log_blank_ptr + row * T + t - 1, mask=behind, other=-float("inf")))
-    _, b = tl.associative_scan((blank, blank * n_before), 0, then)
+    if transitions_ptr is None:
+        p, first = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 1, T)
+        p_before, first_before = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 2, T)
+        _, n = tl.associative_scan((p, first), 0, then)
+        _, n_before = tl.associative_scan((p_before, first_before), 0, then)
+        behind = (t > 0) & (t < T)
+        blank = tl.exp(tl.load(log_blank_ptr + row * T + t - 1, mask=behind, other=-float("inf")))
+        _, b = tl.associative_scan((blank, blank * n_before), 0, then)
+        scale = tl.where(alive, 1.0 / tl.sum(mass, axis=0), 0.0)
+        w, b = (n + b) * scale, b * scale
+    else:
+        row_transitions = transitions_ptr + row.to(tl.int64) * (1 + T) * T
+        b = along_transitions(tl.where(alive, mass, 0.0), row_transitions, T, BLOCK_T)
+        w = b
 
-    scale = tl.where(alive, 1.0 / tl.sum(mass, axis=0), 0.0)
     # All warps must have read the old state.
     tl.debug_barrier()
-    tl.store(state_ptr + t, (n + b) * scale, mask=t < T)
-    tl.store(state_ptr + T + t, b * scale, mask=t < T)
+    tl.store(state_ptr + t, w, mask=t < T)
+    tl.store(state_ptr + T + t, b, mask=t < T)
     tl.store(last_ptr + row, label)
     tl.store(labels_ptr + row * num_labels + k, label)
     tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + alive.to(tl.int32))

@@ -1,4 +1,4 @@
-"""The tree of the most probable label prefixes, from exact CTC prefix conditionals."""
+"""The tree of the most probable label prefixes, from exact prefix conditionals."""
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ def prefix_search(
     depth: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V, r], W_out [V, r]
     chain_only: torch.Tensor | None = None,  # [B] bool
+    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
 ) -> DraftTree:
     """The `N` most probable label prefixes, given that they consist of candidates: the `C` best tokens of each frame.
 
@@ -44,6 +45,7 @@ def prefix_search(
         depth: D, no node is deeper.
         markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
         chain_only: None, or [B] bool: rows that get the best child of the best child and so on, one node per depth.
+        transitions: None for CTC, or A [B, 1 + T, T] fp32 as in `prefix_chain`; log_blank is -inf then.
     Returns:
         The DraftTree [B, 1 + N]; unused rows hold the anchor's token.
 
@@ -55,7 +57,7 @@ def prefix_search(
     if not 1 <= num_nodes <= MAX_NODES:
         raise ValueError(f"prefix_search finds 1 to {MAX_NODES} nodes, not {num_nodes}")
     run = prefix_search_triton if logits.is_cuda else prefix_search_reference
-    return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, markov, chain_only)
+    return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, markov, chain_only, transitions)
 
 
 @torch.no_grad()
@@ -69,6 +71,7 @@ def prefix_search_reference(
     depth: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     chain_only: torch.Tensor | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> DraftTree:
     """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
     in torch or numpy is mostly the overhead of calls."""
@@ -87,6 +90,7 @@ def prefix_search_reference(
     }
     p_blank = np.exp(log_blank.numpy())
     label_mass = np.where(log_label.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
+    no_transitions = np.zeros((0, 0), np.float32)
     for row, is_chain in enumerate(chains):
         tokens = np.unique(candidates[row])  # ascending: the order of columns is the order of tokens
         index = torch.from_numpy(tokens)
@@ -98,8 +102,10 @@ def prefix_search_reference(
             inner = markov[0].index_select(0, torch.cat([index, anchor[row : row + 1]])).float().numpy()
             outer = markov[1].index_select(0, index).float().T.contiguous().numpy()
         columns = best_first(
-            p.numpy(), label_mass[row], p_blank[row], inner, outer, min(depth, num_frames), is_chain,
-            markov is not None, width == num_tokens, *(tree[name][row] for name in list(tree)[1:]),
+            p.numpy(), label_mass[row], p_blank[row],
+            no_transitions if transitions is None else transitions[row].contiguous().numpy(),
+            inner, outer, min(depth, num_frames), is_chain, markov is not None, width == num_tokens,
+            *(tree[name][row] for name in list(tree)[1:]),
         )  # fmt: skip
         tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]
     return DraftTree(**{name: torch.from_numpy(values) for name, values in tree.items()})

@@ -6,7 +6,7 @@ The mathematics and the reference are in `prefix_search.py`.
 import torch
 import triton
 import triton.language as tl
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, then
+from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, along_transitions, then
 
 from vllm_ctc_spec.draft_tree import DraftTree
 
@@ -26,6 +26,7 @@ def prefix_search_triton(
     depth: int,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     chain_only: torch.Tensor | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> DraftTree:
     if logits.stride(2) != 1:
         raise ValueError("prefix_search needs logits that are contiguous in the vocabulary")
@@ -61,7 +62,7 @@ def prefix_search_triton(
         T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     search_kernel[(batch,)](
-        tokens, p, log_label, log_blank, anchor.contiguous(),
+        tokens, p, log_label, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
         w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, num_nodes, num_candidates),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
@@ -200,6 +201,7 @@ def search_kernel(
     p_ptr,  # [B, T, M] fp32
     log_label_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
+    transitions_ptr,  # [B, 1 + T, T] fp32, or None
     anchor_ptr,  # [B] int64
     chain_only_ptr,  # [B] int8
     w_in_ptr,  # [V, RANK]
@@ -242,9 +244,13 @@ def search_kernel(
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
     label_mass = tl.where(log_label < float("inf"), _complement(log_blank), 0.0)
     # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
-    behind = (t > 0) & (t < T)
-    blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
-    b = tl.cumprod(blank, axis=0)
+    if transitions_ptr is None:
+        behind = (t > 0) & (t < T)
+        blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
+        b = tl.cumprod(blank, axis=0)
+    else:
+        transitions_ptr += batch_row * (1 + T) * T
+        b = tl.load(transitions_ptr + t, mask=t < T, other=0.0)
     _store_state(state_ptr, b, b, t, T)
     total = tl.sum(label_mass * b, axis=0)
     repeat, score, place, token, level = 0.0, 0.0, -1, anchor, 0
@@ -300,7 +306,12 @@ def search_kernel(
 
         row += 1
         weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
-        p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, num_candidates, T, BLOCK_T)
+        if transitions_ptr is None:
+            p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, num_candidates, T, BLOCK_T)
+        else:
+            p, first = _emission(p_ptr + place, weight_ptr, t, num_candidates, T)
+            b = along_transitions(tl.where(alive, first, 0.0), transitions_ptr, T, BLOCK_T)
+            n = tl.zeros_like(b)
         _store_state(state_ptr + row * 2 * T, n + b, b, t, T)
         repeat = tl.sum(p * b, axis=0)
         total = tl.sum(label_mass * (n + b), axis=0) - tl.sum(p * n, axis=0)

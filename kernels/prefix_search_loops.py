@@ -20,6 +20,7 @@ def best_first(
     p,  # [T, U] fp32, p_t(candidate)
     label_mass,  # [T] fp32, sum_v p_t(v)
     p_blank,  # [T] fp32
+    transitions,  # [1 + T, T] fp32, or empty
     inner,  # [U + 1, r] fp32, W_in of the candidates and of the anchor
     outer,  # [r, U] fp32, W_out of the candidates
     depth,
@@ -38,10 +39,13 @@ def best_first(
     best = np.full(num_rows, np.float32(-np.inf))  # the best child of each row, and where it is
     best_column, columns = np.zeros(num_rows, np.int64), np.full(num_rows, -1, np.int64)
     scores[0] = 0
-    state = np.float32(1)
-    for t in range(num_frames):
-        w[0, t] = b[0, t] = state
-        state *= p_blank[t]
+    if len(transitions):
+        w[0] = b[0] = transitions[0]
+    else:
+        state = np.float32(1)
+        for t in range(num_frames):
+            w[0, t] = b[0, t] = state
+            state *= p_blank[t]
     node = 0
     while node + 1 < num_rows:
         if depths[node] < depth:
@@ -64,7 +68,10 @@ def best_first(
         columns[node], parents[node], depths[node], scores[node] = column, parent, depths[parent] + 1, best[parent]
         ancestors[node] = ancestors[parent] | (np.int64(1) << (node - 1))
         weight = b[parent] if column == columns[parent] else w[parent]
-        _extend(p[:, column], p_blank, weight, w[node], b[node])
+        if len(transitions):
+            _extend_along(p[:, column], transitions, weight, w[node], b[node])
+        else:
+            _extend(p[:, column], p_blank, weight, w[node], b[node])
         children[parent, column] = -np.inf
         best_column[parent], best[parent] = _largest(children[parent])
     return columns[1 : node + 1]
@@ -136,3 +143,17 @@ def _extend(p, p_blank, weight, w, b):
         blank = p_blank[t] * (blank + n)
         n = p[t] * (n + weight[t] / total)
         w[t + 1], b[t + 1] = n + blank, blank
+
+
+@compiled
+def _extend_along(p, transitions, weight, w, b):
+    """The same with transitions between frames."""
+    total = np.float32(0)
+    for t in range(len(p)):
+        total += p[t] * weight[t]
+    w[:] = 0
+    for s in range(len(p)):
+        emitted = p[s] * weight[s] / total
+        for t in range(s + 1, len(p)):
+            w[t] += emitted * transitions[1 + s, t]
+    b[:] = w

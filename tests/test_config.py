@@ -137,6 +137,15 @@ def test_serving_options_are_checked(options, message):
         ServingOptions.take_from(options).for_drafter(DrafterConfig(**SMALL), options)
 
 
+@pytest.mark.parametrize("lattice", [{"lattice": "slots"}, {"lattice": "transitions", "transition_rank": 4}])
+@pytest.mark.parametrize(("draft", "search"), [("chain", "argmax"), ("tree", "transform")])
+def test_lattices_without_blank_are_not_collapsed(lattice, draft, search):
+    drafter, name = DrafterConfig(**SMALL, **lattice), lattice["lattice"]
+    ServingOptions(draft=draft).for_drafter(drafter, {})
+    with pytest.raises(DrafterConfigError, match=f"ctc_search {search!r} collapses.*lattice {name!r}.*use ctc_search"):
+        ServingOptions(draft=draft, search=search).for_drafter(drafter, {})
+
+
 def test_a_tree_has_no_more_candidates_than_a_gpu_program_holds():
     drafter = DrafterConfig(**{**SMALL, "vocab_size": 50_000})
     largest = MAX_CANDIDATES // drafter.num_frames

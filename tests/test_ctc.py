@@ -178,17 +178,15 @@ def test_label_bias_is_added_before_normalising():
     torch.testing.assert_close(drafted.log_q[1], expected)
 
 
-def enumerate_scores(log_probs, depth, label_bias=None, anchor=0):
+def scores_of(starts, num_tokens, depth, label_bias=None, anchor=0):
     """log score of every possible prefix of 1..depth labels, from the enumerated prefix probabilities."""
-    starts, _ = enumerate_prefixes(log_probs)
-    num_tokens = log_probs.shape[1] - 1
     scores, level = {}, {(): 0.0}
     for _ in range(depth):
         children = {}
         for labels, score in level.items():
             joint = [starts.get((*labels, v), 0.0) for v in range(num_tokens)]
             q = torch.tensor(joint, dtype=torch.float64) / starts[labels]
-            if label_bias is not None:
+            if label_bias is not None and max(joint) > 0:
                 q = q * label_bias[labels[-1] if labels else anchor].exp()
                 q = q / q.sum()
             children |= {(*labels, v): score + math.log(q[v]) for v in range(num_tokens) if q[v] > 0}
@@ -205,7 +203,7 @@ def test_best_prefixes_equal_enumeration(num_tokens, num_frames, seed, with_head
     generator = torch.Generator().manual_seed(seed)
     label_bias = torch.randn(num_tokens, num_tokens, generator=generator).double() if with_head else None
     anchor = seed % num_tokens
-    scores = enumerate_scores(log_probs, depth, label_bias, anchor)
+    scores = scores_of(enumerate_prefixes(log_probs)[0], num_tokens, depth, label_bias, anchor)
     # Where all of a prefix's mass goes on, its child ties with it: the shallower comes first.
     expected = sorted(scores, key=lambda labels: (-round(scores[labels], 9), len(labels)))
     for num_nodes in (1, 7, 64):

@@ -1,4 +1,6 @@
-"""The mathematics of CTC drafting in plain torch: the oracle for every kernel, and the losses' forward recursion.
+"""The mathematics of drafting in plain torch: the oracle for every kernel, and the losses' forward recursions.
+
+Two *lattices* say which frames emit the labels: CTC's, with a blank, and learned transitions between frames.
 
 Words (Graves et al. 2006; Wen et al. 2024, arXiv 2412.00061): T *frames* give log-probabilities over the V tokens
 and a blank, independently; an *alignment* picks one symbol per frame; its *collapse* (merge repeats, drop blanks)
@@ -14,8 +16,18 @@ repeat needs a blank between. Hence, for all v at once,
 
 and 1 - sum_v q(v | prefix) is the probability that the drafter stops here.
 
-Arrays: `log_probs [..., T, V + 1]`, normalised over the last axis, blank last. Everything works in fp64 and fp32
-and is differentiable. `NEG` stands for log 0: `logaddexp(-inf, -inf)` has no gradient.
+With transitions (Huang et al. 2022, arXiv 2205.07459) there is no blank and no repeat rule: the labels are emitted at
+increasing frames, and `A[s, t]` is the probability that the label after frame s is emitted at frame t > s; s = 0 is the
+anchor, and what is missing from 1 in a row is the probability of stopping there. One vector is enough, phi[t], the
+mass with which the next label is emitted at frame t:
+
+    P(y_1..y_k, v) = sum_t p_t(v) phi[t],    phi'[t] = sum_{s<t} p_s(y) phi[s] A[s, t]   behind a label y,
+
+with phi[t] = A[0, t] at the root. A[s, s+1] = 1 is cross-entropy's law: frame k is label k.
+
+Arrays: `log_probs [..., T, V + 1]`, normalised over the last axis, blank last; `log_transitions [..., 1 + T, T]`, rows
+s = 0..T, columns t = 1..T, with no blank in the frames. Everything works in fp64 and fp32 and is differentiable.
+`NEG` stands for log 0: `logaddexp(-inf, -inf)` has no gradient.
 """
 
 import dataclasses
@@ -26,6 +38,8 @@ import torch
 from torch import Tensor
 
 NEG = -1e30
+MIN_LOG_GAP = -1e-6
+"""1 - exp(x) of a smaller difference x is rounding noise in fp32, and its logarithm's gradient explodes."""
 
 
 def collapse(alignment: Sequence[int], blank: int) -> list[int]:
@@ -34,15 +48,36 @@ def collapse(alignment: Sequence[int], blank: int) -> list[int]:
     return [s for s in merged if s != blank]
 
 
-def frame_log_probs(logits: Tensor, blank_odds: Tensor) -> Tensor:
+def frame_log_probs(logits: Tensor, blank_odds: Tensor | None) -> Tensor:
     """Log-probabilities over V tokens and blank: `[..., T, V]` and `[..., T]` to `[..., T, V + 1]`.
 
     Blank is an odds against the whole vocabulary, logit_blank = logsumexp(logits) + beta, so that
-    P(blank) = sigmoid(beta).
+    P(blank) = sigmoid(beta). None: there is no blank.
     """
+    if blank_odds is None:
+        blank_odds = torch.full_like(logits[..., 0], -torch.inf)
     label = torch.nn.functional.logsigmoid(-blank_odds).unsqueeze(-1) + torch.log_softmax(logits, -1)
     blank = torch.nn.functional.logsigmoid(blank_odds).unsqueeze(-1)
     return torch.cat([label, blank], -1).clamp_min(NEG)
+
+
+def transition_log_probs(query: Tensor, key: Tensor, offset: Tensor) -> Tensor:
+    """Log transitions `[..., 1 + T, T]` from frame s = 0..T (0 is the anchor) to frame t = 1..T.
+
+    query [..., 1 + T, r]; key [..., T, r]; offset [T], one for each distance t - s. The softmax over t > s of
+    (query_s . key_t) / sqrt(r) + offset[t - s - 1], so that only the last frame stops.
+    """
+    num_frames, rank = key.shape[-2:]
+    start, end = torch.arange(1 + num_frames, device=key.device), torch.arange(num_frames, device=key.device)
+    distance = end - start[:, None]  # t - s - 1, the index of offset
+    behind = distance < 0
+    scores = query @ key.mT / rank**0.5 + offset[distance.clamp_min(0)]
+    return torch.log_softmax(scores.masked_fill(behind, NEG), -1).masked_fill(behind, NEG)
+
+
+def slot_transitions(num_frames: int, device: torch.device | None = None) -> Tensor:
+    """`A [1 + T, T]` of cross-entropy's law: frame k is label k."""
+    return torch.eye(1 + num_frames, num_frames, device=device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +125,35 @@ class Prefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class TransitionPrefix:
+    """`Prefix` of the other lattice: `phi [T]` in log space, index t - 1 = frame t."""
+
+    labels: tuple[int, ...]
+    phi: Tensor
+    log_prob: Tensor  # log P(labels), scalar
+    log_transitions: Tensor  # [1 + T, T]
+
+    @classmethod
+    def root(cls, log_transitions: Tensor) -> "TransitionPrefix":
+        return cls((), log_transitions[0], log_transitions.new_zeros(()), log_transitions)
+
+    def conditional(self, log_probs: Tensor) -> Tensor:
+        """log q(v | labels) for every v: `[V]`; what is missing from 1 is the stop probability."""
+        joint = torch.logsumexp(log_probs[:, :-1] + self.phi[:, None], 0)
+        return joint.clamp_min(NEG) - self.log_prob
+
+    def extend(self, log_probs: Tensor, label: int) -> "TransitionPrefix":
+        emit = self.phi + log_probs[:, label]
+        phi = torch.logsumexp(emit[:, None] + self.log_transitions[1:], 0).clamp_min(NEG)
+        return TransitionPrefix((*self.labels, label), phi, torch.logsumexp(emit, 0), self.log_transitions)
+
+
+def root_prefix(log_probs: Tensor, log_transitions: Tensor | None) -> Prefix | TransitionPrefix:
+    """The empty prefix of the lattice with these transitions; None is CTC's."""
+    return Prefix.root(log_probs) if log_transitions is None else TransitionPrefix.root(log_transitions)
+
+
+@dataclasses.dataclass(frozen=True)
 class Chain:
     """Drafted labels and the law that each was drawn from: `log_q [len(labels), V]`, normalised."""
 
@@ -105,14 +169,15 @@ def chain(
     generator: torch.Generator | None = None,
     label_bias: Tensor | None = None,
     anchor: int = 0,
+    log_transitions: Tensor | None = None,
 ) -> Chain:
     """Draft up to `num_labels` labels from the prefix conditionals, given that the drafter goes on.
 
     temperature 0 takes the most probable label; otherwise labels are drawn from q ** (1 / temperature).
     label_bias `[V, V]`: row = last label (the anchor first), added to log q before normalising.
-    The chain is shorter where no label has any mass left.
+    log_transitions `[1 + T, T]`: the lattice; None is CTC's. The chain is shorter where no label has any mass left.
     """
-    prefix, labels, rows = Prefix.root(log_probs), [], []
+    prefix, labels, rows = root_prefix(log_probs, log_transitions), [], []
     for _ in range(num_labels):
         scores = prefix.conditional(log_probs)
         if scores.max() <= NEG / 2:
@@ -128,20 +193,26 @@ def chain(
 
 
 def best_prefixes(
-    log_probs: Tensor, num_nodes: int, *, depth: int, label_bias: Tensor | None = None, anchor: int = 0
+    log_probs: Tensor,
+    num_nodes: int,
+    *,
+    depth: int,
+    label_bias: Tensor | None = None,
+    anchor: int = 0,
+    log_transitions: Tensor | None = None,
 ) -> list[tuple[tuple[int, ...], float]]:
     """The `num_nodes` most probable label prefixes of at most `depth` labels, `(labels, log score)`, best first.
 
-    A score is the sum of log q along the prefix. label_bias `[V, V]`: as in `chain`; with it q is normalised over the
-    vocabulary, without it what is missing from 1 is the stop probability. Ties: shallower first, then the better
-    parent, then the lower token. Best-first search: q <= 1, so a prefix never outranks its parent and comes out of the
-    queue after it. There are fewer prefixes where no other has any mass.
+    A score is the sum of log q along the prefix. label_bias, log_transitions: as in `chain`; with a bias q is
+    normalised over the vocabulary, without it what is missing from 1 is the stop probability. Ties: shallower first,
+    then the better parent, then the lower token. Best-first search: q <= 1, so a prefix never outranks its parent and
+    comes out of the queue after it. There are fewer prefixes where no other has any mass.
     """
     best: list[tuple[tuple[int, ...], float]] = []
     queue: list[tuple[float, int, int, int]] = []  # (-score, depth, parent's place among `expanded`, token)
-    expanded: list[Prefix] = []
+    expanded: list[Prefix | TransitionPrefix] = []
 
-    def expand(prefix: Prefix, score: float) -> None:
+    def expand(prefix: Prefix | TransitionPrefix, score: float) -> None:
         log_q = prefix.conditional(log_probs)
         possible = log_q > NEG / 2
         if label_bias is not None:
@@ -151,7 +222,7 @@ def best_prefixes(
         for cost, token in zip(costs, tokens, strict=True):
             heapq.heappush(queue, (cost, len(prefix.labels) + 1, len(expanded) - 1, token))
 
-    expand(Prefix.root(log_probs), 0.0)
+    expand(root_prefix(log_probs, log_transitions), 0.0)
     while queue and len(best) < num_nodes:
         cost, length, parent, token = heapq.heappop(queue)
         prefix = expanded[parent].extend(log_probs, token)
@@ -166,9 +237,10 @@ class LabelForward:
     """The forward recursion along given labels, for a batch.
 
     log_prefix [N, U]: log P(y_1..y_k), k = 1..U
-    log_fresh [N, U, T]: log(n + b) before label k, over frames t - 1 (a new label's emission weight)
-    log_repeat [N, U, T]: log b before label k (a repeated label's)
-    log_exact [N, U]: log of the mass of whole alignments that collapse to exactly y_1..y_k
+    log_fresh [N, U, T]: log(n + b) before label k, over frames t - 1 (a new label's emission weight); with
+        transitions log phi before label k
+    log_repeat [N, U, T]: log b before label k (a repeated label's); with transitions log_fresh
+    log_exact [N, U]: log of the mass of whole alignments that collapse to exactly y_1..y_k, or stop behind them
     """
 
     log_prefix: Tensor
@@ -206,3 +278,21 @@ def label_forward(label_log_probs: Tensor, blank_log_probs: Tensor, labels: Tens
         log_repeat=torch.stack(repeat, -1),
         log_exact=torch.logaddexp(b, n)[:, 1:],
     )
+
+
+def transition_forward(label_log_probs: Tensor, log_transitions: Tensor) -> LabelForward:
+    """The same with transitions. label_log_probs [N, T, U]: log p_t(y_k); log_transitions [N, 1 + T, T].
+
+    alpha_k[t] = p_t(y_k) phi_k[t], P_k = sum_t alpha_k[t], phi_{k+1}[t] = sum_{s<t} alpha_k[s] A[s, t].
+    """
+    log_sum = torch.logsumexp(log_transitions[:, 1:], -1)  # [N, T]
+    log_stop = torch.log(-torch.expm1(log_sum.clamp_max(MIN_LOG_GAP))).masked_fill(log_sum > MIN_LOG_GAP, NEG)
+    phi, prefix, weights, exact = log_transitions[:, 0], [], [], []
+    for log_p in label_log_probs.unbind(-1):
+        weights.append(phi)
+        emit = (phi + log_p).clamp_min(NEG)
+        prefix.append(torch.logsumexp(emit, 1))
+        exact.append(torch.logsumexp(emit + log_stop, 1).clamp_min(NEG))
+        phi = torch.logsumexp(emit[..., None] + log_transitions[:, 1:], 1).clamp_min(NEG)
+    log_phi = torch.stack(weights, 1)
+    return LabelForward(torch.stack(prefix, 1), log_phi, log_phi, torch.stack(exact, 1))

@@ -3,7 +3,7 @@
 Same weights as `vllm_ctc_spec/drafter.py`, which says what the module computes; a test holds both to the same
 frames. The base class (vllm/model_executor/models/qwen3_dflash.py) writes the context's keys and values into the
 paged cache and runs 1 + T query slots a request; here the T slots after the anchor embed as learned frame queries,
-and the frames carry a blank odds beside the target's logits.
+and the frames carry, beside the target's logits, what their lattice needs.
 """
 
 import torch
@@ -13,6 +13,8 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
 
 from vllm_ctc_spec.config import DrafterConfigError
+from vllm_ctc_spec.ctc import NEG, slot_transitions
+from vllm_ctc_spec.drafter import Frames, Lattice, TransitionHead
 
 
 class MarkovTables(nn.Module):
@@ -29,7 +31,8 @@ class CTCDraftInner(DFlashQwen3Model):
         super().__init__(vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix)
         config = self.config
         self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size), requires_grad=False)
-        self.blank_head = nn.Linear(config.hidden_size, 1)
+        self.blank_head = nn.Linear(config.hidden_size, 1) if config.lattice == "ctc" else None
+        self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
         self.markov_head = MarkovTables(config.vocab_size, config.markov_rank) if config.markov_rank else None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -59,10 +62,17 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
-    def compute_frames(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `[n, H]` of frames to the target head's logits `[n, V]` and fp32 blank odds `[n]`."""
-        odds = self.model.blank_head(hidden_states).squeeze(-1)
-        return self.compute_logits(hidden_states), odds.float()
+    def compute_frames(self, slots: torch.Tensor) -> Frames:
+        """Hidden states `[R, 1 + T, H]` of the anchor's slot and the frames to frames of the target's head, the
+        lattice in fp32."""
+        hidden = slots[:, 1:]
+        logits = self.compute_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        if self.model.blank_head is not None:
+            return Frames(logits, Lattice(blank_odds=self.model.blank_head(hidden).squeeze(-1).float()))
+        if self.model.transition_head is not None:
+            return Frames(logits, Lattice(log_transitions=self.model.transition_head(slots)))
+        fixed = slot_transitions(hidden.shape[1], slots.device).log().clamp_min(NEG)
+        return Frames(logits, Lattice(log_transitions=fixed.expand(len(slots), -1, -1)))
 
     @property
     def markov_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:

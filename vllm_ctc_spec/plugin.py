@@ -331,5 +331,7 @@ def update_ctc(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) 
         eagle_aux_hidden_state_layer_ids=list(config.aux_hidden_state_layer_ids),
         dflash_config={"mask_token_id": 0, "causal": False},
         num_frames=config.num_frames,
+        lattice=config.lattice,
+        transition_rank=config.transition_rank,
         markov_rank=config.markov_rank,
     )

@@ -113,20 +113,21 @@ class CTCProposer(DFlashSpeculator):
         hidden = self._run_model(
             num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
         )
-        num_frames = self.num_frames
-        frames = hidden[self.sample_indices[: num_reqs * num_frames]]  # [R * T, H]
-        logits, blank_odds = self.model.compute_frames(frames)
-        logits = logits.view(num_reqs, num_frames, -1)
-        blank_odds = blank_odds.view(num_reqs, num_frames)
+        num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
+        slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
+        logits, (blank_odds, log_transitions) = self.model.compute_frames(slots)
         logsumexp, best, best_logit = frame_stats(logits)
-        log_label = logsigmoid(-blank_odds) - logsumexp
-        log_blank = logsigmoid(blank_odds)
-        num_queries = num_reqs * self.num_query_per_req
+        if blank_odds is None:
+            log_label, log_blank = -logsumexp, torch.full_like(logsumexp, -torch.inf)
+            transitions = log_transitions.exp()
+        else:
+            log_label, log_blank = logsigmoid(-blank_odds) - logsumexp, logsigmoid(blank_odds)
+            transitions = None
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         if self.trees is not None:
-            slots = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
-            tree = self._search_tree(logits, log_label, log_blank, anchor, slots)
-            self.trees.store(slots, tree)
+            requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
+            tree = self._search_tree(logits, log_label, log_blank, anchor, requests, transitions)
+            self.trees.store(requests, tree)
             labels = tree.tokens[:, 1:]
         elif self.options.search == "argmax":
             blank = logits.shape[-1]
@@ -134,7 +135,9 @@ class CTCProposer(DFlashSpeculator):
             labels, _ = collapse(alignment, blank, anchor, self.num_labels)
         else:
             markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
-            labels, _ = prefix_chain(logits, log_label, log_blank, anchor, self.num_labels, markov, sampling)
+            labels, _ = prefix_chain(
+                logits, log_label, log_blank, anchor, self.num_labels, markov, sampling, transitions
+            )
         self.draft_tokens[:num_reqs] = labels
 
     def _search_tree(
@@ -144,12 +147,14 @@ class CTCProposer(DFlashSpeculator):
         log_blank: torch.Tensor,  # [B, T]
         anchor: torch.Tensor,  # [B]
         slots: torch.Tensor,  # [B], the request slot of each row, -1 is inert
+        transitions: torch.Tensor | None,  # [B, 1 + T, T]
     ) -> DraftTree:
         width, depth = self.options.tree_width or self.num_labels, self.options.tree_depth
         budget, chain_only = (self.num_labels, width, depth), self.trees.chain_only[slots]
         if self.options.search == "transform":
             return ctc_transform(logits, log_label, log_blank, anchor, *budget, chain_only)
-        return prefix_search(logits, log_label, log_blank, anchor, *budget, self.model.markov_tables, chain_only)
+        markov = self.model.markov_tables
+        return prefix_search(logits, log_label, log_blank, anchor, *budget, markov, chain_only, transitions)
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the

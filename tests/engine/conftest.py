@@ -5,6 +5,7 @@ the drafter's label-conditional head the target's own dependence on the last tok
 layers disturb it. Part of the drafts is then accepted, without any training.
 """
 
+import functools
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 HIDDEN = 64
 # Trees of full size in batches of any size.
 TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
+LATTICES = {"ctc": {}, "transitions": {"lattice": "transitions", "transition_rank": 16}, "slots": {"lattice": "slots"}}
 DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both
 
 
@@ -77,7 +79,7 @@ def save_target(folder: Path, vocab_size: int, seed: int, head_std: float = 0.5)
     return model
 
 
-def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides: int) -> CTCDrafter:
+def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides: int | str) -> CTCDrafter:
     """A random drafter, every parameter of it at work, whose Markov head copies the target's last-token dependence."""
     torch.manual_seed(seed)
     settings = {"num_frames": 12, "num_labels": 4, "markov_rank": HIDDEN, "num_layers": 2, **overrides}
@@ -107,6 +109,19 @@ def tiny_pair(tmp_path_factory) -> Pair:
     vocab_size = save_tokenizer(pair.target)
     save_drafter(pair.drafter, save_target(pair.target, vocab_size, seed=3), seed=4)
     return pair
+
+
+@pytest.fixture(scope="session")
+def lattice_pair(tiny_pair, tmp_path_factory) -> Callable[[str], Pair]:
+    """lattice_pair(one of LATTICES): `tiny_pair` with a drafter of that lattice."""
+
+    @functools.cache
+    def make(lattice: str) -> Pair:
+        pair = Pair(tiny_pair.target, tmp_path_factory.mktemp(lattice))
+        save_drafter(pair.drafter, LlamaForCausalLM.from_pretrained(pair.target), seed=4, **LATTICES[lattice])
+        return pair
+
+    return make
 
 
 @pytest.fixture(scope="session")

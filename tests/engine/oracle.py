@@ -20,7 +20,7 @@ class OracleProposer(CTCProposer):
     request_states = None
     seed = 0
 
-    def _search_tree(self, logits, log_label, log_blank, anchor, slots) -> DraftTree:
+    def _search_tree(self, logits, log_label, log_blank, anchor, slots, transitions) -> DraftTree:
         self.random = getattr(self, "random", None) or random.Random(self.seed)
         vocab_size = logits.shape[-1]
         tokens, parents = [], []

@@ -1,4 +1,4 @@
-"""The served drafter is the trained one: same weights and tokens give the same frames, step for step.
+"""The served drafter is the trained one: same weights and tokens give the same frames, step for step, in every lattice.
 
 What the engine really computes is recorded: the target's auxiliary hidden states that reach `CTCProposer.propose`,
 what it takes for accepted and for the anchor, the frames and the drafts. Blocks of the cache are small, so that frames
@@ -16,10 +16,12 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import CTCDrafter, Frames, Lattice
 from vllm_ctc_spec.model import CTCDraftModel
 from vllm_ctc_spec.proposer import CTCProposer
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
+
+from .conftest import LATTICES
 
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (70, 21)  # the first needs several chunks of a prefill, beside steps of the second
@@ -34,23 +36,32 @@ class Step:
     accepted_rows: torch.Tensor  # [rows, A * H]
     num_rejected: int
     anchor: int
-    frames: torch.Tensor  # [T, V + 1] log-probabilities
+    frames: Frames  # of T frames
     draft: list[int]  # [N]
+    draft_logits: torch.Tensor | None  # [N, V], of sampled drafts
+
+
+def row_of(frames: Frames, row: int) -> Frames:
+    return Frames(frames.logits[row], Lattice(*(x if x is None else x[row] for x in frames.lattice)))
+
+
+@pytest.fixture(scope="module", params=LATTICES)
+def pair(request, lattice_pair):
+    return lattice_pair(request.param)
 
 
 @pytest.fixture(scope="module")
-def served(tiny_pair, engine):
+def served(pair, lattice_pair, engine):
     """(sequences of token ids by request, recorded steps, the served model)."""
     steps: list[Step] = []
-    emitted: list[torch.Tensor] = []
+    emitted: list[Frames] = []
     models: list[CTCDraftModel] = []
     propose, compute_frames = CTCProposer.propose, CTCDraftModel.compute_frames
     signature = inspect.signature(DFlashSpeculator.propose)
 
-    def recording_frames(self, hidden_states):
-        logits, odds = compute_frames(self, hidden_states)
-        emitted.append(ctc.frame_log_probs(logits, odds))
-        return logits, odds
+    def recording_frames(self, slots):
+        emitted.append(compute_frames(self, slots))
+        return emitted[-1]
 
     def recording_propose(self, *args, **kwargs):
         given = signature.bind(self, *args, **kwargs).arguments
@@ -61,7 +72,6 @@ def served(tiny_pair, engine):
             return drafts
         input_batch, aux, num_rejected = (given[n] for n in ("input_batch", "aux_hidden_states", "num_rejected"))
         anchors = self.input_buffers.input_ids[:: self.num_query_per_req]
-        frames = emitted[0].view(input_batch.num_reqs, self.num_frames, -1)
         for row, request in enumerate(input_batch.req_ids):
             first, end = input_batch.query_start_loc[row : row + 2].tolist()
             rejected = int(num_rejected[row])
@@ -72,17 +82,21 @@ def served(tiny_pair, engine):
                     accepted_rows=torch.cat([states[first : end - rejected] for states in aux], -1).clone(),
                     num_rejected=rejected,
                     anchor=int(anchors[row]),
-                    frames=frames[row].clone(),
+                    frames=row_of(emitted[0], row),
                     draft=drafts[row].tolist(),
+                    draft_logits=self.draft_logits[input_batch.idx_mapping[row]].clone() if sampled else None,
                 )
             )
         return drafts
 
+    # Greedy requests draft greedily there too, and the law of their drafts is written for the rejection sampler.
+    sampled = pair == lattice_pair("transitions")
+    method = {"draft_sample_method": "probabilistic"} if sampled else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CTCDraftModel, "compute_frames", recording_frames)
         patch.setattr(CTCProposer, "propose", recording_propose)
         llm = engine(
-            tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter)},
+            pair.target, {"method": "ctc", "model": str(pair.drafter), **method},
             max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False, block_size=32,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(3)
@@ -97,10 +111,10 @@ def served(tiny_pair, engine):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_pair):
+def trained(pair):
     """(CTCDrafter, auxiliary hidden states of a token sequence) as the trainer has them."""
-    target = Target.load(str(tiny_pair.target), torch.device("cpu"), torch.float32)
-    drafter = CTCDrafter.load(tiny_pair.drafter, target.embedding, target.head).eval()
+    target = Target.load(str(pair.target), torch.device("cpu"), torch.float32)
+    drafter = CTCDrafter.load(pair.drafter, target.embedding, target.head).eval()
     return drafter, AuxHiddenStates(target, drafter.config.aux_hidden_state_layer_ids)
 
 
@@ -141,11 +155,16 @@ def test_frames_and_drafts_of_every_step_are_the_training_modules(served, traine
             continue  # the request ended inside this step: nobody sees this draft
         assert step.anchor == tokens[here]
         context = aux_hidden_states(torch.tensor([tokens[:here]]))
-        frames = drafter(context, torch.tensor([[step.anchor]]), torch.tensor([[here]]))
-        expected = ctc.frame_log_probs(frames.logits[0, 0], frames.blank_odds[0, 0])
-        torch.testing.assert_close(step.frames, expected, atol=TOLERANCE, rtol=0)
-        chain = ctc.chain(expected, drafter.config.num_labels, label_bias=bias, anchor=step.anchor)
+        frames = row_of(row_of(drafter(context, torch.tensor([[step.anchor]]), torch.tensor([[here]])), 0), 0)
+        expected, given = (ctc.frame_log_probs(x.logits, x.lattice.blank_odds) for x in (frames, step.frames))
+        torch.testing.assert_close(given, expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(step.frames.lattice, frames.lattice, atol=TOLERANCE, rtol=0)
+        options = {"label_bias": bias, "anchor": step.anchor, "log_transitions": frames.lattice.log_transitions}
+        chain = ctc.chain(expected, drafter.config.num_labels, **options)
         assert step.draft == list(chain.labels)
+        if step.draft_logits is not None:
+            law = torch.softmax(step.draft_logits, -1)
+            torch.testing.assert_close(law, chain.log_q.exp(), atol=TOLERANCE, rtol=0)
         compared += 1
     assert compared >= 20
 

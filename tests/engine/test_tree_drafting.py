@@ -29,13 +29,13 @@ class Recorder(CTCProposer):
         self.frames: dict[tuple[int, ...], torch.Tensor] = {}
         self.instances.append(self)
 
-    def _search_tree(self, logits, log_label, log_blank, anchor, slots):
+    def _search_tree(self, logits, log_label, log_blank, anchor, slots, transitions):
         if self.request_states is not None:
             for frames, slot in zip(logits + log_label[:, :, None], slots.tolist(), strict=True):
                 length = int(self.request_states.total_len.gpu[slot])
                 context = self.request_states.all_token_ids.gpu[slot][:length]
                 self.frames[tuple(context.tolist())] = frames.clone()
-        return super()._search_tree(logits, log_label, log_blank, anchor, slots)
+        return super()._search_tree(logits, log_label, log_blank, anchor, slots, transitions)
 
 
 @pytest.fixture

@@ -58,14 +58,18 @@ def record_launches() -> list:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def chain(num_frames: int, dtype: torch.dtype, rank: int, sampled: bool, batch: int = 64, num_labels: int = 16):
+    def chain(
+        num_frames: int, dtype: torch.dtype, rank: int, sampled: bool, steps: bool = False, num_labels: int = 16
+    ) -> None:
+        batch = 64
         markov = (empty(VOCABULARY, rank, dtype=dtype), empty(VOCABULARY, rank, dtype=dtype)) if rank else None
         slots = empty(batch, dtype=torch.int64)
         draft_logits = empty(batch, num_labels, VOCABULARY)
         sampling = prefix_chain.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
         frames = empty(batch, num_frames)
         logits = empty(batch, num_frames, VOCABULARY, dtype=dtype)
-        prefix_chain.prefix_chain_triton(logits, frames, frames, slots, num_labels, markov, sampling)
+        transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
+        prefix_chain.prefix_chain_triton(logits, frames, frames, slots, num_labels, markov, sampling, transitions)
 
     collapse.collapse_triton(empty(64, 32, dtype=torch.int64), VOCABULARY, empty(64, dtype=torch.int64), 16)
     frame_stats.frame_stats_triton(empty(64, 12, VOCABULARY, dtype=torch.bfloat16))
@@ -76,6 +80,10 @@ def record_launches() -> list:
     chain(32, torch.float16, rank=0, sampled=True)
     chain(32, torch.float32, rank=256, sampled=True)
     chain(1, torch.bfloat16, rank=5, sampled=True)
+    chain(12, torch.bfloat16, rank=0, sampled=False, steps=True)
+    chain(12, torch.bfloat16, rank=64, sampled=True, steps=True)
+    chain(64, torch.float32, rank=0, sampled=True, steps=True)
+    chain(1, torch.float16, rank=0, sampled=False, steps=True)
     transforms(empty)
     searches(empty)
     trees(empty)
@@ -100,13 +108,16 @@ def transforms(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
 def searches(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
     """The usual trees, the largest ones, and the smallest one."""
 
-    def search(num_frames: int, num_nodes: int, dtype: torch.dtype, rank: int, chains: bool = False) -> None:
+    def search(
+        num_frames: int, num_nodes: int, dtype: torch.dtype, rank: int, chains: bool = False, steps: bool = False
+    ) -> None:
         logits, frames = empty(batch, num_frames, VOCABULARY, dtype=dtype), empty(batch, num_frames)
         markov = (empty(VOCABULARY, rank, dtype=dtype),) * 2 if rank else None
         chain_only = empty(batch, dtype=torch.bool) if chains else None
         anchor = empty(batch, dtype=torch.int64)
+        transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
         prefix_search_best_first.prefix_search_triton(
-            logits, frames, frames, anchor, num_nodes, num_nodes, 8, markov, chain_only
+            logits, frames, frames, anchor, num_nodes, num_nodes, 8, markov, chain_only, transitions
         )
 
     search(12, 16, torch.bfloat16, rank=0)
@@ -116,6 +127,11 @@ def searches(empty: Callable[..., torch.Tensor], batch: int = 64) -> None:
     search(32, 64, torch.float32, rank=256)
     search(64, 64, torch.float32, rank=64)
     search(1, 1, torch.bfloat16, rank=5)
+    search(12, 16, torch.bfloat16, rank=0, steps=True)
+    search(12, 64, torch.bfloat16, rank=64, chains=True, steps=True)
+    search(64, 64, torch.float32, rank=64, steps=True)
+    search(64, 1, torch.bfloat16, rank=0, steps=True)
+    search(1, 1, torch.bfloat16, rank=5, steps=True)
 
 
 def trees(empty: Callable[..., torch.Tensor], batch: int = 64, width: int = 65, num_layers: int = 32) -> None:

@@ -3,6 +3,8 @@
 import torch
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling
 
+from vllm_ctc_spec import ctc
+
 ANCHOR = 1
 NEVER = 7.5  # what rows of draft_logits hold that must not be written
 
@@ -72,6 +74,33 @@ HARD = [
     "empty frames",
     "blank of 0 and 1",
 ]
+
+
+def token_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> tuple:
+    """Frames without blank, as transitions between frames have them."""
+    logits, _, _ = random_frames(batch, num_frames, num_tokens, seed, scale)
+    return from_odds(logits, torch.full((batch, num_frames), -torch.inf))
+
+
+def transitions_between(name: str, batch: int, num_frames: int) -> torch.Tensor:
+    """`A [B, 1 + T, T]`, laws that break careless code among them."""
+    draw = generator(num_frames)
+    scores = torch.randn(batch, 1 + num_frames, num_frames, generator=draw) * (6 if name == "peaky" else 1)
+    if name == "slots":
+        return ctc.slot_transitions(num_frames).expand(batch, -1, -1)
+    if name == "last frame only":
+        scores[..., -1] = 300.0
+    behind = torch.ones_like(scores, dtype=torch.bool).tril(-1)
+    transitions = torch.softmax(scores.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
+    if name == "stops and gaps":
+        transitions *= torch.rand(transitions.shape, generator=draw) > 0.4
+        transitions[:, 0, 0] += 0.1
+    if name == "nowhere":
+        transitions[:, 0] = 0
+    return transitions
+
+
+TRANSITIONS = ["spread", "peaky", "slots", "last frame only", "stops and gaps", "nowhere"]
 
 
 def markov_head(num_tokens: int, rank: int, scale: float = 0.7) -> tuple[torch.Tensor, torch.Tensor] | None:

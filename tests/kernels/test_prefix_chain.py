@@ -9,7 +9,19 @@ from vllm_ctc_spec.kernels.prefix_chain import IMPOSSIBLE, ChainSampling, prefix
 
 from vllm_ctc_spec import ctc
 
-from .frames import ANCHOR, HARD, NEVER, anchors, hard_frames, markov_head, random_frames, sampling_for
+from .frames import (
+    ANCHOR,
+    HARD,
+    NEVER,
+    TRANSITIONS,
+    anchors,
+    hard_frames,
+    markov_head,
+    random_frames,
+    sampling_for,
+    token_frames,
+    transitions_between,
+)
 
 # Brute force.
 
@@ -73,13 +85,19 @@ def test_draft_logits_against_brute_force(num_tokens: int, num_frames: int, seed
 
 
 def assert_follows_the_oracle(
-    frames: tuple, row: int, labels: list[int], length: int, drafts: torch.Tensor, atol: float = 0.0
+    frames: tuple,
+    row: int,
+    labels: list[int],
+    length: int,
+    drafts: torch.Tensor,
+    atol: float = 0.0,
+    transitions: torch.Tensor | None = None,
 ) -> None:
     """Every drafted conditional equals the oracle's, given the labels that were drafted, and the end is the same."""
     logits, log_label, log_blank = (x[row].double() for x in frames)
     log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
     log_p = log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(ctc.NEG)
-    prefix = ctc.Prefix.root(log_p)
+    prefix = ctc.root_prefix(log_p, None if transitions is None else transitions[row].double().log().clamp_min(ctc.NEG))
     for k, label in enumerate(labels):
         q = prefix.conditional(log_p).exp()
         if k >= length:
@@ -114,6 +132,48 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
         drafts = sampling.draft_logits[sampling.slots[row]]
         # The forward vectors span the 38 decades of fp32: a label that needs more than that has lost them.
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts, atol=1e-15)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_frames", [1, 5, 12, 32])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_transitions_against_the_oracle(name: str, num_frames: int, temperature: float) -> None:
+    frames, transitions = token_frames(2, num_frames, 37, seed=3), transitions_between(name, 2, num_frames)
+    sampling = sampling_for(2, 16, 37, [temperature] * 2)
+    labels, lengths = prefix_chain(*frames, anchors(2), 16, sampling=sampling, transitions=transitions)
+    for row in range(2):
+        drafts = sampling.draft_logits[sampling.slots[row]]
+        length = lengths[row].item()
+        assert_follows_the_oracle(frames, row, labels[row].tolist(), length, drafts, transitions=transitions)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_slots_are_frames_one_by_one(rank: int) -> None:
+    """The cross-entropy twin: label k is the best token of frame k, the head's bias included."""
+    frames, markov = token_frames(3, 6, 40, seed=5), markov_head(40, rank, scale=3.0)
+    sampling = sampling_for(3, 8, 40, [0.0] * 3)
+    slots = transitions_between("slots", 3, 6)
+    labels, lengths = prefix_chain(*frames, anchors(3), 8, markov, sampling, slots)
+    assert lengths.tolist() == [6] * 3
+    last = anchors(3)
+    for k in range(6):
+        scores = frames[0][:, k] + frames[1][:, k, None]
+        if markov is not None:
+            scores = scores + markov[0][last] @ markov[1].T
+        assert torch.equal(labels[:, k], scores.argmax(1))
+        drafts = sampling.draft_logits[sampling.slots, k]
+        torch.testing.assert_close(drafts, scores, rtol=0, atol=5e-6)  # nothing is lost from label to label
+        last = labels[:, k]
+    assert torch.equal(labels[:, 6:], last[:, None].expand(-1, 2))
+
+
+def test_transitions_are_under_no_repeat_rule_and_have_no_blank() -> None:
+    logits, log_label, _ = hard_frames("repeats", 2, 12, 37)
+    log_blank = torch.full((2, 12), torch.nan)  # nobody reads it
+    labels, lengths = prefix_chain(
+        logits, log_label, log_blank, anchors(2), 14, transitions=transitions_between("slots", 2, 12)
+    )
+    assert labels.tolist() == [[36] * 14] * 2 and lengths.tolist() == [12] * 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,18 @@ import pytest
 import torch
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_reference, prefix_chain_triton
 
-from .frames import HARD, NEVER, anchors, hard_frames, markov_head, random_frames, sampling_for
+from .frames import (
+    HARD,
+    NEVER,
+    TRANSITIONS,
+    anchors,
+    hard_frames,
+    markov_head,
+    random_frames,
+    sampling_for,
+    token_frames,
+    transitions_between,
+)
 
 
 def assert_triton_equals_reference(
@@ -14,6 +25,7 @@ def assert_triton_equals_reference(
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     temperature: list[float] | None = None,
     inert: int | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> None:
     batch, _, num_tokens = frames[0].shape
     calls = []
@@ -25,7 +37,10 @@ def assert_triton_equals_reference(
                 sampling.slots[inert] = -1
             sampling = ChainSampling(*(x.to(where) for x in sampling))
         weights = None if markov is None else tuple(x.to(where) for x in markov)
-        labels, lengths = run(*(x.to(where) for x in frames), anchors(batch).to(where), num_labels, weights, sampling)
+        lattice = None if transitions is None else transitions.to(where)
+        labels, lengths = run(
+            *(x.to(where) for x in frames), anchors(batch).to(where), num_labels, weights, sampling, lattice
+        )
         assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
         assert ((labels >= 0) & (labels < num_tokens)).all()
         calls.append((labels.cpu(), lengths.cpu(), None if sampling is None else sampling.draft_logits.cpu()))
@@ -62,6 +77,35 @@ def test_triton_with_a_markov_head(
 def test_triton_for_any_number_of_frames_and_labels(num_frames: int, num_labels: int, triton_device: str) -> None:
     frames = random_frames(2, num_frames, 130, seed=num_frames)
     assert_triton_equals_reference(frames, num_labels, triton_device, temperature=[1.0, 0.0])
+
+
+@pytest.mark.parametrize("temperature", [None, [1.0, 0.0]])
+@pytest.mark.parametrize("num_frames", [1, 5, 8])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_triton_with_transitions(
+    name: str, num_frames: int, temperature: list[float] | None, triton_device: str
+) -> None:
+    logits, log_label, log_blank = token_frames(2, num_frames, 70, seed=num_frames)
+    log_blank.fill_(torch.nan)  # nobody reads it
+    assert_triton_equals_reference(
+        (logits, log_label, log_blank), 7, triton_device, markov_head(70, 5), temperature,
+        transitions=transitions_between(name, 2, num_frames),
+    )  # fmt: skip
+
+
+def test_triton_keeps_zeros_and_ones_of_transitions(triton_device: str) -> None:
+    """Slots: what is drafted of frame k is the frame, to the last bit, whatever came before it."""
+    frames = token_frames(2, 12, 70, seed=1)
+    sampling = ChainSampling(*(x.to(triton_device) for x in sampling_for(2, 12, 70, [0.0, 0.0])))
+    inputs = (x.to(triton_device) for x in (*frames, anchors(2)))
+    slots = transitions_between("slots", 2, 12).to(triton_device)
+    labels, lengths = prefix_chain_triton(*inputs, 12, None, sampling, slots)
+    assert torch.equal(labels.cpu(), frames[0].argmax(2)) and lengths.tolist() == [12, 12]
+    first = ChainSampling(*(x.to(triton_device) for x in sampling_for(2, 1, 70, [0.0, 0.0])))
+    for k in (3, 11):
+        alone = (x[:, k : k + 1].to(triton_device) for x in frames)
+        prefix_chain_triton(*alone, anchors(2).to(triton_device), 1, None, first, slots[:, :2, :1])
+        assert torch.equal(first.draft_logits[:2, 0], sampling.draft_logits[:2, k])
 
 
 def test_triton_rows_of_more_than_one_group(triton_device: str) -> None:

@@ -9,12 +9,29 @@ from vllm_ctc_spec.kernels.prefix_search import prefix_search
 
 from vllm_ctc_spec import ctc
 
-from .frames import ANCHOR, HARD, anchors, from_odds, hard_frames, markov_head, random_frames
+from .frames import (
+    ANCHOR,
+    HARD,
+    TRANSITIONS,
+    anchors,
+    from_odds,
+    hard_frames,
+    markov_head,
+    random_frames,
+    token_frames,
+    transitions_between,
+)
 from .searches import Nodes, assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
 def oracle(
-    frames: tuple, row: int, num_nodes: int, depth: int, markov: tuple | None = None, bias_width: int | None = None
+    frames: tuple,
+    row: int,
+    num_nodes: int,
+    depth: int,
+    markov: tuple | None = None,
+    bias_width: int | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> Nodes:
     """bias_width: the head's bias is 0 outside of the best so many tokens of each frame, as the search defines it."""
     logits, log_label, log_blank = (x[row].double() for x in frames)
@@ -25,7 +42,8 @@ def oracle(
         bias = markov[0].double() @ markov[1].double().T
         if bias_width is not None:
             bias *= torch.zeros(len(bias), dtype=torch.float64).index_fill_(0, candidates(frames, row, bias_width), 1)
-    return ctc.best_prefixes(log_p, num_nodes, depth=depth, label_bias=bias, anchor=ANCHOR)
+    lattice = None if transitions is None else transitions[row].double().log().clamp_min(ctc.NEG)
+    return ctc.best_prefixes(log_p, num_nodes, depth=depth, label_bias=bias, anchor=ANCHOR, log_transitions=lattice)
 
 
 def candidates(frames: tuple, row: int, width: int) -> torch.Tensor:
@@ -39,14 +57,15 @@ def assert_equals_oracle(
     depth: int,
     markov: tuple | None = None,
     bias_width: int | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> None:
     batch, _, num_tokens = frames[0].shape
-    tree = prefix_search(*frames, anchors(batch), num_nodes, width, depth, markov)
+    tree = prefix_search(*frames, anchors(batch), num_nodes, width, depth, markov, transitions=transitions)
     tree.check(num_tokens)
     assert tree.tokens.shape == (batch, 1 + num_nodes)
     assert (tree.tokens[:, 0] == ANCHOR).all()
     for row in range(batch):
-        assert_same_nodes(nodes_of(tree, row), oracle(frames, row, num_nodes, depth, markov, bias_width))
+        assert_same_nodes(nodes_of(tree, row), oracle(frames, row, num_nodes, depth, markov, bias_width, transitions))
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -62,6 +81,42 @@ def test_hard_frames(name: str, num_nodes: int, rank: int) -> None:
 def test_random_frames(batch: int, num_frames: int, depth: int, num_nodes: int, rank: int) -> None:
     frames = random_frames(batch, num_frames, 23, seed=num_frames)
     assert_equals_oracle(frames, num_nodes, num_nodes + 22, depth, markov_head(23, rank, scale=2.0))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("num_frames, depth", [(1, 4), (5, 3), (12, 40)])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_transitions(name: str, num_frames: int, depth: int, rank: int) -> None:
+    frames, transitions = token_frames(2, num_frames, 23, seed=num_frames), transitions_between(name, 2, num_frames)
+    markov = markov_head(23, rank, scale=2.0)
+    assert_equals_oracle(frames, 32, 23, depth, markov, transitions=transitions)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_transitions_with_mass_outside_of_the_candidates(width: int) -> None:
+    frames, markov = token_frames(1, 5, 40, seed=4), markov_head(40, 5, scale=2.0)
+    transitions = transitions_between("stops and gaps", 1, 5)
+    tree = prefix_search(*frames, anchors(1), 16, width, 3, markov, transitions=transitions)
+    tree.check(40)
+    among = set(candidates(frames, 0, width).tolist())
+    everything = oracle(frames, 0, 4000, 3, markov, width, transitions)
+    expected = [(labels, score) for labels, score in everything if among.issuperset(labels)]
+    assert_same_nodes(nodes_of(tree, 0), expected[:16])
+
+
+def test_slots_are_the_best_products_of_frames() -> None:
+    """The cross-entropy twin: a node's score is the sum of its frames' log-probabilities, repeats included."""
+    logits, log_label, log_blank = token_frames(1, 4, 6, seed=2)
+    log_p = (logits + log_label[..., None])[0]
+    scores = {(u,): log_p[0, u].item() for u in range(6)}
+    for k in range(1, 4):
+        longest = {labels: score for labels, score in scores.items() if len(labels) == k}
+        scores |= {(*y, u): score + log_p[k, u].item() for y, score in longest.items() for u in range(6)}
+    expected = sorted(scores.items(), key=lambda node: -node[1])[:64]
+    slots = transitions_between("slots", 1, 4)
+    tree = prefix_search(logits, log_label, log_blank, anchors(1), 64, 6, 4, transitions=slots)
+    assert_same_nodes(nodes_of(tree, 0), expected, atol=5e-6)
+    assert any(a == b for labels, _ in expected for a, b in zip(labels, labels[1:]))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -116,23 +171,34 @@ def test_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lower_tok
     # One label and no blank: after the first label all mass stays with it.
     tree = prefix_search(*hard_frames("no blank, one label", 1, 12, 37), anchors(1), 9, 9, 9)
     assert nodes_of(tree, 0) == [((36,), 0.0)]
+    # Two slots of two tokens each.
+    frames, slots = (torch.full((1, 2, 2), 0.5).log(), torch.zeros(1, 2), half * torch.inf), torch.eye(3, 2)[None]
+    tree = prefix_search(*frames, anchors(1), 9, 9, 9, transitions=slots)
+    assert [labels for labels, _ in nodes_of(tree, 0)] == [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_no_child_outranks_its_parent() -> None:
-    tree = prefix_search(*certain_frames(6), anchors(1), 8, 6, 8)
-    tree.check(6)
-    assert nodes_of(tree, 0) == [(tuple(range(length)), 0.0) for length in range(1, 7)]
+    for transitions in (None, transitions_between("slots", 1, 6)):
+        tree = prefix_search(*certain_frames(6), anchors(1), 8, 6, 8, transitions=transitions)
+        tree.check(6)
+        assert nodes_of(tree, 0) == [(tuple(range(length)), 0.0) for length in range(1, 7)]
 
 
 @pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("lattice", [None, "spread", "slots"])
 @pytest.mark.parametrize("num_nodes, depth", [(4, 9), (9, 4), (16, 16)])
-def test_chain_rows_are_the_greedy_chain_and_others_the_tree(num_nodes: int, depth: int, rank: int) -> None:
+def test_chain_rows_are_the_greedy_chain_and_others_the_tree(
+    num_nodes: int, depth: int, lattice: str | None, rank: int
+) -> None:
     frames, markov = random_frames(4, 6, 40, seed=6), markov_head(40, rank)
+    if lattice is not None:
+        frames = token_frames(4, 6, 40, seed=6)
+    transitions = None if lattice is None else transitions_between(lattice, 4, 6)
     chain_only = torch.tensor([True, False, True, False])
-    mixed = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov, chain_only)
+    mixed = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov, chain_only, transitions)
     mixed.check(40)
-    tree = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov)
-    labels, lengths = prefix_chain(*frames, anchors(4), min(num_nodes, depth), markov)
+    tree = prefix_search(*frames, anchors(4), num_nodes, 40, depth, markov, transitions=transitions)
+    labels, lengths = prefix_chain(*frames, anchors(4), min(num_nodes, depth), markov, transitions=transitions)
     for row in range(4):
         if chain_only[row]:
             used = int(mixed.num_nodes[row])
@@ -183,9 +249,11 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
 def test_inputs_are_not_modified() -> None:
     frames, markov, anchor = realistic_frames(2, 12, 50, seed=9), markov_head(50, 5), anchors(2)
     chain_only = torch.tensor([False, True])
-    inputs = [*frames, *markov, anchor, chain_only]
+    transitions = transitions_between("spread", 2, 12)
+    inputs = [*frames, *markov, anchor, chain_only, transitions]
     before = [x.clone() for x in inputs]
     prefix_search(*frames, anchor, 16, 8, 6, markov, chain_only)
+    prefix_search(*frames, anchor, 16, 8, 6, markov, chain_only, transitions)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_reference, prefix_search_triton
 
-from .frames import HARD, anchors, from_odds, hard_frames, markov_head, random_frames
+from .frames import (
+    HARD,
+    TRANSITIONS,
+    anchors,
+    from_odds,
+    hard_frames,
+    markov_head,
+    random_frames,
+    token_frames,
+    transitions_between,
+)
 from .searches import assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
@@ -16,6 +26,7 @@ def assert_triton_equals_reference(
     device: str,
     markov: tuple[torch.Tensor, torch.Tensor] | None = None,
     chain_only: torch.Tensor | None = None,
+    transitions: torch.Tensor | None = None,
 ) -> None:
     batch, _, num_tokens = frames[0].shape
     trees = []
@@ -24,7 +35,8 @@ def assert_triton_equals_reference(
         chains = None if chain_only is None else chain_only.to(where)
         inputs = [x.to(where) for x in (*frames, anchors(batch))]
         before = [x.clone() for x in inputs]
-        tree = run(*inputs, num_nodes, width, depth, head, chains)
+        lattice = None if transitions is None else transitions.to(where)
+        tree = run(*inputs, num_nodes, width, depth, head, chains, lattice)
         torch.testing.assert_close(inputs, before, rtol=0, atol=0, equal_nan=True)
         tree.check(num_tokens)
         trees.append(tree)
@@ -58,6 +70,15 @@ def test_triton_for_any_shape(num_frames: int, num_nodes: int, width: int, depth
     assert_triton_equals_reference(frames, num_nodes, width, depth, triton_device, markov_head(50, 3))
 
 
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("num_frames, width", [(1, 20), (5, 3), (8, 20)])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_triton_with_transitions(name: str, num_frames: int, width: int, rank: int, triton_device: str) -> None:
+    frames, transitions = token_frames(3, num_frames, 20, seed=2), transitions_between(name, 3, num_frames)
+    chain_only, markov = torch.tensor([False, True, False]), markov_head(20, rank)
+    assert_triton_equals_reference(frames, 8, width, 5, triton_device, markov, chain_only, transitions)
+
+
 def test_triton_with_all_64_nodes(triton_device: str) -> None:
     frames = realistic_frames(1, 12, 500, seed=3)
     assert_triton_equals_reference(frames, 64, 64, 8, triton_device, markov_head(500, 64))
@@ -85,10 +106,15 @@ def test_triton_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lo
     inputs = (x.to(triton_device) for x in (logits, torch.zeros(1, 2), half, anchors(1)))
     tree = prefix_search_triton(*inputs, 9, 9, 9)
     assert [labels for labels, _ in nodes_of(tree, 0)] == [(0,), (1,), (0, 1), (1, 0)]
+    inputs = (logits * 0.5, torch.zeros(1, 2), half * torch.inf, anchors(1))  # two slots of two tokens each
+    slots = torch.eye(3, 2)[None].to(triton_device)
+    tree = prefix_search_triton(*(x.to(triton_device) for x in inputs), 9, 9, 9, transitions=slots)
+    assert [labels for labels, _ in nodes_of(tree, 0)] == [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_triton_no_child_outranks_its_parent(triton_device: str) -> None:
-    assert_triton_equals_reference(certain_frames(6), 8, 6, 8, triton_device)
+    for transitions in (None, transitions_between("slots", 1, 6)):
+        assert_triton_equals_reference(certain_frames(6), 8, 6, 8, triton_device, transitions=transitions)
 
 
 @pytest.mark.parametrize("odds", [-1.0, 1.5, 2.5, 18.0, 50.0])
@@ -104,6 +130,8 @@ def test_triton_frames_that_are_not_numbers_give_no_nodes(triton_device: str) ->
     log_label[1] = torch.nan
     for markov in (None, markov_head(9, 5)):
         assert_triton_equals_reference((logits, log_label, log_blank), 4, 3, 4, triton_device, markov)
+    transitions = transitions_between("spread", 4, 4).index_fill(0, torch.tensor([1]), torch.nan)
+    assert_triton_equals_reference(token_frames(4, 4, 9, seed=1), 4, 3, 4, triton_device, transitions=transitions)
     not_a_head = (torch.full((9, 5), torch.nan), torch.ones(9, 5))
     assert_triton_equals_reference(random_frames(1, 4, 9, seed=1), 4, 3, 4, triton_device, not_a_head)
 

@@ -1,0 +1,29 @@
+"""Drafters without a blank are lossless too: learned transitions between frames, and frame k as label k."""
+
+import pytest
+from vllm import SamplingParams
+
+from .conftest import DRAFTS
+from .ties import differences
+
+PROMPTS = ["Tom has 3 apples.", "?", "12 + 30 =", "Once there were seven dwarfs", "abcabcabcabcabc", "The end of"]
+GREEDY = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)] * len(PROMPTS)
+SEEDED = [SamplingParams(temperature=0.8, seed=n, max_tokens=60, ignore_eos=True) for n in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def plain(engine, tiny_pair):
+    return engine(tiny_pair.target, max_logprobs=-1)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("lattice", ["transitions", "slots"])
+def test_answers_are_those_without_drafter(lattice, draft, engine, lattice_pair, plain):
+    pair = lattice_pair(lattice)
+    llm = engine(pair.target, {"method": "ctc", "model": str(pair.drafter), **DRAFTS[draft]})
+    # A chain's rejection sampler keeps the law of a sample and not the dice.
+    for parameters in (GREEDY, SEEDED) if draft == "tree" else (GREEDY,):
+        llm.counters.clear()
+        expected, given = (one.generate(PROMPTS, parameters, use_tqdm=False) for one in (plain, llm))
+        assert differences(plain, parameters, expected, given) == []
+        assert 1.1 < llm.acceptance_length < 4
