@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_ctc_spec import cli
-from vllm_ctc_spec.training import loop
+from vllm_ctc_spec.training import run
 from vllm_ctc_spec.training.settings import TrainConfig
 
 from .training.tiny import make_target, write_rows
@@ -19,7 +19,7 @@ REQUIRED = ["train", "--target", "t", "--data", "d", "--output", "o"]
 def asked(monkeypatch):
     """What `train` would be called with."""
     calls = []
-    monkeypatch.setattr(loop, "train", lambda *args: calls.append(args) or "done")
+    monkeypatch.setattr(run, "train", lambda *args: calls.append(args) or "done")
     return calls
 
 
@@ -33,16 +33,52 @@ def test_defaults_are_those_of_the_settings(asked, capsys):
 
 
 CHANGED = {
-    "num_frames": 9, "num_labels": 6, "num_layers": 3, "markov_rank": 3, "loss": "ce", "steps": 7, "batch_size": 3,
-    "anchors": 5, "lr": 0.5, "seed": 4, "temperature": 0.7, "max_new_tokens": 11, "held_out": 13, "save_every": 17,
+    "loss": "ce", "lattice": "transitions", "num_frames": 9, "num_labels": 6, "num_layers": 3, "aux_layers": (1, 2),
+    "markov_rank": 3, "transition_rank": 5, "blank_share": 0.25, "tree_nodes": 16, "init": "other", "steps": 7,
+    "batch_size": 3, "accumulate": 2, "anchors": 5, "position_decay": 2.0, "optimizer": "adamw", "lr": 0.5, "warmup": 1,
+    "clip": 2.0, "seed": 4, "temperature": 0.7, "max_new_tokens": 11, "held_out": 13, "save_every": 17,
     "eval_every": 19, "dtype": "bf16",
 }  # fmt: skip
 
 
+def as_typed(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("target", "data")])
 def test_every_setting_has_an_option(name, asked):
-    assert cli.main([*REQUIRED, "--" + name.replace("_", "-"), str(CHANGED[name])]) == 0
-    assert asked[0][0] == TrainConfig(target="t", data="d", **{name: CHANGED[name]})
+    needed = {"transition_rank": {"lattice": "transitions"}}.get(name, {})  # what the setting is refused without
+    given = {name: CHANGED[name], **needed}
+    options = [part for key, value in given.items() for part in ("--" + key.replace("_", "-"), as_typed(value))]
+    assert cli.main([*REQUIRED, *options]) == 0
+    assert asked[0][0] == TrainConfig(target="t", data="d", **given) != TrainConfig(target="t", data="d", **needed)
+
+
+def test_a_configuration_file_gives_settings_and_the_command_line_wins(asked, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('target = "from-file"\ndata = "d"\nlr = 1\naux_layers = [1, 2]\nnum_labels = 4\n')
+    assert cli.main(["train", "--config", str(file), "--output", "o", "--target", "given", "--num-labels", "5"]) == 0
+    expected = TrainConfig(target="given", data="d", lr=1, aux_layers=(1, 2), num_labels=5)
+    assert asked[0][0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = 1", "unknown setting 'learning_rate'; the settings are target"),
+        ('steps = "many"', "steps must be"),
+        ("steps = true", "steps must be"),
+        ("steps =", "cannot be read"),
+        ("", "--target is missing"),
+        ('target = "t"', "--data is missing"),
+    ],
+)
+def test_a_bad_configuration_file_is_one_sentence(text, message, asked, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    assert cli.main(["train", "--config", str(file), "--output", "o"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not asked
 
 
 def test_folders_threads_and_overwrite(asked, monkeypatch):
@@ -70,6 +106,12 @@ def test_the_papers_loss_has_no_label_conditional_head(asked, capsys):
         (["--held-out", "-1"], "--held-out must be more than 0"),
         (["--temperature", "-1"], "--temperature must be 0"),
         (["--threads", "0"], "--threads must be 1 or more"),
+        (["--blank-share", "1"], "--blank-share must be between 0 and 1"),
+        (["--warmup", "-1"], "--warmup must be 0 or more"),
+        (["--accumulate", "3"], "--batch-size 8 cannot be split into --accumulate 3"),
+        (["--loss", "ce", "--lattice", "ctc"], "the cross-entropy twin is --loss ce with --lattice slots"),
+        (["--lattice", "slots"], "the cross-entropy twin is --loss ce with --lattice slots"),
+        (["--loss", "ctc", "--lattice", "transitions"], "which has no blank"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message, asked, capsys):
@@ -99,7 +141,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(run, "train", interrupted)
     assert cli.main(REQUIRED) == 130
     assert "the same command continues" in capsys.readouterr().err
 
@@ -112,7 +154,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "22 prompts for training, 2 held out." in shown
-    assert f'"model": "{output}", "num_speculative_tokens": 2' in shown
+    assert f'"model": "{output}"' in shown
     assert json.loads((output / "config.json").read_text())["num_frames"] == 4
     assert cli.main([*command, "--lr", "1"]) == 1
     assert "--lr 0.004 -> 1.0" in capsys.readouterr().err

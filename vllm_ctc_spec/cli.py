@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.config import LATTICES, DrafterConfigError
+from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 from vllm_ctc_spec.training.settings import (
     DTYPES,
     LOSS_NAMES,
@@ -54,11 +56,15 @@ TRAIN_HELP = {
 CHOICES = {"loss": LOSS_NAMES, "lattice": LATTICES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
 
 
-def layer_numbers(text: str) -> tuple[int, ...]:
+def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-ARGUMENT_TYPES = {"aux_layers": layer_numbers, "blank_share": float, "markov_rank": int, "transition_rank": int}
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+ARGUMENT_TYPES = {"aux_layers": whole_numbers, "blank_share": float, "markov_rank": int, "transition_rank": int}
 
 
 def add_train(commands) -> None:
@@ -86,20 +92,25 @@ def add_train(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option need no torch.
-    import torch
-
     from vllm_ctc_spec.training.checkpoint import RunPaths
     from vllm_ctc_spec.training.run import train
 
     given = vars(args)
     config = train_config(given)
-    if "threads" in given:
-        if args.threads < 1:
-            raise TrainingError(f"--threads must be 1 or more, not {args.threads}.")
-        torch.set_num_threads(args.threads)
+    set_threads(given.get("threads"))
     work = given.get("work", args.output / "work")
     paths = RunPaths(args.output, work, given.get("labels", work / "labels"))
     print(train(config, paths, given.get("overwrite", False)))
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise TrainingError(f"--threads must be 1 or more, not {threads}.")
+    torch.set_num_threads(threads)
 
 
 def train_config(given: dict[str, Any]) -> TrainConfig:
@@ -113,10 +124,100 @@ def train_config(given: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**settings)
 
 
+def add_data(commands) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="let the target answer prompts, for training",
+        description="Write a dataset of the target's own responses, by vLLM. Started again, it continues.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--target", required=True, metavar="DIR", help=TRAIN_HELP["target"])
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE.jsonl", help="rows with question, prompt, turns or messages"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
+    for name in ("max_new_tokens", "temperature", "seed", "held_out"):
+        default = getattr(TrainConfig, name)
+        help_text = "of sampled responses" if name == "seed" else TRAIN_HELP[name]
+        parser.add_argument(option(name), type=type(default), default=default, help=help_text)
+    parser.add_argument("--hidden-states", action="store_true", help="store what a drafter reads of the target too")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the target, as in `vllm serve`"
+    )
+    parser.add_argument("--ray", action="store_true", help="generate with Ray: one engine per worker")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (Ray on this machine if absent)")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="engines (one per GPU, or one, if absent)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset of other settings")
+    parser.set_defaults(run=run_data)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    # As in run_train: --help needs no torch.
+    from vllm_ctc_spec.training.vllm_data import DataConfig, generate_here, make_dataset
+
+    if not args.ray and (args.ray_address, args.num_workers) != (None, None):
+        raise TrainingError("--ray-address and --num-workers choose Ray's workers: add --ray.")
+    generate = generate_here
+    if args.ray:
+        from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray
+
+        generate = functools.partial(generate_with_ray, options=RayOptions(args.ray_address, args.num_workers))
+    config = DataConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DataConfig)})
+    print(make_dataset(config, args.overwrite, generate))
+
+
+EVAL_HELP = {
+    "num_prompts": "the first usable rows of the file; of a dataset, held-out examples chosen by --seed",
+    "nodes": "sizes of trees",
+    "seed": "of sampled responses",
+    "dtype": "of the target",
+}
+
+
+def add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="measure a drafter's acceptance length",
+        description="Measure the acceptance length that serving gets from a drafter, without a server.",
+    )
+    parser.add_argument("--target", required=True, metavar="DIR", help="Hugging Face folder of the target")
+    parser.add_argument("--drafter", required=True, metavar="DIR", help="folder that `vllm-ctc train` wrote")
+    parser.add_argument("--data", required=True, metavar="DATA", help=TRAIN_HELP["data"])
+    kinds = {"nodes": whole_numbers, "dtype": str}
+    for name, text in EVAL_HELP.items():
+        default = getattr(EvalConfig, name)
+        shown = ",".join(map(str, default)) if name == "nodes" else default
+        parser.add_argument(
+            option(name), type=kinds.get(name, int), default=default, choices=CHOICES.get(name),
+            help=f"{text} (default: {shown})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=numbers, metavar="0,1", help="of the target's responses (default: 0,1; of a dataset: 0)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, help=f"longest response of the target (default: {DEFAULT_MAX_NEW_TOKENS})"
+    )
+    parser.add_argument("--category", metavar="NAME", help="only the rows whose field `category` is this")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, versions and every prompt's numbers")
+    parser.set_defaults(run=run_eval, after_interrupt="nothing was written")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    config = EvalConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)})
+    set_threads(args.threads)
+    from vllm_ctc_spec.training.evaluate import evaluate  # as in run_train: --help needs no torch
+
+    print(evaluate(config, args.json))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-ctc", description="CTC drafters for vLLM's speculative decoding.")
+    parser.set_defaults(after_interrupt="the same command continues")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
+    add_data(commands)
+    add_eval(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -124,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vllm-ctc: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("vllm-ctc: interrupted; the same command continues.", file=sys.stderr)
+        print(f"vllm-ctc: interrupted; {args.after_interrupt}.", file=sys.stderr)
         return 130
     return 0
 

@@ -39,6 +39,12 @@ class Lattice(NamedTuple):
     blank_odds: Tensor | None = None  # [..., T]: P(blank) = sigmoid(blank_odds); lattice "ctc" only
     log_transitions: Tensor | None = None  # [..., 1 + T, T], NEG where t <= s; the other lattices only
 
+    def for_kernels(self, logsumexp: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """log_label, log_blank and transitions as `kernels/` take them, from the logits' logsumexp `[..., T]`."""
+        if self.blank_odds is None:
+            return -logsumexp, torch.full_like(logsumexp, -torch.inf), self.log_transitions.exp()
+        return F.logsigmoid(-self.blank_odds) - logsumexp, F.logsigmoid(self.blank_odds), None
+
 
 class Frames(NamedTuple):
     """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
@@ -142,6 +148,16 @@ class TransitionHead(nn.Module):
         return transition_log_probs(query, key, self.offset.float())
 
 
+def read_lattice(slots: Tensor, blank_head: nn.Linear | None, transition_head: TransitionHead | None) -> Lattice:
+    """Normalised hidden states `[..., 1 + T, H]` to the lattice of the head that is there, slots without one; fp32."""
+    if blank_head is not None:
+        return Lattice(blank_odds=blank_head(slots[..., 1:, :]).squeeze(-1).float())
+    if transition_head is not None:
+        return Lattice(log_transitions=transition_head(slots))
+    fixed = slot_transitions(slots.shape[-2] - 1, slots.device).log().clamp_min(NEG)
+    return Lattice(log_transitions=fixed.expand(*slots.shape[:-2], -1, -1))
+
+
 class CTCDrafter(nn.Module):
     """The drafter with the target's frozen embedding `[V, H]` and head `[V, H]`.
 
@@ -228,13 +244,8 @@ class CTCDrafter(nn.Module):
         return Frames(F.linear(slots[..., 1:, :], self.target_head), self.lattice(slots))
 
     def lattice(self, slots: Tensor) -> Lattice:
-        """The same without what needs the vocabulary; transitions are fp32."""
-        if self.blank_head is not None:
-            return Lattice(blank_odds=self.blank_head(slots[..., 1:, :]).squeeze(-1))
-        if self.transition_head is not None:
-            return Lattice(log_transitions=self.transition_head(slots))
-        fixed = slot_transitions(self.config.num_frames).to(slots.device).log().clamp_min(NEG)
-        return Lattice(log_transitions=fixed.expand(*slots.shape[:-2], -1, -1))
+        """The same without what needs the vocabulary."""
+        return read_lattice(slots, self.blank_head, self.transition_head)
 
     @property
     def markov_tables(self) -> tuple[Tensor, Tensor] | None:

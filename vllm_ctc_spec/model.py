@@ -13,8 +13,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
 
 from vllm_ctc_spec.config import DrafterConfigError
-from vllm_ctc_spec.ctc import NEG, slot_transitions
-from vllm_ctc_spec.drafter import Frames, Lattice, TransitionHead
+from vllm_ctc_spec.drafter import Frames, TransitionHead, read_lattice
 
 
 class MarkovTables(nn.Module):
@@ -67,12 +66,7 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
         lattice in fp32."""
         hidden = slots[:, 1:]
         logits = self.compute_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        if self.model.blank_head is not None:
-            return Frames(logits, Lattice(blank_odds=self.model.blank_head(hidden).squeeze(-1).float()))
-        if self.model.transition_head is not None:
-            return Frames(logits, Lattice(log_transitions=self.model.transition_head(slots)))
-        fixed = slot_transitions(hidden.shape[1], slots.device).log().clamp_min(NEG)
-        return Frames(logits, Lattice(log_transitions=fixed.expand(len(slots), -1, -1)))
+        return Frames(logits, read_lattice(slots, self.model.blank_head, self.model.transition_head))
 
     @property
     def markov_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:

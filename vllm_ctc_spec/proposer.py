@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -115,14 +114,9 @@ class CTCProposer(DFlashSpeculator):
         )
         num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
         slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
-        logits, (blank_odds, log_transitions) = self.model.compute_frames(slots)
+        logits, lattice = self.model.compute_frames(slots)
         logsumexp, best, best_logit = frame_stats(logits)
-        if blank_odds is None:
-            log_label, log_blank = -logsumexp, torch.full_like(logsumexp, -torch.inf)
-            transitions = log_transitions.exp()
-        else:
-            log_label, log_blank = logsigmoid(-blank_odds) - logsumexp, logsigmoid(blank_odds)
-            transitions = None
+        log_label, log_blank, transitions = lattice.for_kernels(logsumexp)
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         if self.trees is not None:
             requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]

@@ -156,7 +156,8 @@ def test_gradients(name, lattice, with_bias):
         if lattice == "transitions":  # an impossible step stays one when the checker moves it
             lattice_part = torch.where(possible, lattice_part, ctc.NEG)
         parts = {learned[0]: lattice_part} if learned else {"log_transitions": steps}
-        return evaluate(name, Frames(logits, Lattice(**parts)), labels, valid, table, torch.tensor([0, 1, 2])).loss.sum()
+        moved = Frames(logits, Lattice(**parts))
+        return evaluate(name, moved, labels, valid, table, torch.tensor([0, 1, 2])).loss.sum()
 
     table = TABLE.clone().requires_grad_() if with_bias else None
     if not learned:

@@ -18,8 +18,8 @@ from vllm_ctc_spec.training import checkpoint, generate
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
-from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.run import drafter_shape, train
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError

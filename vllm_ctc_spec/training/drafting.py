@@ -4,7 +4,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
@@ -35,13 +34,8 @@ class Drafting:
 
     def _kernel_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, tuple | Tensor | None]]:
         """logits, log_label, log_blank, anchor, and what is optional."""
-        logits, (blank_odds, log_transitions) = self.frames
-        log_label = -torch.logsumexp(logits, -1)
-        if blank_odds is None:
-            log_blank, transitions = torch.full_like(log_label, -torch.inf), log_transitions.exp()
-        else:
-            log_label = log_label + logsigmoid(-blank_odds)
-            log_blank, transitions = logsigmoid(blank_odds), None
+        logits, lattice = self.frames
+        log_label, log_blank, transitions = lattice.for_kernels(torch.logsumexp(logits, -1))
         return (logits, log_label, log_blank, self.anchors), {
             "markov": self.drafter.markov_tables,
             "transitions": transitions,
@@ -53,7 +47,7 @@ class Drafting:
         return prefix_chain(*frames, self.labels.shape[1], **options)[0]
 
     def tree(self, num_nodes: int) -> DraftTree:
-        """The `num_nodes` most probable prefixes of at most U labels; its first K rows are the best tree of K."""
+        """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
         frames, options = self._kernel_arguments()
         return prefix_search(*frames, num_nodes, num_nodes, self.labels.shape[1], **options)
 
@@ -75,9 +69,9 @@ class Drafting:
         """Labels that the target says too, of the greedy chain: `[N]`."""
         return ((self.chain() == self.labels) & self.valid).cumprod(1).sum(1)
 
-    def accepted_by_trees(self, sizes: list[int]) -> dict[int, Tensor]:
-        """Depth that the target's labels reach in the tree of each size, `[N]`."""
-        tree = self.tree(max(sizes))
+    def accepted_by_tree(self, num_nodes: int) -> Tensor:
+        """Depth that the target's labels reach in the tree, `[N]`."""
+        tree = self.tree(num_nodes)
         on_path = torch.zeros_like(tree.tokens, dtype=torch.bool)
         on_path[:, 0] = True
         reached = torch.zeros_like(tree.depths)
@@ -88,5 +82,4 @@ class Drafting:
             said = self.labels.gather(1, label)[:, 0] == tree.tokens[:, row]
             on_path[:, row] = there & said & self.valid.gather(1, label)[:, 0]
             reached[:, row] = torch.where(on_path[:, row], tree.depths[:, row], 0)
-        deepest = reached.cummax(1).values
-        return {size: deepest[:, size] for size in sizes}
+        return reached.amax(1)

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vllm_ctc_spec.ctc import NEG, LabelForward, label_forward, transition_forward
+from vllm_ctc_spec.ctc import MIN_LOG_GAP, NEG, LabelForward, label_forward, transition_forward
 from vllm_ctc_spec.drafter import Lattice
 from vllm_ctc_spec.training.vocabulary import LabelScores
 
 DECAY = 4.0
-MIN_LOG_GAP = -1e-6
-"""1 - exp(x) of a smaller difference x is rounding noise in fp32, and its logarithm's gradient explodes."""
 
 
 class RowLoss(NamedTuple):
