@@ -37,7 +37,7 @@ def test_save_and_load_give_the_same_frames(drafter, weights, tmp_path):
     loaded = CTCDrafter.load(tmp_path, *weights)
     a, b = drafter(*inputs()), loaded(*inputs())
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0)
-    torch.testing.assert_close(a.lattice.blank_odds, b.blank_odds, rtol=0, atol=0)
+    torch.testing.assert_close(a.lattice.blank_odds, b.lattice.blank_odds, rtol=0, atol=0)
     assert not any("target" in name for name in drafter.state_dict())
 
 
