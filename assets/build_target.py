@@ -76,19 +76,20 @@ def batches(rows: list[list[int]], tokens_per_batch: int, rng: random.Random) ->
     return out
 
 
-def collate(batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(batch: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, batch))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
-    labels = torch.tensor([row + [IGNORE] * (width - len(row)) for row in batch])
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)
+    labels = torch.tensor([row + [IGNORE] * (width - len(row)) for row in batch], device=device)
     return ids, labels
 
 
 def loss_sum(model, batch) -> tuple[torch.Tensor, int]:
     """Next-token cross-entropy summed over the batch, and the number of tokens in the sum."""
-    ids, labels = collate(batch)
-    logits = model(input_ids=ids).logits[:, :-1]
+    ids, labels = collate(batch, model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        logits = model(input_ids=ids).logits[:, :-1].float()
     loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss, int((labels[:, 1:] != IGNORE).sum())
+    return loss, sum(len(row) - 1 for row in batch)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
     parameters = sum(p.numel() for p in model.parameters())
     optimizers = make_optimizers(model, args.lr)
 

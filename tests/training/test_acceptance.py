@@ -135,7 +135,7 @@ def test_a_tree_is_followed_as_deep_as_it_holds_the_labels(make_drafter, monkeyp
         return DraftTree(*(getattr(tree, field.name)[:, : 1 + num_nodes] for field in dataclasses.fields(tree)))
 
     monkeypatch.setattr(Drafting, "tree", first_rows)
-    assert [int(drafting.accepted_by_tree(size)[0]) for size in (1, 2, 3, 4, 5)] == [0, 1, 1, 2, 2]
+    assert [int(drafting.accepted_in(drafting.tree(size))[0]) for size in (1, 2, 3, 4, 5)] == [0, 1, 1, 2, 2]
 
 
 def test_a_token_past_the_end_is_not_accepted(make_drafter, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_token_past_the_end_is_not_accepted(make_drafter, monkeypatch):
     assert not drafting.valid[-1, 1]
     said = drafting.labels.clone()  # all of them right, and zeros behind the end
     monkeypatch.setattr(Drafting, "chain", lambda self: said)
-    assert drafting.accepted_by_chain().tolist() == drafting.valid.sum(1).tolist()
+    assert drafting.accepted(drafting.chain()).tolist() == drafting.valid.sum(1).tolist()
 
 
 @pytest.mark.parametrize("at_once", [4, 64])
@@ -179,11 +179,12 @@ def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_draft
             steps += 1
         return steps
 
-    chain_steps = loop(lambda drafting: int(drafting.accepted_by_chain()))
+    chain_steps = loop(lambda drafting: int(drafting.accepted(drafting.chain())))
     assert measure_chain(drafter, features, [EXAMPLE]).steps == [chain_steps]
     measured = measure_trees(drafter, features, [EXAMPLE], [4, 16])
     for size in (4, 16):
-        assert measured[size].steps == [loop(lambda drafting, size=size: int(drafting.accepted_by_tree(size)))]
+        in_tree = lambda drafting, size=size: int(drafting.accepted_in(drafting.tree(size)))  # noqa: E731
+        assert measured[size].steps == [loop(in_tree)]
 
 
 def test_sampled_chains_are_accepted_by_the_ratio_of_the_laws(make_drafter):

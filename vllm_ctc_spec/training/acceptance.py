@@ -95,7 +95,7 @@ def measure_chain(drafter: CTCDrafter, features: Features, examples: Sequence[Ex
     """Greedy chains of U labels."""
     tokens, steps = [], []
     for _, parts in draft_everywhere(drafter, features, examples):
-        accepted = torch.cat([part.accepted_by_chain() for part in parts]).tolist()
+        accepted = torch.cat([part.accepted(part.chain()) for part in parts]).tolist()
         tokens.append(len(accepted))
         steps.append(walk(accepted))
     return Acceptance(tokens, steps)
@@ -111,7 +111,7 @@ def measure_trees(
     measured: dict[int, Acceptance] = {size: Acceptance([], []) for size in sizes}
     for _, parts in draft_everywhere(drafter, features, examples):
         for size in sizes:
-            accepted = torch.cat([part.accepted_by_tree(size) for part in parts]).tolist()
+            accepted = torch.cat([part.accepted_in(part.tree(size)) for part in parts]).tolist()
             measured[size].tokens.append(len(accepted))
             measured[size].steps.append(walk(accepted))
     return measured

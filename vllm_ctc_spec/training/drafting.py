@@ -65,13 +65,12 @@ class Drafting:
         law = log_labels(lattice, scores, self.labels, self.valid)
         return law.given_going_on.masked_fill(~law.counted, -torch.inf)
 
-    def accepted_by_chain(self) -> Tensor:
-        """Labels that the target says too, of the greedy chain: `[N]`."""
-        return ((self.chain() == self.labels) & self.valid).cumprod(1).sum(1)
+    def accepted(self, chain: Tensor) -> Tensor:
+        """Labels of a chain `[N, U]` that the target says too: `[N]`."""
+        return ((chain == self.labels) & self.valid).cumprod(1).sum(1)
 
-    def accepted_by_tree(self, num_nodes: int) -> Tensor:
+    def accepted_in(self, tree: DraftTree) -> Tensor:
         """Depth that the target's labels reach in the tree, `[N]`."""
-        tree = self.tree(num_nodes)
         on_path = torch.zeros_like(tree.tokens, dtype=torch.bool)
         on_path[:, 0] = True
         reached = torch.zeros_like(tree.depths)

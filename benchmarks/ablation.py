@@ -1,0 +1,290 @@
+"""The ablation: drafters of one size, on the same data, for the same steps, that differ in loss, lattice or heads.
+
+    vllm-ctc data --target assets/target --prompts gsm8k_train.jsonl --output dataset --hidden-states
+    python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl
+
+Every run is kept in the work folder and repeated by none: started again, or beside itself with other seeds or methods,
+the program adds what is missing and writes the table of all that is there (OUTPUT.json, OUTPUT.md, OUTPUT.png).
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from pair import RESULTS, TARGET
+from report import processor
+from torch import Tensor
+from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
+
+from vllm_ctc_spec.config import DrafterConfigError
+from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training.acceptance import (
+    Acceptance,
+    draft_everywhere,
+    measure_chain,
+    measure_sampled_chain,
+    measure_trees,
+    walk,
+)
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.dataset import Example
+from vllm_ctc_spec.training.drafting import Drafting
+from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.evaluate import read_eval_prompts, respond, response_log_probs
+from vllm_ctc_spec.training.features import Features, in_process
+from vllm_ctc_spec.training.run import train
+from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
+from vllm_ctc_spec.training.target import Target, TargetText
+
+METHODS: dict[str, dict] = {
+    "CE (DFlash-like), 8 slots": {"loss": "ce", "markov_rank": 0, "num_frames": 8},
+    "CE (DFlash-like), 16 slots": {"loss": "ce", "markov_rank": 0, "num_frames": 16},
+    "CE + label-conditional (DSpark-like), 8 slots": {"loss": "ce", "num_frames": 8},
+    "CE + label-conditional (DSpark-like), 16 slots": {"loss": "ce", "num_frames": 16},
+    "CTC as published, 12 frames": {"loss": "ctc", "num_frames": 12},
+    "CTC prefix, 12 frames": {"markov_rank": 0, "num_frames": 12},
+    "CTC prefix + label-conditional, 12 frames": {"num_frames": 12},
+    "CTC prefix + label-conditional, 16 frames": {"num_frames": 16},
+    "transitions + label-conditional, 16 frames": {"lattice": "transitions", "num_frames": 16},
+}
+SIZES = (8, 16, 32, 64)
+OURS, TWIN = "transitions + label-conditional, 16 frames", "CE + label-conditional (DSpark-like), 16 slots"
+SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 24, "dtype": "bf16", "features": "stored"}
+
+
+def slug(method: str, seed: int) -> str:
+    return "".join(c if c.isalnum() else "-" for c in method.lower()) + f"-seed-{seed}"
+
+
+def published_chain(drafting: Drafting) -> Tensor:
+    """The paper's chain: the best symbol of every frame, collapsed. [N, U]"""
+    logits, lattice = drafting.frames
+    log_label, log_blank, _ = lattice.for_kernels(torch.logsumexp(logits, -1))
+    best, token = logits.max(-1)
+    alignment = torch.where(log_blank > best + log_label, logits.shape[-1], token)
+    return collapse(alignment, logits.shape[-1], drafting.anchors, drafting.labels.shape[1])[0]
+
+
+def published_tree(drafting: Drafting, num_nodes: int) -> DraftTree:
+    """The paper's tree: the best alignments of the frames' best symbols, collapsed."""
+    logits, lattice = drafting.frames
+    log_label, log_blank, _ = lattice.for_kernels(torch.logsumexp(logits, -1))
+    depth = drafting.labels.shape[1]
+    return ctc_transform(logits, log_label, log_blank, drafting.anchors, num_nodes, num_nodes, depth)
+
+
+@torch.no_grad()
+def measure_published(drafter: CTCDrafter, features: Features, examples: Sequence[Example]) -> dict[str, Acceptance]:
+    """Drafts as the paper makes them: arg-max frames, and its transform of a token tree."""
+    found: dict[str, Acceptance] = {"arg-max chain": Acceptance([], [])}
+    found |= {f"transform {size}": Acceptance([], []) for size in SIZES}
+    for _, parts in draft_everywhere(drafter, features, examples):
+        depths = {"arg-max chain": [p.accepted(published_chain(p)) for p in parts]}
+        for size in SIZES:
+            depths[f"transform {size}"] = [p.accepted_in(published_tree(p, size)) for p in parts]
+        for name, accepted in depths.items():
+            every = torch.cat(accepted).tolist()
+            found[name].tokens.append(len(every))
+            found[name].steps.append(walk(every))
+    return found
+
+
+class Bench:
+    """The target, and its responses to the prompts of each test set, which all drafters share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.target = Target.load(str(args.target), torch.device("cpu"), torch.float32)
+        self.sets = {"GSM8K test": (args.prompts, None, args.num_prompts)}
+        if args.spec_bench:
+            for category in ("math_reasoning", "qa"):
+                self.sets[f"Spec-Bench {category}"] = (args.spec_bench, category, args.num_prompts // 2)
+
+    def responses(self, name: str, temperature: float) -> list[Example]:
+        path = self.args.work / "responses" / f"{slug(name, int(temperature))}.json"
+        if not path.is_file():
+            data, category, count = self.sets[name]
+            config = EvalConfig(
+                str(self.args.target), "", str(data), num_prompts=count, category=category, temperature=(temperature,)
+            )
+            prompts = read_eval_prompts(config, TargetText.load(str(self.args.target))).prompts
+            rows = [[e.prompt, e.response] for e in respond(self.target, prompts, config, temperature)]
+            write(path, rows)
+        return [Example(*row) for row in json.loads(path.read_text())]
+
+    def train(self, method: str, seed: int) -> CTCDrafter:
+        folder = self.args.work / slug(method, seed)
+        config = TrainConfig(
+            target=str(self.args.target), data=str(self.args.data), seed=seed, steps=self.args.steps,
+            eval_every=self.args.steps, **{**SHARED, **METHODS[method]},
+        )  # fmt: skip
+        print(train(config, RunPaths(folder, folder / "work", folder / "labels"), overwrite=False))
+        return CTCDrafter.load(folder, self.target.embedding, self.target.head)
+
+    def measure(self, drafter: CTCDrafter) -> dict[str, dict]:
+        """By test set, then by drafts."""
+        features = in_process(self.target, drafter.config.aux_hidden_state_layer_ids)
+        results: dict[str, dict] = {}
+        for name in self.sets:
+            examples = self.responses(name, 0.0)
+            found = {"chain": measure_chain(drafter, features, examples)}
+            found |= {f"tree {n}": a for n, a in measure_trees(drafter, features, examples, SIZES).items()}
+            if name == "GSM8K test":
+                sampled = self.responses(name, 1.0)
+                found["chain at temperature 1"] = measure_sampled_chain(
+                    drafter, features, sampled, partial(response_log_probs, self.target)
+                )
+            if drafter.config.lattice == "ctc" and drafter.markov_head is None:
+                found |= measure_published(drafter, features, examples)
+            results[name] = {drafts: asdict(acceptance) for drafts, acceptance in found.items()}
+        return results
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    for seed in args.seeds:
+        for method in args.methods:
+            result = args.work / "results" / f"{slug(method, seed)}.json"
+            if result.is_file():
+                continue
+            drafter = bench.train(method, seed)
+            write(result, {"method": method, "seed": seed, "steps": args.steps, "sets": bench.measure(drafter)})
+            print(f"==> {method}, seed {seed}: done", flush=True)
+
+
+Lengths = dict[tuple[str, str, str], list[float]]
+"""(method, test set, drafts) to the acceptance length of each seed."""
+
+
+def collect(work: Path) -> Lengths:
+    lengths: Lengths = {}
+    order = {method: i for i, method in enumerate(METHODS)}
+    results = [json.loads(path.read_text()) for path in (work / "results").glob("*.json")]
+    for result in sorted(results, key=lambda r: (order.get(r["method"], len(order)), r["seed"])):
+        for test_set, drafts in result["sets"].items():
+            for name, acceptance in drafts.items():
+                key = (result["method"], test_set, name)
+                lengths.setdefault(key, []).append(Acceptance(**acceptance).length)
+    return lengths
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean over seeds, and half the range."""
+    return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def table(lengths: Lengths, test_set: str) -> list[str]:
+    drafts = list(dict.fromkeys(name for _, where, name in lengths if where == test_set))
+    columns = [name for name in drafts if not name.startswith(("arg-max", "transform"))]
+    lines = ["| drafter | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for method in dict.fromkeys(method for method, where, _ in lengths if where == test_set):
+        cells = [lengths.get((method, test_set, name)) for name in columns]
+        lines.append(f"| {method} | " + " | ".join(mean_and_spread(c) if c else "" for c in cells) + " |")
+        own = [lengths.get((method, test_set, "arg-max chain"))]
+        own += [lengths.get((method, test_set, f"transform {size}")) for size in SIZES]
+        if own[0]:
+            own += [None] * (len(columns) - len(own))
+            text = " | ".join(mean_and_spread(c) if c else "" for c in own)
+            lines.append(f"| the same, drafted as in the paper | {text} |")
+    return lines
+
+
+def plot(lengths: Lengths, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    drafts = ["chain", *(f"tree {size}" for size in SIZES)]
+    for method in dict.fromkeys(method for method, where, _ in lengths if where == "GSM8K test"):
+        seeds = [lengths[method, "GSM8K test", name] for name in drafts]
+        line = axes.plot(drafts, [statistics.mean(s) for s in seeds], marker="o", label=method)[0]
+        axes.fill_between(drafts, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.15)
+    axes.set_ylabel("acceptance length, GSM8K test, greedy")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def header(args: argparse.Namespace) -> list[str]:
+    results = [json.loads(path.read_text()) for path in (args.work / "results").glob("*.json")]
+    seeds, steps = (sorted({result[field] for result in results}) for field in ("seed", "steps"))
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/ablation.py", *words])
+    shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
+    return [
+        f"Drafters for {args.target.name}, trained from scratch for {' or '.join(map(str, steps))} steps on the same "
+        f"data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds "
+        f"{', '.join(map(str, seeds))} ± half their range. Tokens per target forward, the target's own included; "
+        f"greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
+        "sampled from the exact q, in expectation.",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. `{command}`",
+    ]
+
+
+def report(args: argparse.Namespace) -> None:
+    lengths = collect(args.work)
+    if not lengths:
+        raise SystemExit("error: there is no result yet.")
+    lines = ["# Ablation: acceptance length by loss, lattice and head", "", *header(args), ""]
+    for test_set in dict.fromkeys(where for _, where, _ in lengths):
+        lines += [f"## {test_set}", "", *table(lengths, test_set), ""]
+        pair = [lengths.get((method, test_set, "chain")) for method in (OURS, TWIN)]
+        if all(pair):
+            ratio = statistics.mean(pair[0]) / statistics.mean(pair[1])
+            lines += [f"Chain of the last row against the DSpark-like twin with as many slots: {ratio:.3f}.", ""]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    rows = [{"method": m, "set": s, "drafts": d, "lengths": v} for (m, s, d), v in lengths.items()]
+    write(args.output.with_suffix(".json"), rows)
+    plot(lengths, args.output.with_suffix(".png"))
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--data", type=Path, help="dataset with hidden states; without it only the table is made")
+    parser.add_argument("--prompts", type=Path, help="jsonl of test prompts")
+    parser.add_argument("--spec-bench", type=Path, help="jsonl of Spec-Bench; two of its categories are measured too")
+    parser.add_argument("--work", type=Path, default=Path("build/ablation"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "ablation")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--num-prompts", type=int, default=100, help="of the first test set, half of it of the others")
+    args = parser.parse_args()
+    if not math.isfinite(args.steps) or args.steps < 1:
+        parser.error("--steps must be 1 or more")
+    try:
+        if args.data is not None:
+            run(args)
+        report(args)
+    except (TrainingError, DrafterConfigError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
