@@ -39,7 +39,7 @@ lint: install  ## check the style
 	$(BIN)/ruff check .
 
 lock: $(STAMPS)/venv  ## regenerate requirements/cpu.lock from cpu.in and cpu.overrides
-	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(BIN)/uv; }); cd requirements; \
+	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(CURDIR)/$(BIN)/uv; }); cd requirements; \
 	"$$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --no-emit-package torch --no-emit-package torchvision \
 	    --no-emit-package torchaudio --no-emit-package torchcodec \

@@ -27,8 +27,9 @@ setup(
     install_requires=["numba", "rich", "tqdm"],
     extras_require={
         "bench": ["matplotlib"],
-        "ray": ["ray"],
+        "ray": ["ray[data,train]"],
         "test": ["pytest>=8", "pytest-timeout"],
+        "train": ["tensorboard"],
     },
     entry_points={
         "vllm.general_plugins": ["ctc = vllm_ctc_spec.plugin:register"],
