@@ -51,18 +51,18 @@ from vllm_ctc_spec.training.target import Target, TargetText
 
 METHODS: dict[str, dict] = {
     "CE (DFlash-like), 8 slots": {"loss": "ce", "markov_rank": 0, "num_frames": 8},
-    "CE (DFlash-like), 16 slots": {"loss": "ce", "markov_rank": 0, "num_frames": 16},
     "CE + label-conditional (DSpark-like), 8 slots": {"loss": "ce", "num_frames": 8},
-    "CE + label-conditional (DSpark-like), 16 slots": {"loss": "ce", "num_frames": 16},
+    "CE + label-conditional (DSpark-like), 32 slots": {"loss": "ce", "num_frames": 32},
     "CTC as published, 12 frames": {"loss": "ctc", "num_frames": 12},
     "CTC prefix, 12 frames": {"markov_rank": 0, "num_frames": 12},
     "CTC prefix + label-conditional, 12 frames": {"num_frames": 12},
-    "CTC prefix + label-conditional, 16 frames": {"num_frames": 16},
-    "transitions + label-conditional, 16 frames": {"lattice": "transitions", "num_frames": 16},
+    "CTC prefix + label-conditional, 32 frames": {"num_frames": 32},
+    "transitions + label-conditional, 12 frames": {"lattice": "transitions", "num_frames": 12},
+    "transitions + label-conditional, 32 frames": {"lattice": "transitions", "num_frames": 32},
 }
 SIZES = (8, 16, 32, 64)
-OURS, TWIN = "transitions + label-conditional, 16 frames", "CE + label-conditional (DSpark-like), 16 slots"
-SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 24, "dtype": "bf16", "features": "stored"}
+OURS, TWIN = "transitions + label-conditional, 32 frames", "CE + label-conditional (DSpark-like), 32 slots"
+SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
 
 
 def slug(method: str, seed: int) -> str:
@@ -271,10 +271,10 @@ def main() -> None:
     parser.add_argument("--spec-bench", type=Path, help="jsonl of Spec-Bench; two of its categories are measured too")
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
     parser.add_argument("--output", type=Path, default=RESULTS / "ablation")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--num-prompts", type=int, default=100, help="of the first test set, half of it of the others")
+    parser.add_argument("--num-prompts", type=int, default=60, help="of the first test set, half of it of the others")
     args = parser.parse_args()
     if not math.isfinite(args.steps) or args.steps < 1:
         parser.error("--steps must be 1 or more")

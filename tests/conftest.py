@@ -12,6 +12,8 @@ QUIET_CPU_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local Ray listens on the loopback interface only
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 for name, value in QUIET_CPU_ENVIRONMENT.items():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from vllm_ctc_spec.training import generate
+from vllm_ctc_spec.training import dataset, generate
 from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.generate import decode, make_labels
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
@@ -57,7 +57,7 @@ def labels(target, folder, overwrite=False, **settings):
 
 
 def test_a_rerun_decodes_only_the_missing_shards(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "SHARD_ROWS", 2)
+    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 2)
     first = labels(target, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
         "held-out-00000.jsonl", "train-00000.jsonl", "train-00001.jsonl",
@@ -79,11 +79,15 @@ def test_labels_of_other_settings_are_refused_then_replaced(target, tmp_path):
 
 
 def test_labels_of_a_retrained_target_are_refused(target, tmp_path):
-    labels(target, tmp_path)
+    config = dataclasses.replace(CONFIG, target=str(tmp_path / "target"))
+    prompts = Prompts(PROMPTS[:4], PROMPTS[4:], 0, 0)
+    target.model.save_pretrained(config.target)
+    make_labels(config, target, prompts, tmp_path / "labels", overwrite=False)
     with torch.no_grad():
         target.model.model.layers[1].mlp.up_proj.weight += 0.1
+    target.model.save_pretrained(config.target)
     with pytest.raises(TrainingError, match="--target-weights"):
-        labels(target, tmp_path)
+        make_labels(config, target, prompts, tmp_path / "labels", overwrite=False)
 
 
 def test_held_out_responses_are_greedy_at_any_temperature(target, tmp_path):

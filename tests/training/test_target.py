@@ -1,5 +1,7 @@
 """Loading the target, and the hidden states that the drafter is trained on."""
 
+import json
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -39,6 +41,15 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, target_folder):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainingError, match="cannot be loaded"):
         load(tmp_path)
+
+
+def test_a_contradictory_configuration_is_refused(tmp_path):
+    folder = make_target(tmp_path)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "num_attention_heads": 3}))
+    with pytest.raises(TrainingError, match="cannot be loaded") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_target_whose_layers_cannot_be_read_is_refused(tmp_path):

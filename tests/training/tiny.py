@@ -14,7 +14,8 @@ TEMPLATE = (
 )
 
 
-def make_target(folder: Path, template: str | None = TEMPLATE) -> Path:
+def make_target(folder: Path, template: str | None = TEMPLATE, head_dim: int = 16) -> Path:
+    """vLLM's attention on a CPU needs a `head_dim` of 32 or more."""
     vocabulary = {token: i for i, token in enumerate(["<p>", "<u>", "<a>", "<e>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<p>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -25,8 +26,8 @@ def make_target(folder: Path, template: str | None = TEMPLATE) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=vocabulary["<e>"], pad_token_id=vocabulary["<p>"],
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=64, tie_word_embeddings=True,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=vocabulary["<e>"], pad_token_id=vocabulary["<p>"],
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.generation_config.update(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.training.settings import TrainingError
-from vllm_ctc_spec.training.target import Target
+from vllm_ctc_spec.training.target import Target, TargetText
 
 Messages = list[dict[str, str]]
 
@@ -48,12 +48,17 @@ class Prompts:
     too_long: int  # rows that leave no room for a response in the target's positions
 
     def report(self) -> str:
-        text = f"{len(self.train)} prompts for training, {len(self.held_out)} held out"
-        if self.unusable:
-            text += f"; {self.unusable} rows skipped: none of the fields {', '.join(PROMPT_FIELDS)}"
-        if self.too_long:
-            text += f"; {self.too_long} rows skipped: longer than the target's positions"
-        return text + "."
+        prompts = f"{len(self.train)} prompts for training, {len(self.held_out)} held out"
+        return prompts + skipped_rows(self.unusable, self.too_long) + "."
+
+
+def skipped_rows(unusable: int, too_long: int) -> str:
+    text = ""
+    if unusable:
+        text += f"; {unusable} rows skipped: none of the fields {', '.join(PROMPT_FIELDS)}"
+    if too_long:
+        text += f"; {too_long} rows skipped: longer than the target's positions"
+    return text
 
 
 def parse_row(line: str) -> Messages | None:
@@ -66,23 +71,31 @@ def parse_row(line: str) -> Messages | None:
     return next((found for name, read in PROMPT_FIELDS.items() if (found := read(row.get(name)))), None)
 
 
-def read_prompts(path: str, target: Target, max_new_tokens: int, held_out: int) -> Prompts:
-    """Prompts of `path`; the last `held_out` usable rows, at most a tenth of them, are never trained on."""
+def read_lines(path: str) -> list[str]:
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"The data file {path} cannot be read ({error}).") from error
-    dialogues = [parse_row(line) for line in lines]
-    usable = [messages for messages in dialogues if messages]
+
+
+def encode(dialogues: Sequence[Messages], target: Target | TargetText, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of the dialogues that leave room for a response in the target's positions."""
     encoded = [
         target.tokenizer(
             target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
             add_special_tokens=False,
         ).input_ids
-        for messages in usable
+        for messages in dialogues
     ]
     room = target.max_length - min(max_new_tokens, target.max_length // 2)
-    rows = [ids for ids in encoded if 0 < len(ids) <= room]
+    return [ids for ids in encoded if 0 < len(ids) <= room]
+
+
+def read_prompts(path: str, target: Target | TargetText, max_new_tokens: int, held_out: int) -> Prompts:
+    """Prompts of `path`; the last `held_out` usable rows, at most a tenth of them, are never trained on."""
+    lines = read_lines(path)
+    usable = [messages for line in lines if (messages := parse_row(line))]
+    rows = encode(usable, target, max_new_tokens)
     if len(rows) < 2:
         raise TrainingError(
             f"{path} has {len(rows)} usable rows of {len(lines)}, and training needs two or more; each row needs one "

@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.dataset import Example, stored_states
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
 
 Features = Callable[[Sequence[Example], Tensor], Tensor]
 """Examples and their token ids [B, S], padded on the right, to auxiliary hidden states [B, S, A * H], fp32."""
+
+
+def stored(layer_ids: tuple[int, ...]) -> Features:
+    return lambda examples, token_ids: stored_states(examples, layer_ids).to(token_ids.device)
 
 
 def in_process(target: Target, layer_ids: tuple[int, ...]) -> Features:

@@ -1,40 +1,25 @@
-"""Labels by the target itself: batched decoding with a cache, in shards that a rerun continues."""
+"""Responses by the target in this process: batched decoding with a cache, for a machine without vLLM's help."""
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.settings import (
-    TrainConfig,
-    TrainingError,
-    differing_settings,
-    record_settings,
-    write_atomically,
+from vllm_ctc_spec.training.dataset import (
+    Example,
+    Shard,
+    dataset_settings,
+    plan_shards,
+    read_examples,
+    write_responses,
 )
+from vllm_ctc_spec.training.settings import TrainConfig
 from vllm_ctc_spec.training.target import Target
 
-SHARD_ROWS = 128  # prompts decoded and written together: what a kill can lose
 CACHE_BLOCK = 64  # tokens by which a layer's cache grows
-SETTINGS_NAME = "settings.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """Token ids of one prompt and of the target's response, its end token included."""
-
-    prompt: list[int]
-    response: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
 
 
 class BlockLayer(DynamicLayer):
@@ -107,61 +92,16 @@ def decode(
     return responses
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Tells a target retrained in the same folder: the first values of every parameter."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def label_settings(config: TrainConfig, target: Target, prompts: Prompts) -> dict:
-    rows = json.dumps([prompts.train, prompts.held_out]).encode()
-    return {
-        "prompts": hashlib.sha256(rows).hexdigest()[:16],
-        "target_weights": fingerprint(target.model.state_dict()),
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "seed": config.seed if config.temperature else None,
-    }
-
-
 def make_labels(
     config: TrainConfig, target: Target, prompts: Prompts, folder: Path, overwrite: bool
 ) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples. Held-out responses are greedy: they measure greedy acceptance."""
-    settings = label_settings(config, target, prompts)
-    differing = differing_settings(folder / SETTINGS_NAME, settings)
-    if differing and not overwrite:
-        raise TrainingError(
-            f"The labels in {folder} were generated with other settings ({', '.join(differing)}); "
-            "use --overwrite or another folder."
-        )
-    if differing:
-        for stale in folder.glob("*.jsonl"):
-            stale.unlink()
-    record_settings(folder / SETTINGS_NAME, settings)
-    shards = []
-    for part, rows, temperature in (("held-out", prompts.held_out, 0.0), ("train", prompts.train, config.temperature)):
-        ordered = sorted(rows, key=len)  # like lengths together: little padding
-        for start in range(0, len(ordered), SHARD_ROWS):
-            name = f"{part}-{start // SHARD_ROWS:05d}.jsonl"
-            shards.append((part, folder / name, ordered[start : start + SHARD_ROWS], temperature))
-    examples: dict[str, list[Example]] = {"train": [], "held-out": []}
-    with tqdm(total=len(prompts.train) + len(prompts.held_out), desc="labels", unit="prompt") as bar:
-        for index, (part, path, rows, temperature) in enumerate(shards):
-            if not path.is_file():
-                generator = torch.Generator(target.model.device).manual_seed(config.seed * 1_000_003 + index)
-                responses = decode(target, rows, config.max_new_tokens, temperature, generator)
-                _write_shard(path, [Example(p, r) for p, r in zip(rows, responses)])
-            examples[part] += _read_shard(path)
-            bar.update(len(rows))
-    return examples["train"], examples["held-out"]
+    """Training and held-out examples, decoded in this process."""
 
+    def respond(shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[list[int]]]]:
+        for shard in shards:
+            generator = torch.Generator(target.model.device).manual_seed(config.seed * 1_000_003 + shard.index)
+            yield shard, decode(target, shard.prompts, config.max_new_tokens, shard.temperature, generator)
 
-def _write_shard(path: Path, examples: list[Example]) -> None:
-    write_atomically(path, "".join(json.dumps(dataclasses.asdict(example)) + "\n" for example in examples))
-
-
-def _read_shard(path: Path) -> list[Example]:
-    return [Example(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed)
+    write_responses(folder, settings, plan_shards(prompts, config.temperature), respond, overwrite)
+    return read_examples(folder, "train"), read_examples(folder, "held-out")

@@ -1,13 +1,51 @@
 """The frozen target: a Hugging Face causal language model, its tokenizer and its auxiliary hidden states."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_ctc_spec.training.settings import TrainingError
+
+
+@contextlib.contextmanager
+def _loading(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}); "
+            "give the folder of a Hugging Face causal language model."
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetText:
+    """What prompts are built with: no weights are loaded for it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    num_layers: int
+
+    @classmethod
+    def load(cls, folder: str) -> "TargetText":
+        if not (Path(folder) / "config.json").is_file():
+            raise TrainingError(f"No Hugging Face model at {folder}: config.json is missing; give the target's folder.")
+        with _loading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.chat_template:
+            raise TrainingError(
+                f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
+                "use a chat model or add chat_template.jinja to the folder."
+            )
+        return cls(tokenizer, config.max_position_embeddings, config.num_hidden_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +72,9 @@ class Target:
 
     @classmethod
     def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "Target":
-        if not (Path(folder) / "config.json").is_file():
-            raise TrainingError(f"No Hugging Face model at {folder}: config.json is missing; give the target's folder.")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = TargetText.load(folder).tokenizer
+        with _loading(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise TrainingError(
-                f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}); "
-                "give the folder of a Hugging Face causal language model."
-            ) from error
-        if not tokenizer.chat_template:
-            raise TrainingError(
-                f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
-                "use a chat model or add chat_template.jinja to the folder."
-            )
         if not hasattr(model.get_decoder(), "layers"):
             raise TrainingError(
                 f"The target at {folder} is a {type(model).__name__}, whose layers cannot be read from; "

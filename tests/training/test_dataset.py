@@ -1,0 +1,289 @@
+"""The dataset's files: whole or absent, continued, never mixed, and readable by position."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_ctc_spec.training import dataset
+from vllm_ctc_spec.training.data import Prompts
+from vllm_ctc_spec.training.dataset import (
+    Example,
+    open_dataset,
+    plan_shards,
+    read_examples,
+    stored_states,
+    target_fingerprint,
+    write_responses,
+    write_states,
+)
+from vllm_ctc_spec.training.settings import TrainingError
+
+PROMPTS = Prompts([[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]], [[1, 9, 2]], 0, 0)
+SETTINGS = {
+    "prompts": "p", "train_prompts": 5, "held_out": 1, "target_weights": "w", "temperature": 0.0, "max_new_tokens": 4,
+}  # fmt: skip
+LAYERS, WIDTH = (1, 2), 6
+
+
+@pytest.fixture(autouse=True)
+def two_prompts_a_shard(monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 2)
+
+
+def answer(prompt):
+    return [*reversed(prompt), 3]
+
+
+def respond(shards):
+    for shard in shards:
+        yield shard, [answer(prompt) for prompt in shard.prompts]
+
+
+def state_rows(examples):
+    """[tokens, A * H]: different for every token of every example, exact in bfloat16."""
+    tokens = torch.tensor([token for e in examples for token in e.prompt + e.response])
+    return tokens[:, None] + torch.arange(WIDTH) / 8
+
+
+def write(folder, settings=SETTINGS, respond=respond, overwrite=False):
+    write_responses(folder, settings, plan_shards(PROMPTS, 0.0), respond, overwrite)
+
+
+def add_states(folder, layers=LAYERS):
+    def compute(shards):
+        for shard in shards:
+            yield shard, state_rows(dataset.read_shard(shard.path(folder)))
+
+    write_states(folder, plan_shards(PROMPTS, 0.0), layers, compute)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+RESPONSE_FILES = ["held-out-00000.jsonl", "settings.json"] + [f"train-0000{i}.jsonl" for i in range(3)]
+
+
+def test_what_is_written_is_read(tmp_path):
+    write(tmp_path / "new" / "folder")
+    train, held_out = open_dataset(tmp_path / "new" / "folder", "w")
+    assert names(tmp_path / "new" / "folder") == RESPONSE_FILES
+    assert train == [Example(prompt, answer(prompt)) for prompt in sorted(PROMPTS.train, key=len)]
+    assert held_out == [Example([1, 9, 2], [2, 9, 1, 3])]
+    assert json.loads((tmp_path / "new/folder/train-00000.jsonl").read_text().splitlines()[0]) == {
+        "prompt": [1, 7, 2], "response": [2, 7, 1, 3],
+    }  # fmt: skip
+
+
+def test_rows_do_not_depend_on_the_size_of_shards(monkeypatch):
+    def rows():
+        return {tuple(p): row for s in plan_shards(PROMPTS, 1.0) for row, p in zip(s.rows, s.prompts)}
+
+    small = rows()
+    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 100)
+    assert rows() == small and small[1, 8, 9, 9, 2] == 2
+
+
+def test_held_out_shards_are_greedy():
+    assert {(shard.part, shard.temperature) for shard in plan_shards(PROMPTS, 0.7)} == {("held-out", 0), ("train", 0.7)}
+
+
+def test_a_rerun_makes_the_missing_shards_in_any_order(tmp_path):
+    write(tmp_path, respond=lambda shards: list(respond(shards))[::-1])
+    whole = open_dataset(tmp_path, "w")
+    (tmp_path / "train-00001.jsonl").unlink()
+    asked = []
+    write(tmp_path, respond=lambda shards: asked.extend(shards) or respond(shards))
+    assert [(shard.part, shard.index) for shard in asked] == [("train", 1)]
+    assert open_dataset(tmp_path, "w") == whole
+    write(tmp_path, respond=lambda shards: pytest.fail("nothing was missing"))
+
+
+def test_a_killed_run_is_incomplete_and_continued(tmp_path):
+    def killed(shards):
+        yield from list(respond(shards))[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, respond=killed)
+    with pytest.raises(TrainingError, match=r"incomplete \(3 responses of 6\)"):
+        open_dataset(tmp_path, "w")
+    write(tmp_path)
+    assert len(open_dataset(tmp_path, "w")[0]) == 5
+
+
+def test_other_settings_are_refused_then_replaced(tmp_path):
+    write(tmp_path)
+    add_states(tmp_path)
+    other = {**SETTINGS, "temperature": 0.5}
+    with pytest.raises(TrainingError, match=r"--temperature 0.0 -> 0.5.*--overwrite"):
+        write(tmp_path, other)
+
+    def one(shards):
+        yield next(iter(respond(shards)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, other, one, overwrite=True)
+    assert names(tmp_path) == ["held-out-00000.jsonl", "settings.json"]
+    write(tmp_path, other)
+
+
+def test_a_generator_that_fails_changes_nothing(tmp_path):
+    def broken(shards):
+        raise TrainingError("no engine")
+        yield
+
+    with pytest.raises(TrainingError, match="no engine"):
+        write(tmp_path / "new", respond=broken)
+    assert not (tmp_path / "new").exists()
+    write(tmp_path)
+    with pytest.raises(TrainingError, match="no engine"):
+        write(tmp_path, {**SETTINGS, "temperature": 0.5}, broken, overwrite=True)
+    assert names(tmp_path) == RESPONSE_FILES
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[1]", '{"model_type": "llama"}'])
+def test_a_folder_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    if content:
+        (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(TrainingError, match="something that is not a dataset; use another folder"):
+        write(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(TrainingError, match="is not a dataset: write one with `vllm-ctc data`"):
+        open_dataset(tmp_path, "w")
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="is a file; give a folder"):
+        write(tmp_path / "file")
+    with pytest.raises(TrainingError, match="cannot be written to"):
+        write(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("full", ["settings.json", "train-00001.jsonl", "train-00001.safetensors"])
+def test_a_full_disk_leaves_whole_files_and_the_run_continues(tmp_path, monkeypatch, full):
+    """Half of the file is on the disk when there is no more room."""
+
+    def no_room(path):
+        path.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_text(path, text, **options):
+        return no_room(path) if path.name.startswith(full) else plain_text(path, text, **options)
+
+    def write_tensors(tensors, path, metadata):
+        return no_room(path) if path.name.startswith(full) else save_file(tensors, path, metadata)
+
+    plain_text = Path.write_text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        patch.setattr(dataset, "save_file", write_tensors)
+        with pytest.raises(TrainingError, match=f"{full} cannot be written to {tmp_path}.*same command continues"):
+            write(tmp_path)
+            add_states(tmp_path)
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp") or name.startswith(full)]
+    write(tmp_path)
+    add_states(tmp_path)
+    assert len(open_dataset(tmp_path, "w", LAYERS)[0]) == 5
+
+
+def test_a_real_write_error_of_safetensors_is_one_sentence(tmp_path):
+    with pytest.raises(TrainingError, match="x.safetensors cannot be written"):
+        with dataset.new_file(tmp_path / "x.safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary / "not" / "a" / "folder")
+    assert names(tmp_path) == []
+
+
+def test_responses_of_another_target_are_refused(tmp_path):
+    write(tmp_path)
+    with pytest.raises(TrainingError, match=r"another target \(weights w, not v\)"):
+        open_dataset(tmp_path, "v")
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    write(tmp_path)
+    (tmp_path / "train-00002.jsonl").write_text('{"prompt": [1]')
+    with pytest.raises(TrainingError, match="train-00002.jsonl cannot be read"):
+        open_dataset(tmp_path, "w")
+
+
+def test_stored_states_are_those_of_the_examples(tmp_path):
+    write(tmp_path)
+    add_states(tmp_path)
+    train, held_out = open_dataset(tmp_path, "w", LAYERS)
+    chosen = [train[3], held_out[0], train[0], train[4]]
+    states = stored_states(chosen, LAYERS)
+    assert states.shape == (4, max(map(len, chosen)), WIDTH) and states.dtype == torch.float32
+    for row, example in enumerate(chosen):
+        assert torch.equal(states[row, : len(example)], state_rows([example]))
+        assert not states[row, len(example) :].any()
+    assert load_file(tmp_path / "train-00001.safetensors")["hidden_states"].dtype == torch.bfloat16
+
+
+def test_states_are_added_to_shards_that_lack_them(tmp_path):
+    write(tmp_path)
+    add_states(tmp_path)
+    (tmp_path / "train-00001.safetensors").unlink()
+    with pytest.raises(TrainingError, match="no layers, not after"):
+        open_dataset(tmp_path, "w", LAYERS)
+    kept = (tmp_path / "train-00000.safetensors").stat().st_mtime_ns
+    add_states(tmp_path)
+    assert (tmp_path / "train-00000.safetensors").stat().st_mtime_ns == kept
+    open_dataset(tmp_path, "w", LAYERS)
+
+
+def test_states_of_regenerated_responses_are_forgotten(tmp_path):
+    write(tmp_path)
+    add_states(tmp_path)
+    (tmp_path / "train-00001.jsonl").unlink()
+    write(tmp_path)
+    assert not (tmp_path / "train-00001.safetensors").exists()
+
+
+def test_states_of_other_layers_are_refused_then_replaced(tmp_path):
+    write(tmp_path)
+    add_states(tmp_path, (1, 3))
+    train, _ = open_dataset(tmp_path, "w")
+    for read in (lambda: open_dataset(tmp_path, "w", LAYERS), lambda: stored_states(train, LAYERS)):
+        with pytest.raises(TrainingError, match=r"layers \[1, 3\], not after \[1, 2\]; repeat `vllm-ctc data`"):
+            read()
+    add_states(tmp_path)
+    stored_states(train, LAYERS)
+
+
+def test_examples_without_stored_states_are_refused():
+    with pytest.raises(TrainingError, match="no layers"):
+        stored_states([Example([1], [2])], LAYERS)
+
+
+def test_where_the_states_lie_does_not_make_another_example(tmp_path):
+    write(tmp_path)
+    before = read_examples(tmp_path, "train")
+    add_states(tmp_path)
+    after = read_examples(tmp_path, "train")
+    assert before == after and before[0].states is None and after[1].states.start == len(after[0])
+
+
+def test_the_fingerprint_is_of_the_weights(target_folder, target, tmp_path):
+    first = target_fingerprint(str(target_folder))
+    target.model.save_pretrained(tmp_path)
+    assert target_fingerprint(str(tmp_path)) == first
+    with torch.no_grad():
+        target.model.model.layers[2].input_layernorm.weight += 0.1
+    target.model.save_pretrained(tmp_path)
+    assert target_fingerprint(str(tmp_path)) != first
+
+
+def test_the_fingerprint_of_an_older_checkpoint(tmp_path):
+    fingerprints = set()
+    for value in (b"one", b"two"):
+        (tmp_path / "pytorch_model.bin").write_bytes(value)
+        fingerprints.add(target_fingerprint(str(tmp_path)))
+    assert len(fingerprints) == 2

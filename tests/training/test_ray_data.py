@@ -1,0 +1,131 @@
+"""Responses by vLLM engines in Ray's workers: the same shards as without Ray, and errors as one sentence.
+
+Those that start engines take minutes on a busy machine: `pytest -m slow tests/training/test_ray_data.py`.
+"""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from vllm_ctc_spec.training import dataset, ray_data
+from vllm_ctc_spec.training.dataset import read_examples
+from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, workers_that_fit
+from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.training.target import Target
+from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
+
+from .tiny import make_target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("served"), head_dim=32)
+
+
+@pytest.fixture
+def config(folder, rows_file, tmp_path):
+    return DataConfig(str(folder), str(rows_file), tmp_path / "data", 20, 0.0, 3, 2, False, "float32")
+
+
+def by_transformers(target):
+    def generate(config, shards):
+        for shard in shards:
+            yield shard, [decode(target, [prompt], config.max_new_tokens)[0] for prompt in shard.prompts]
+
+    return generate
+
+
+def with_ray(num_workers):
+    return lambda config, shards: generate_with_ray(config, shards, RayOptions(None, num_workers))
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_missing_shards_as_one_process_does(config, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 4)
+    target = Target.load(config.target, torch.device("cpu"), torch.float32)
+    expected = dataclasses.replace(config, output=config.output.with_name("expected"))
+    make_dataset(expected, False, by_transformers(target))
+    make_dataset(config, False, by_transformers(target))
+    for missing in ("train-00001", "train-00003", "train-00005"):
+        (config.output / f"{missing}.jsonl").unlink()
+    seen = []
+
+    def generate(engine, shards):
+        for shard, responses in with_ray(2)(engine, shards):
+            seen.append((shard.part, shard.index))
+            yield shard, responses
+
+    make_dataset(config, False, generate)
+    assert sorted(seen) == [("train", 1), ("train", 3), ("train", 5)]
+    assert [path.read_bytes() for path in sorted(config.output.iterdir())] == [
+        path.read_bytes() for path in sorted(expected.output.iterdir())
+    ]
+    assert len(read_examples(config.output, "train")) == 22
+
+
+@pytest.mark.slow
+def test_what_a_worker_refuses_is_said_here(config, tmp_path):
+    """vLLM's attention on a CPU has no head of 16: the engine starts and fails."""
+    bad = dataclasses.replace(config, target=str(make_target(tmp_path / "bad", head_dim=16)))
+    if torch.cuda.is_available():
+        pytest.skip("a GPU serves this target")
+    with pytest.raises(TrainingError, match="vLLM failed while it generated responses") as caught:
+        make_dataset(bad, False, with_ray(1))
+    assert "\n" not in str(caught.value) and not config.output.exists()
+
+
+def test_a_missing_ray_is_one_sentence(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(TrainingError, match=r"pip install 'vllm-ctc-spec\[ray\]'"):
+        make_dataset(config, False, with_ray(1))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(TrainingError, match=r"Ray Data cannot be imported .*pip install 'vllm-ctc-spec\[ray\]'"):
+        ray_data._ray_data()
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "resources", "expected"),
+    [
+        (None, {"CPU": 8.0}, (1, {"num_cpus": 1})),
+        (3, {"CPU": 8.0}, (3, {"num_cpus": 1})),
+        (None, {"CPU": 8.0, "GPU": 4.0}, (4, {"num_gpus": 1})),
+        (2, {"CPU": 8.0, "GPU": 4.0}, (2, {"num_gpus": 1})),
+    ],
+)
+def test_one_worker_per_gpu_or_as_many_as_asked(asked, resources, expected):
+    assert workers_that_fit(RayOptions(None, asked), resources) == expected
+
+
+def test_more_workers_than_the_cluster_has_are_refused():
+    with pytest.raises(TrainingError, match="--num-workers 5 needs as many GPUs, and the Ray cluster has 4"):
+        workers_that_fit(RayOptions(None, 5), {"CPU": 8.0, "GPU": 4.0})
+    with pytest.raises(TrainingError, match="--num-workers must be 1 or more"):
+        RayOptions(None, 0)
+
+
+def test_an_actor_starts_one_engine_and_returns_its_errors(monkeypatch):
+    started = []
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # restored: the actor sets it
+
+    class Recorder:
+        def __init__(self, config):
+            started.append(config)
+
+        def responses(self, shard):
+            if shard.part == "train":
+                raise TrainingError("no more")
+            return [[token + 1 for token in prompt] for prompt in shard.prompts]
+
+    monkeypatch.setattr(ray_data, "Engine", Recorder)
+    actor = ray_data.EngineActor(EngineConfig("t", "auto", 9, 9, 9, 0))
+    assert not started
+    for number, (part, responses, error) in enumerate([("held-out", "[[2, 3]]", ""), ("train", "[]", "no more")]):
+        shard = dataset.Shard(part, 0, [0], [[1, 2]], 0.0)
+        row = {"number": [number], "shard": [ray_data.json.dumps(dataclasses.asdict(shard))]}
+        assert actor(row) == {"number": [number], "responses": [responses], "error": [error]}
+    assert len(started) == 1

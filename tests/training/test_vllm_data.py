@@ -1,0 +1,269 @@
+"""Responses by vLLM: those of transformers, independent of shards, with hidden states that a drafter can read."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import vllm
+
+from vllm_ctc_spec.training import dataset, target, vllm_data
+from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.dataset import open_dataset, stored_states, target_fingerprint
+from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
+from vllm_ctc_spec.training.vllm_data import DataConfig, Engine, EngineConfig, make_dataset
+
+from .tiny import make_target, write_rows
+
+NEW_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("served"), head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def target32(folder):
+    return Target.load(str(folder), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    engine = Engine(EngineConfig(str(folder), "float32", 64, 64, NEW_TOKENS, seed=3))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def config(folder, rows_file, tmp_path):
+    return DataConfig(str(folder), str(rows_file), tmp_path / "data", NEW_TOKENS, 0.0, 3, 2, False, "float32")
+
+
+@pytest.fixture
+def generate(engine):
+    """The engine of all tests in the place of a new one."""
+
+    def run(config, shards):
+        assert config == dataclasses.replace(engine._config, max_model_len=config.max_model_len)
+        for shard in shards:
+            yield shard, engine.responses(shard)
+
+    return run
+
+
+def opened(config, layer_ids=None):
+    return open_dataset(config.output, target_fingerprint(config.target), layer_ids)
+
+
+def test_greedy_responses_are_those_of_transformers(config, generate, target32, capsys):
+    report = make_dataset(config, overwrite=False, generate=generate)
+    train, held_out = opened(config)
+    assert report == f"{config.output}: 22 responses for training, 2 held out."
+    assert "22 prompts for training, 2 held out." in capsys.readouterr().out
+    for example in train + held_out:
+        assert [example.response] == decode(target32, [example.prompt], NEW_TOKENS)
+    ended = [e.response[-1] in target32.eos_ids for e in train]
+    assert any(ended) and not all(ended)
+
+
+def test_responses_end_at_the_targets_positions(config, generate, engine, target32, tmp_path, monkeypatch):
+    (tmp_path / "rows").write_text("".join(json.dumps({"question": c * 28}) + "\n" for c in "abcdefgh"))
+    config = dataclasses.replace(config, prompts=str(tmp_path / "rows"), max_new_tokens=60)
+    monkeypatch.setattr(engine, "_config", dataclasses.replace(engine._config, max_new_tokens=60))
+    make_dataset(config, False, generate)
+    train, _ = opened(config)
+    assert max(map(len, train)) == 64
+    for example in train:
+        assert [example.response] == decode(target32, [example.prompt], 60)
+
+
+def test_sampled_responses_depend_on_seed_and_row_alone(config, generate, engine, monkeypatch):
+    sampled = dataclasses.replace(config, temperature=1.0)
+    make_dataset(sampled, False, generate)
+    first, held_out = opened(sampled)
+    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 5)
+    again = dataclasses.replace(sampled, output=config.output.with_name("again"))
+    make_dataset(again, False, generate)
+    (again.output / "train-00002.jsonl").unlink()
+    make_dataset(again, False, generate)
+    assert opened(again) == (first, held_out)
+    make_dataset(dataclasses.replace(config, output=config.output.with_name("greedy")), False, generate)
+    greedy, greedy_held_out = opened(dataclasses.replace(config, output=config.output.with_name("greedy")))
+    assert greedy != first and greedy_held_out == held_out
+    monkeypatch.setattr(engine, "_config", dataclasses.replace(engine._config, seed=4))
+    other = dataclasses.replace(sampled, seed=4, output=config.output.with_name("other"))
+    make_dataset(other, False, generate)
+    assert opened(other)[0] != first
+
+
+def test_equal_prompts_get_samples_of_their_own(config, generate, tmp_path):
+    (tmp_path / "rows").write_text('{"question": "abc"}\n' * 6)
+    sampled = dataclasses.replace(config, temperature=1.0, prompts=str(tmp_path / "rows"))
+    make_dataset(sampled, False, generate)
+    assert len({tuple(example.response) for example in opened(sampled)[0]}) > 1
+
+
+def test_hidden_states_are_those_that_the_drafter_reads(config, generate, target32):
+    make_dataset(config, False, generate)
+    with_states = dataclasses.replace(config, hidden_states=True)
+    make_dataset(with_states, False, lambda *args: pytest.fail("the responses are there"))
+    train, held_out = opened(config, (1, 2))
+    run = AuxHiddenStates(target32, (1, 2))
+    for example in [train[0], train[-1], held_out[0]]:
+        expected = run(torch.tensor([example.prompt + example.response]))
+        torch.testing.assert_close(stored_states([example], (1, 2)), expected.bfloat16().float())
+
+
+def test_hidden_states_do_not_depend_on_how_many_fit_at_once(config, generate, monkeypatch):
+    with_states = dataclasses.replace(config, hidden_states=True)
+    make_dataset(with_states, False, generate)
+    train, _ = opened(config)
+    before = stored_states(train, (1, 2))
+    (config.output / "train-00000.safetensors").unlink()
+    monkeypatch.setattr(vllm_data, "STATES_TOKENS", 70)
+    make_dataset(with_states, False, generate)
+    torch.testing.assert_close(stored_states(train, (1, 2)), before, rtol=1e-2, atol=1e-2)
+
+
+def test_the_data_type_reaches_target_and_engine(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options))
+    Engine(EngineConfig(config.target, "bfloat16", 64, 40, 4, 0))
+    assert asked[0]["dtype"] == "bfloat16" and asked[0]["max_model_len"] == 40
+    loaded = []
+    monkeypatch.setattr(vllm_data.Target, "load", lambda *args: loaded.append(args) or pytest.skip("far enough"))
+    bf16 = dataclasses.replace(config, dtype="bfloat16")
+    with pytest.raises(pytest.skip.Exception):
+        next(vllm_data.compute_states(bf16, [None], (1,)))
+    assert loaded[0][2] == torch.bfloat16
+
+
+def test_the_engine_has_room_for_these_prompts_and_no_more(config, tmp_path):
+    asked = []
+
+    def record(engine, shards):
+        asked.append(engine.max_model_len)
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path / "rows", 5)  # the longest has 8 characters and 3 marks
+    for new_tokens, expected in ((NEW_TOKENS, 11 + NEW_TOKENS), (60, 64)):
+        with pytest.raises(KeyboardInterrupt):
+            asking = dataclasses.replace(config, prompts=str(tmp_path / "rows"), max_new_tokens=new_tokens)
+            make_dataset(asking, False, record)
+        assert asked.pop() == expected
+
+
+def test_other_settings_are_refused_before_anything_is_generated(config, generate):
+    make_dataset(config, False, generate)
+    for change, message in (
+        ({"temperature": 0.5}, "--temperature 0.0 -> 0.5, --seed None -> 3"),
+        ({"max_new_tokens": 5}, "--max-new-tokens 20 -> 5"),
+        ({"dtype": "auto"}, "--dtype float32 -> auto"),
+        ({"held_out": 1}, "--prompts .*--train-prompts 22 -> 23, --held-out 2 -> 1"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            make_dataset(dataclasses.replace(config, **change), False, lambda *args: pytest.fail("too late"))
+    shorter = dataclasses.replace(config, max_new_tokens=5)
+    make_dataset(shorter, True, lambda config, shards: ((s, [[4] for _ in s.prompts]) for s in shards))
+    assert {len(example.response) for example in opened(shorter)[0]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens must be more than 0"),
+        ({"held_out": 0}, "--held-out must be more than 0"),
+        ({"temperature": -1.0}, "--temperature must be 0"),
+        ({"temperature": float("nan")}, "--temperature must be 0"),
+        ({"seed": -1}, "--seed must be between"),
+    ],
+)
+def test_bad_settings_are_refused(config, change, message):
+    with pytest.raises(TrainingError, match=message):
+        dataclasses.replace(config, **change)
+
+
+def no_model(*args, **kwargs):
+    pytest.fail("a model was loaded")
+
+
+def refused(config, message):
+    with pytest.raises(TrainingError, match=message) as caught:
+        make_dataset(config, False)
+    assert "\n" not in str(caught.value) and not config.output.exists()
+
+
+def test_prompts_are_checked_without_loading_a_model(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(target.AutoModelForCausalLM, "from_pretrained", no_model)
+    monkeypatch.setattr(vllm, "LLM", no_model)
+    plain = make_target(tmp_path / "plain", template=None)
+    refused(dataclasses.replace(config, target=str(plain)), "no chat template")
+    refused(dataclasses.replace(config, target=str(tmp_path)), "config.json is missing")
+    refused(dataclasses.replace(config, prompts="nowhere.jsonl"), "nowhere.jsonl cannot be read")
+    (tmp_path / "rows").write_text('{"answer": "x"}\n')
+    refused(dataclasses.replace(config, prompts=str(tmp_path / "rows")), "0 usable rows of 1")
+    config.output.mkdir()
+    (config.output / "thesis.txt").write_text("")
+    with pytest.raises(TrainingError, match="not a dataset"):
+        make_dataset(config, False)
+
+
+def test_a_missing_vllm_is_one_sentence(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    refused(config, "generates with vLLM, which cannot be imported")
+
+
+def test_a_target_that_vllm_cannot_serve_is_one_sentence(config, tmp_path):
+    unknown = make_target(tmp_path / "unknown", head_dim=32)
+    described = json.loads((unknown / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "newer than this vLLM"}
+    (unknown / "config.json").write_text(json.dumps(described))
+    refused(dataclasses.replace(config, target=str(unknown)), "vLLM cannot serve the target at .*; try `vllm serve")
+
+
+def test_an_engine_that_fails_is_one_sentence(config, engine, generate, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Unsupported CPU attention.\nmore")
+
+    monkeypatch.setattr(engine._llm, "generate", fail)
+    with pytest.raises(TrainingError, match=r"failed while .*\(RuntimeError: Unsupported CPU attention\)"):
+        make_dataset(config, False, generate)
+    assert not config.output.exists()
+
+
+def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):
+    events = []
+
+    class Recorder:
+        def __init__(self, config):
+            events.append("start")
+
+        def responses(self, shard):
+            events.append(shard.part)
+            return [[4] for _ in shard.prompts]
+
+        def close(self):
+            events.append("close")
+
+    monkeypatch.setattr(vllm_data, "Engine", Recorder)
+    make_dataset(config, False)
+    make_dataset(config, False)
+    assert events == ["start", "held-out", "train", "close"]
+
+
+def test_prompts_are_those_of_train(config, target32):
+    text = TargetText.load(config.target)
+    assert (text.max_length, text.num_layers) == (64, 3)
+    assert read_prompts(config.prompts, text, 8, 2) == read_prompts(config.prompts, target32, 8, 2)
+
+
+def test_rows_of_every_kind_are_answered(config, generate, tmp_path):
+    rows = [{"prompt": "a"}, {"turns": ["b", "c"]}, {"messages": [{"role": "user", "content": "d"}]}]
+    path = write_rows(tmp_path / "rows", 1)
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    make_dataset(dataclasses.replace(config, prompts=str(path)), False, generate)
+    assert len(opened(config)[0]) == 3

@@ -1,0 +1,91 @@
+"""Responses by vLLM engines on a Ray cluster: one actor holds one engine, this process writes what they generate."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+from vllm_ctc_spec.training.dataset import Responses, Shard
+from vllm_ctc_spec.training.ray_cluster import ray_cluster
+from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.training.vllm_data import Engine, EngineConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RayOptions:
+    address: str | None  # of a running cluster; None starts Ray on this machine
+    num_workers: int | None  # None: one per GPU, or one
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise TrainingError(f"--num-workers must be 1 or more, not {self.num_workers}.")
+
+
+class EngineActor:
+    """A shard in, its responses out, both as JSON: arrays of unequal lists have no type in a Ray batch."""
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        self._engine: Engine | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row with `number` and `shard`, to one with `number`, `responses` and `error`.
+
+        An error is returned, not raised: of an exception Ray hands on the traceback's text only.
+        """
+        shard, responses, error = Shard(**json.loads(batch["shard"][0])), "[]", ""
+        try:
+            if self._engine is None:
+                # The workers of one machine would all be bound to the same core.
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+                self._engine = Engine(self._config)
+            responses = json.dumps(self._engine.responses(shard))
+        except TrainingError as caught:
+            error = str(caught)
+        return {"number": batch["number"], "responses": [responses], "error": [error]}
+
+
+def workers_that_fit(options: RayOptions, resources: dict[str, float]) -> tuple[int, dict[str, int]]:
+    """How many actors there are to be, and what each of them takes."""
+    kind, name = ("GPU", "num_gpus") if resources.get("GPU") else ("CPU", "num_cpus")
+    there = int(resources.get(kind, 0))
+    count = options.num_workers or (there if kind == "GPU" else 1)
+    if count > there:
+        raise TrainingError(f"--num-workers {count} needs as many {kind}s, and the Ray cluster has {there}.")
+    return count, {name: 1}
+
+
+def generate_with_ray(
+    config: EngineConfig, shards: Sequence[Shard], options: RayOptions
+) -> Iterator[tuple[Shard, Responses]]:
+    """Shards in the order in which the actors finish them."""
+    with ray_cluster(options.address, options.num_workers) as ray:
+        data = _ray_data()
+        count, resources = workers_that_fit(options, ray.cluster_resources())
+        data.DataContext.get_current().enable_progress_bars = False  # ours counts prompts
+        items = [{"number": i, "shard": json.dumps(dataclasses.asdict(shard))} for i, shard in enumerate(shards)]
+        generated = data.from_items(items, override_num_blocks=len(items)).map_batches(
+            EngineActor,
+            fn_constructor_args=(config,),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=min(count, len(items))),
+            **resources,
+        )
+        try:
+            for row in generated.iter_rows():
+                if row["error"]:
+                    raise TrainingError(row["error"])
+                yield shards[row["number"]], json.loads(row["responses"])
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(f"A Ray worker was lost ({reason}); the same command continues.") from error
+
+
+def _ray_data() -> ModuleType:
+    try:
+        import ray.data
+    except ImportError as error:
+        raise TrainingError(f"Ray Data cannot be imported ({error}): pip install 'vllm-ctc-spec[ray]'.") from error
+    return ray.data
