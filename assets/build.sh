@@ -5,7 +5,7 @@
 #
 # The file holds one {"question": ..., "answer": ...} a line (the training part of GSM8K, MIT licence). The models
 # appear in FOLDER/assets (default build/assets), beside checkpoints, labels and logs: started again after an
-# interruption, both trainings continue. About two hours on two CPU cores.
+# interruption, both trainings continue. About two hours on two CPU cores, and 3 GB for stored hidden states.
 set -euo pipefail
 text=$(realpath "${1:?usage: assets/build.sh FILE.jsonl [FOLDER]}")
 folder=$(realpath -m "${2:-build}")
@@ -18,5 +18,7 @@ if [ ! -f assets/target/tokenizer_config.json ]; then
     "$root/.venv/bin/python" "$root/assets/build_target.py" --text "$text" --output assets/target \
         --work work/target --steps 1200
 fi
-"$root/.venv/bin/vllm-ctc" train --target assets/target --data "$text" --output assets/drafter --work work/drafter \
-    --num-layers 2 --steps 1600 --eval-every 400 --batch-size 8 --anchors 40
+"$root/.venv/bin/vllm-ctc" data --target assets/target --prompts "$text" --output dataset --dtype float32 --hidden-states
+"$root/.venv/bin/vllm-ctc" train --target assets/target --data dataset --features stored --output assets/drafter \
+    --work work/drafter --lattice transitions --num-frames 24 --num-layers 2 --tree-nodes 16 --dtype bf16 \
+    --steps 1600 --eval-every 400 --batch-size 8 --anchors 24

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_ctc_spec import cli
-from vllm_ctc_spec.training import run
+from vllm_ctc_spec.training import evaluate, ray_data, run, vllm_data
+from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.settings import TrainConfig
+from vllm_ctc_spec.training.vllm_data import DataConfig
 
 from .training.tiny import make_target, write_rows
 
@@ -33,8 +36,8 @@ def test_defaults_are_those_of_the_settings(asked, capsys):
 
 
 CHANGED = {
-    "loss": "ce", "lattice": "transitions", "num_frames": 9, "num_labels": 6, "num_layers": 3, "aux_layers": (1, 2),
-    "markov_rank": 3, "transition_rank": 5, "blank_share": 0.25, "tree_nodes": 16, "init": "other", "steps": 7,
+    "features": "stored", "loss": "ce", "lattice": "transitions", "num_frames": 9, "num_labels": 6, "num_layers": 3,
+    "aux_layers": (1, 2), "markov_rank": 3, "transition_rank": 5, "blank_share": 0.25, "tree_nodes": 16, "init": "other", "steps": 7,
     "batch_size": 3, "accumulate": 2, "anchors": 5, "position_decay": 2.0, "optimizer": "adamw", "lr": 0.5, "warmup": 1,
     "clip": 2.0, "seed": 4, "temperature": 0.7, "max_new_tokens": 11, "held_out": 13, "save_every": 17,
     "eval_every": 19, "dtype": "bf16",
@@ -158,3 +161,118 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert json.loads((output / "config.json").read_text())["num_frames"] == 4
     assert cli.main([*command, "--lr", "1"]) == 1
     assert "--lr 0.004 -> 1.0" in capsys.readouterr().err
+
+
+EVAL = ["eval", "--target", "t", "--drafter", "d", "--data", "f"]
+EVAL_CHANGED = {
+    "num_prompts": ("7", 7), "nodes": ("4,2", (4, 2)), "temperature": ("1", (1.0,)), "max_new_tokens": ("9", 9),
+    "seed": ("3", 3), "category": ("qa", "qa"), "dtype": ("bf16", "bf16"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """What `evaluate` would be called with."""
+    calls = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: calls.append(args) or "table")
+    return calls
+
+
+def test_eval_has_the_defaults_of_its_settings(evaluated, capsys):
+    assert cli.main(EVAL) == 0
+    assert evaluated == [(EvalConfig("t", "d", "f"), None)]
+    assert (EvalConfig("t", "d", "f").temperature, EvalConfig("t", "d", "f").max_new_tokens) == ((0.0, 1.0), 256)
+    assert capsys.readouterr().out == "table\n"
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(EvalConfig) if f.name not in ("target", "drafter", "data")]
+)
+def test_every_setting_of_eval_has_an_option(name, evaluated):
+    text, value = EVAL_CHANGED[name]
+    assert cli.main([*EVAL, "--" + name.replace("_", "-"), text]) == 0
+    assert evaluated == [(EvalConfig("t", "d", "f", **{name: value}), None)]
+
+
+def test_eval_has_threads_and_a_file(evaluated, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert cli.main([*EVAL, "--threads", "2", "--json", "out.json"]) == 0
+    assert (threads, evaluated[0][1]) == ([2], Path("out.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "0,0.5"], "--temperature takes 0 and 1, not 0.5"),
+        (["--nodes", "0"], "--nodes takes trees of 1 to 64 nodes"),
+        (["--threads", "0"], "--threads must be 1 or more"),
+    ],
+)
+def test_bad_options_of_eval_are_one_sentence(options, message, evaluated, capsys):
+    assert cli.main([*EVAL, *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not evaluated
+
+
+def test_an_interrupted_eval_promises_nothing(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    assert cli.main(EVAL) == 130
+    assert capsys.readouterr().err == "vllm-ctc: interrupted; nothing was written.\n"
+
+
+DATA = ["data", "--target", "t", "--prompts", "p", "--output", "o"]
+DATA_DEFAULTS = {
+    "target": "t", "prompts": "p", "output": Path("o"), "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
+    "held_out": 100, "hidden_states": False, "dtype": "auto",
+}  # fmt: skip
+
+
+@pytest.fixture
+def data_asked(monkeypatch):
+    """What `make_dataset` would be called with."""
+    calls = []
+    monkeypatch.setattr(vllm_data, "make_dataset", lambda *args: calls.append(args) or "done")
+    return calls
+
+
+def test_data_defaults(data_asked, capsys):
+    assert cli.main(DATA) == 0
+    assert data_asked == [(DataConfig(**DATA_DEFAULTS), False, vllm_data.generate_here)]
+    assert capsys.readouterr().out == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 7), ("temperature", 0.5), ("seed", 9), ("held_out", 3), ("dtype", "bfloat16")],
+)
+def test_data_options_reach_the_settings(data_asked, name, value):
+    assert cli.main([*DATA, "--" + name.replace("_", "-"), str(value)]) == 0
+    assert data_asked[0][0] == DataConfig(**{**DATA_DEFAULTS, name: value})
+
+
+def test_data_switches(data_asked):
+    assert cli.main([*DATA, "--hidden-states", "--overwrite"]) == 0
+    assert (data_asked[0][0].hidden_states, data_asked[0][1]) == (True, True)
+    assert cli.main([*DATA, "--ray", "--ray-address", "head:6379", "--num-workers", "4"]) == 0
+    assert data_asked[1][2].func is ray_data.generate_with_ray
+    assert data_asked[1][2].keywords == {"options": ray_data.RayOptions("head:6379", 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-workers", "2"], "add --ray"),
+        (["--ray-address", "head:6379"], "add --ray"),
+        (["--ray", "--num-workers", "0"], "--num-workers must be 1 or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be more than 0"),
+    ],
+)
+def test_bad_data_options_are_one_sentence(options, message, data_asked, capsys):
+    assert cli.main([*DATA, *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not data_asked

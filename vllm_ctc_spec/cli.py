@@ -11,11 +11,11 @@ from typing import Any
 from vllm_ctc_spec.config import LATTICES, DrafterConfigError
 from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 from vllm_ctc_spec.training.settings import (
-    DTYPES,
-    LOSS_NAMES,
-    OPTIMIZERS,
+    CHOICES,
+    PARALLEL,
     TrainConfig,
     TrainingError,
+    WorkerOptions,
     option,
     read_settings,
 )
@@ -23,6 +23,7 @@ from vllm_ctc_spec.training.settings import (
 TRAIN_HELP = {
     "target": "Hugging Face folder of the model to speed up",
     "data": "rows with question, prompt, turns or messages (jsonl), or a folder that `vllm-ctc data` wrote",
+    "features": "target: it runs beside the training; stored: what `vllm-ctc data --hidden-states` kept",
     "loss": "prefix: exact prefix conditionals; ctc: the paper's full-sequence loss; ce: cross-entropy, the twin in "
     "which frame k is label k",
     "lattice": "how frames spell labels: ctc: with blanks and repeats; transitions: with learned steps between frames; "
@@ -53,9 +54,6 @@ TRAIN_HELP = {
     "eval_every": "steps between measurements of the held-out acceptance length; the best one is kept",
     "dtype": "of the target, and of the drafter's matrix products",
 }
-CHOICES = {"loss": LOSS_NAMES, "lattice": LATTICES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
-
-
 def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
@@ -80,8 +78,16 @@ def add_train(commands) -> None:
         is_given = field.default is dataclasses.MISSING or field.default in (None, "")
         text = TRAIN_HELP[field.name] + ("" if is_given else f" (default: {field.default})")
         kind = ARGUMENT_TYPES.get(field.name, field.type if isinstance(field.type, type) else str)
-        parser.add_argument(option(field.name), type=kind, choices=CHOICES.get(field.name), help=text)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+        choices = LATTICES if field.name == "lattice" else CHOICES.get(field.name)
+        parser.add_argument(option(field.name), type=kind, choices=choices, help=text)
+    parser.add_argument("--threads", type=int, help="CPU threads of each worker (default: PyTorch's choice, shared)")
+    parser.add_argument("--num-workers", type=int, help="processes that share each step, with Ray (default: 1)")
+    parser.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="of a running cluster (default: Ray on this machine, if needed)"
+    )
+    parser.add_argument(
+        "--parallel", choices=PARALLEL, help="each worker holds the drafter (ddp) or a shard of it (default: ddp)"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="checkpoint and log (default: OUTPUT/work)")
     parser.add_argument(
         "--labels", type=Path, metavar="DIR", help="the target's responses, which runs can share (default: WORK/labels)"
@@ -92,24 +98,29 @@ def add_train(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option need no torch.
+    from vllm_ctc_spec.training import ray_train, run
     from vllm_ctc_spec.training.checkpoint import RunPaths
-    from vllm_ctc_spec.training.run import train
 
     given = vars(args)
     config = train_config(given)
-    set_threads(given.get("threads"))
+    workers = WorkerOptions(**{f.name: given[f.name] for f in dataclasses.fields(WorkerOptions) if f.name in given})
+    workers.check(config)
+    set_threads(workers.threads)
     work = given.get("work", args.output / "work")
-    paths = RunPaths(args.output, work, given.get("labels", work / "labels"))
-    print(train(config, paths, given.get("overwrite", False)))
+    paths, overwrite = RunPaths(args.output, work, given.get("labels", work / "labels")), given.get("overwrite", False)
+    if workers.use_ray:
+        print(ray_train.train(config, paths, overwrite, workers))
+    else:
+        print(run.train(config, paths, overwrite))
 
 
 def set_threads(threads: int | None) -> None:
-    import torch
-
     if threads is None:
         return
     if threads < 1:
         raise TrainingError(f"--threads must be 1 or more, not {threads}.")
+    import torch
+
     torch.set_num_threads(threads)
 
 

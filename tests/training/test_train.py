@@ -195,8 +195,8 @@ def test_every_setting_changes_the_second_step(config, change, target):
 def test_the_best_measured_drafter_is_published(config, tmp_path, shared_labels, monkeypatch):
     measured, weights = iter([Acceptance([9], [3]), Acceptance([4], [2]), Acceptance([9], [3])]), []
 
-    def falling(self, held_out):
-        weights.append({name: w.clone() for name, w in self.drafter.state_dict().items()})
+    def falling(self, drafter, held_out):
+        weights.append({name: w.clone() for name, w in drafter.state_dict().items()})
         return next(measured)
 
     monkeypatch.setattr(Trainer, "acceptance", falling)

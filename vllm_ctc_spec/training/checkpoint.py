@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 from vllm_ctc_spec.drafter import CTCDrafter
@@ -18,6 +19,7 @@ from vllm_ctc_spec.training.settings import (
     differing_settings,
     record_settings,
 )
+from vllm_ctc_spec.training.workers import WHOLE, Workers
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
@@ -69,23 +71,29 @@ class Progress:
         if length > self.best_length:
             self.best_length, self.best_step, self.best_weights = length, self.step, weights
 
-    def save(self, work: Path) -> None:
+    def save(self, work: Path, workers: Workers) -> None:
+        """One file with whole weights and states, for any number of processes to continue from; called by all."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        state["drafter"] = self.drafter.state_dict()
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        temporary = work / (CHECKPOINT_NAME + ".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, work / CHECKPOINT_NAME)
+        state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=WHOLE)
+        if workers.is_main:
+            temporary = work / (CHECKPOINT_NAME + ".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, work / CHECKPOINT_NAME)
+        workers.wait()
 
-    def restore(self, work: Path, device: torch.device) -> None:
+    def restore(self, work: Path) -> None:
         """Continue from the checkpoint, if there is one."""
         path = work / CHECKPOINT_NAME
         if not path.is_file():
             return
-        state = torch.load(path, map_location=device)
-        self.drafter.load_state_dict(state.pop("drafter"))
-        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(saved)
+        state = torch.load(path, map_location="cpu")
+        set_state_dict(
+            self.drafter,
+            self.optimizers,
+            model_state_dict=state.pop("drafter"),
+            optim_state_dict=state.pop("optimizers"),
+            options=StateDictOptions(full_state_dict=True),
+        )
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
@@ -17,7 +16,7 @@ from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
 from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loss import LOSSES
-from vllm_ctc_spec.training.metrics import MetricsLog
+from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.vocabulary import label_scores
 from vllm_ctc_spec.training.workers import ALONE, Workers
@@ -97,7 +96,7 @@ class Trainer:
         self.drafter.to(embedding.device)
         if config.init:
             self.drafter.start_from(config.init)
-        self.module = workers.wrap(TrainingStep(self.drafter, config))
+        self.module = workers.wrap(TrainingStep(self.drafter, config), self.drafter.layers)
         self.progress = Progress(self.drafter, make_optimizers(self.drafter, config))
 
     @property
@@ -154,46 +153,49 @@ class Trainer:
             "seconds": round(time.perf_counter() - started, 4),
         }
 
-    def acceptance(self, held_out: Sequence[Example]) -> Acceptance:
+    def drafter_of(self, weights: dict[str, Tensor]) -> CTCDrafter:
+        """A whole drafter with these weights, in this process alone: the trained one may be spread over several. During
+        a measurement it takes the room that the gradients left."""
+        with torch.device("meta"):
+            drafter = CTCDrafter(self.drafter.config, self.drafter.target_embedding, self.drafter.target_head)
+        drafter.load_state_dict({name: weight.to(self.device) for name, weight in weights.items()}, assign=True)
+        return drafter
+
+    def acceptance(self, drafter: CTCDrafter, held_out: Sequence[Example]) -> Acceptance:
         """Of what the drafter will be served as: greedy chains, or trees."""
         if not self.config.tree_nodes:
-            return measure_chain(self.drafter, self.features, held_out)
-        return measure_trees(self.drafter, self.features, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
+            return measure_chain(drafter, self.features, held_out)
+        return measure_trees(drafter, self.features, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
 
     def run(self, examples: list[Example], held_out: list[Example], paths: RunPaths) -> None:
         """Train to the last step, continuing from the checkpoint in the work folder. Files, bar and measurements are
         the main process's."""
         config, progress, is_main = self.config, self.progress, self.workers.is_main
-        progress.restore(paths.work, self.device)
+        progress.restore(paths.work)
         batches = epochs(examples, config.batch_size, config.seed, progress.step)
         with (
             MetricsLog(paths.work, progress.step) if is_main else contextlib.nullcontext() as log,
-            tqdm(total=config.steps, initial=progress.step, desc="drafter", unit="step", disable=not is_main) as bar,
+            StepBar(config.steps, progress.step, disable=not is_main) as bar,
         ):
             while progress.step < config.steps:
                 entry = self.step(next(batches))
                 last = progress.step == config.steps
                 if last or progress.step % config.eval_every == 0:
-                    self._measure(held_out, entry, bar)
+                    self._measure(held_out, entry)
                 if is_main:
                     log.write(entry)
-                bar.set_postfix(loss=f"{entry['loss_sum'] / max(1, entry['anchors_total']):.3f}", refresh=False)
-                bar.update()
+                bar.show(entry)
                 if last or progress.step % config.save_every == 0:
-                    self._save(paths)
+                    progress.save(paths.work, self.workers)
 
-    def _measure(self, held_out: Sequence[Example], entry: dict[str, float], bar: tqdm) -> None:
+    def _measure(self, held_out: Sequence[Example], entry: dict[str, float]) -> None:
         """Keep the weights if they are the best so far."""
         weights = self.workers.weights(self.drafter)
         if self.workers.is_main:
-            acceptance = self.acceptance(held_out)
+            acceptance = self.acceptance(self.drafter_of(weights), held_out)
             entry["held_out_tokens_total"] = sum(acceptance.tokens)
             entry["held_out_steps_total"] = sum(acceptance.steps)
+            if math.isfinite(acceptance.half_width):
+                entry["held_out_half_width"] = acceptance.half_width
             self.progress.keep_if_best(acceptance.length, weights)
-            bar.write(f"step {self.progress.step}: held-out acceptance length {acceptance}")
-        self.workers.wait()
-
-    def _save(self, paths: RunPaths) -> None:
-        if self.workers.is_main:
-            self.progress.save(paths.work)
         self.workers.wait()

@@ -1,10 +1,14 @@
-"""The log of a run: one JSON object a step in `log.jsonl`, and the same numbers for TensorBoard where it is installed.
+"""The log of a run: one JSON object a step in `log.jsonl`, the same numbers for TensorBoard where it is installed, and
+what the user sees of them.
 
 Metrics are sums and totals, so that any stretch of the log can be averaged.
 """
 
+import contextlib
 import json
 from pathlib import Path
+
+from tqdm import tqdm
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -41,11 +45,60 @@ class MetricsLog:
         self.close()
 
 
+class LogFollower:
+    """Reads what another process logs, from where the log ends now."""
+
+    def __init__(self, work: Path):
+        self._path = work / LOG_NAME
+        self._offset = 0
+        entries = self.new_entries()
+        self.last_step = entries[-1]["step"] if entries else 0
+
+    def new_entries(self) -> list[dict[str, float]]:
+        """The entries since the last call; all, once more, after a restart has cut the log."""
+        if not self._path.is_file():
+            return []
+        if self._path.stat().st_size < self._offset:
+            self._offset = 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        return [json.loads(line) for line in text.splitlines() if _step_of(line) < float("inf")]
+
+
+class StepBar(contextlib.AbstractContextManager):
+    """The progress bar of a run from its log's entries, and a line for each measurement behind `first_step`."""
+
+    def __init__(self, steps: int, first_step: int, disable: bool = False):
+        self._bar = tqdm(total=steps, initial=first_step, desc="drafter", unit="step", disable=disable)
+        self._shown = first_step
+        self._running = False
+
+    def show(self, entry: dict[str, float]) -> None:
+        """A step at or before the last one shown is repeated after a restart: the bar goes back, lines stay."""
+        step = entry["step"]
+        if not self._running:
+            self._bar.unpause()  # the clock starts with the first step, not with the processes
+            self._running = True
+        if "held_out_steps_total" in entry and step > self._shown:
+            length = entry["held_out_tokens_total"] / max(1, entry["held_out_steps_total"])
+            half_width = entry.get("held_out_half_width", float("inf"))
+            self._bar.write(f"step {step}: held-out acceptance length {length:.3f} +- {half_width:.3f}")
+        self._shown = max(self._shown, step)
+        self._bar.set_postfix(loss=f"{entry['loss_sum'] / max(1, entry['anchors_total']):.3f}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+
 def read_log(work: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (work / LOG_NAME).read_text(encoding="utf-8").splitlines()]
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str | bytes) -> float:
     """A line that a kill cut short belongs to no step."""
     try:
         return json.loads(line)["step"]

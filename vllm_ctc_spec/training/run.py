@@ -1,7 +1,9 @@
 """One training run, from prompts or a dataset to a finished drafter."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -10,7 +12,8 @@ from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.features import in_process, stored
 from vllm_ctc_spec.training.generate import make_labels
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
 from vllm_ctc_spec.training.metrics import read_log
@@ -29,28 +32,66 @@ def drafter_shape(config: TrainConfig, target: Target) -> DrafterConfig:
     return DrafterConfig.for_target(target.model.config, **shape)
 
 
-def train(config: TrainConfig, paths: RunPaths, overwrite: bool, workers: Workers = ALONE) -> str:
-    """Run or continue `config`; returns the report to print. Nothing is written before everything is checked."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is checked, claimed and generated once for a run, before its processes work."""
+
+    config: TrainConfig
+    paths: RunPaths
+    drafter_config: DrafterConfig
+    examples: list[Example]
+    held_out: list[Example]
+
+
+def load_target(config: TrainConfig, device: torch.device) -> Target:
+    return Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+
+
+def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool) -> tuple[Prepared, Target]:
+    """Nothing is written before everything is checked."""
     paths.check(config, overwrite)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+    target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     drafter_config = drafter_shape(config, target)
-    prompts = read_prompts(config.data, target, config.max_new_tokens, config.held_out)
-    print(prompts.report())
-    paths.start(config, overwrite)
-    examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
+    if Path(config.data).is_dir():
+        layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
+        examples, held_out = open_dataset(Path(config.data), target_fingerprint(config.target), layer_ids)
+        paths.start(config, overwrite)
+    elif config.features == "stored":
+        raise TrainingError(
+            f"--features stored needs hidden states, and {config.data} is no dataset: write one with "
+            "`vllm-ctc data --hidden-states`."
+        )
+    else:
+        prompts = read_prompts(config.data, target, config.max_new_tokens, config.held_out)
+        print(prompts.report())
+        paths.start(config, overwrite)
+        examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
     if not any(anchor_positions(example) for example in examples):
         raise TrainingError(
             f"The responses of {config.target} are one token long, so there is nothing to draft; "
             "use prompts that it answers at length."
         )
-    features = in_process(target, drafter_config.aux_hidden_state_layer_ids)
+    return Prepared(config, paths, drafter_config, examples, held_out), target
+
+
+def work(prepared: Prepared, target: Target, workers: Workers = ALONE) -> str | None:
+    """One process's part of the run, on the target's device. The main process publishes and returns the report."""
+    config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
+    layer_ids = drafter_config.aux_hidden_state_layer_ids
+    features = stored(layer_ids) if config.features == "stored" else in_process(target, layer_ids)
     trainer = Trainer(config, drafter_config, features, target.embedding, target.head, workers)
-    trainer.run(examples, held_out, paths)
-    trainer.drafter.load_state_dict(trainer.progress.best_weights)
-    acceptance = trainer.acceptance(held_out)
-    publish(trainer.drafter, config, paths)
+    trainer.run(prepared.examples, prepared.held_out, paths)
+    if not workers.is_main:
+        return None
+    drafter = trainer.drafter_of(trainer.progress.best_weights)
+    acceptance = trainer.acceptance(drafter, prepared.held_out)
+    publish(drafter, config, paths)
     return report(trainer, acceptance, paths)
+
+
+def train(config: TrainConfig, paths: RunPaths, overwrite: bool) -> str:
+    """Run or continue `config` in this process; returns the report to print."""
+    return work(*prepare(config, paths, overwrite))
 
 
 def infeasible_share(log: Sequence[dict]) -> float:

@@ -12,7 +12,12 @@ from vllm_ctc_spec.config import LATTICES
 SETTINGS_NAME = "train_config.json"
 LOSS_NAMES = ("prefix", "ctc", "ce")
 OPTIMIZERS = ("muon", "adamw")
+FEATURES = ("target", "stored")
 DTYPES = ("fp32", "bf16")
+PARALLEL = ("ddp", "fsdp")
+
+
+CHOICES = {"features": FEATURES, "loss": LOSS_NAMES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
 
 
 class TrainingError(ValueError):
@@ -28,6 +33,7 @@ class TrainConfig:
 
     target: str
     data: str
+    features: str = "target"
     loss: str = "prefix"
     lattice: str | None = None
     num_frames: int = 12
@@ -57,7 +63,7 @@ class TrainConfig:
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        for name, choices in (("loss", LOSS_NAMES), ("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         if self.aux_layers is not None:
@@ -106,6 +112,31 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise TrainingError(
                 f"--batch-size {self.batch_size} cannot be split into --accumulate {self.accumulate} equal parts."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerOptions:
+    """Which processes do the work of a run; the drafter is the same."""
+
+    num_workers: int = 1
+    parallel: str = "ddp"
+    ray_address: str | None = None  # of a running cluster; None: Ray on this machine for more than one worker
+    threads: int | None = None  # of each worker; None: an equal share of PyTorch's choice
+
+    @property
+    def use_ray(self) -> bool:
+        return self.num_workers > 1 or self.ray_address is not None
+
+    def check(self, config: TrainConfig) -> None:
+        if self.num_workers < 1:
+            raise TrainingError(f"--num-workers must be 1 or more, not {self.num_workers}.")
+        if self.parallel != "ddp" and self.num_workers == 1:
+            raise TrainingError(f"--parallel {self.parallel} shares a drafter among --num-workers; give 2 or more.")
+        if config.batch_size % (self.num_workers * config.accumulate):
+            raise TrainingError(
+                f"--batch-size {config.batch_size} cannot be split equally among --num-workers {self.num_workers} "
+                f"with --accumulate {config.accumulate} parts each."
             )
 
 

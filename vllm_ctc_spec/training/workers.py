@@ -6,14 +6,25 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""State that does not depend on how it is shared: whole tensors, on the main process; the others get nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-    """One process by default. The methods that communicate are called by all processes, in the same order."""
+    """One process by default. The methods that communicate are called by all processes, in the same order.
+
+    With "ddp" every process holds the whole drafter; with "fsdp" a shard of each parameter, of its gradient and of the
+    optimizer's state, and the whole of one layer at a time.
+    """
 
     rank: int = 0
     size: int = 1
+    parallel: str = "ddp"
 
     @property
     def is_main(self) -> bool:
@@ -23,13 +34,21 @@ class Workers:
         """The rows of a batch of `count` that are this process's."""
         return range(self.rank, count, self.size)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over the processes."""
-        return module if self.size == 1 else nn.parallel.DistributedDataParallel(module)
+    def wrap(self, module: nn.Module, layers: nn.ModuleList) -> nn.Module:
+        """The module whose backward averages gradients over the processes; its parameters are the same at first."""
+        if self.size == 1:
+            return module
+        if self.parallel == "ddp":
+            # The buffers are the target's tables, which nobody changes.
+            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        mesh = init_device_mesh(next(module.parameters()).device.type, (self.size,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
 
     def without_averaging(self, module: nn.Module) -> contextlib.AbstractContextManager:
-        """For all but the last part of a step."""
-        return contextlib.nullcontext() if self.size == 1 else module.no_sync()
+        """For all but the last part of a step. Shards are summed part by part: whole gradients would not fit."""
+        return module.no_sync() if self.size > 1 and self.parallel == "ddp" else contextlib.nullcontext()
 
     def total(self, values: list[float], device: torch.device) -> list[float]:
         """Sums over the processes."""
@@ -45,8 +64,8 @@ class Workers:
             dist.barrier()
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The whole module's weights, on the CPU."""
-        return {name: weight.detach().cpu().clone() for name, weight in module.state_dict().items()}
+        """A copy of the whole module's weights, on the main process's CPU; empty on the others."""
+        return {name: weight.clone() for name, weight in get_model_state_dict(module, options=WHOLE).items()}
 
 
 ALONE = Workers()

@@ -1,0 +1,226 @@
+"""`vllm-ctc eval`: what is measured on which responses, what is written, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import vllm_ctc_spec
+from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
+from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training import evaluate as module
+from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
+from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.dataset import Example, dataset_settings, plan_shards, write_responses
+from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, respond, response_log_probs
+from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.settings import TrainingError
+
+LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
+
+
+@pytest.fixture
+def save_drafter(target, tmp_path):
+    def save(lattice: str = "ctc", **overrides) -> str:
+        torch.manual_seed(3)
+        shape = dict(num_frames=6, num_labels=4, markov_rank=5, lattice=lattice, **LATTICES[lattice], **overrides)
+        drafter = CTCDrafter(DrafterConfig.for_target(target.model.config, **shape), target.embedding, target.head)
+        drafter.save(tmp_path / lattice)
+        return str(tmp_path / lattice)
+
+    return save
+
+
+@pytest.fixture
+def config(target_folder, rows_file, save_drafter):
+    """config(**settings): small ones."""
+
+    def make(**settings) -> EvalConfig:
+        small = dict(num_prompts=4, nodes=(2, 4), max_new_tokens=8)
+        shared = dict(target=str(target_folder), drafter=settings.pop("drafter", None) or save_drafter())
+        return EvalConfig(**{**shared, "data": str(rows_file), **small, **settings})
+
+    return make
+
+
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_every_kind_of_draft_is_measured_on_the_targets_responses(lattice, target, config, save_drafter, tmp_path):
+    settings = config(drafter=save_drafter(lattice))
+    evaluate(settings, tmp_path / "eval.json")
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
+    features = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    prompts = read_eval_prompts(settings, target).prompts
+    expected = []
+    for temperature in (0, 1):
+        examples = respond(target, prompts, settings, temperature)
+        trees = measure_trees(drafter, features, examples, (2, 4))
+        expected += [measure_chain(drafter, features, examples), trees[2], trees[4]]
+    expected.append(measure_sampled_chain(drafter, features, examples, lambda one: response_log_probs(target, one)))
+    kinds = ["chain of 4", "tree of 2 nodes", "tree of 4 nodes"]
+    assert [(row["drafts"], row["temperature"]) for row in results] == [
+        *((kind, temperature) for temperature in (0, 1) for kind in kinds), ("sampled chain of 4", 1),
+    ]  # fmt: skip
+    for row, acceptance in zip(results, expected):
+        assert row["tokens"] == acceptance.tokens and row["steps"] == pytest.approx(acceptance.steps)
+        assert row["acceptance_length"] == pytest.approx(acceptance.length)
+        assert row["half_width"] == pytest.approx(acceptance.half_width)
+
+
+def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
+    settings = config()
+    path = tmp_path / "new folder" / "eval.json"
+    header, *rows = evaluate(settings, path).splitlines()
+    assert capsys.readouterr().out == "4 prompts.\n"
+    written = json.loads(path.read_text())
+    assert header == HEADER and len(rows) == len(written["results"]) == 7
+    for row, result in zip(rows, written["results"]):
+        assert row.startswith(result["drafts"])
+        temperature, length, sign, half_width, prompts, steps = row.removeprefix(result["drafts"]).split()
+        assert (float(temperature), sign, int(prompts)) == (result["temperature"], "+-", len(result["steps"]))
+        assert float(length) == pytest.approx(result["acceptance_length"], abs=6e-4)
+        assert float(half_width) == pytest.approx(result["half_width"], abs=6e-4)
+        assert float(steps) == pytest.approx(sum(result["steps"]), abs=0.6)
+    assert written["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
+    assert written["versions"]["vllm_ctc_spec"] == vllm_ctc_spec.__version__
+    assert written["versions"].keys() == {"torch", "transformers", "vllm_ctc_spec"}
+    assert [path.name for path in path.parent.iterdir()] == ["eval.json"]
+
+
+def test_one_prompt_has_no_interval(config, tmp_path):
+    evaluate(config(num_prompts=1, temperature=(0.0,)), tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["results"][0]["half_width"] is None
+    assert "inf" in Result("chain of 4", 0.0, Acceptance([5], [2])).row()
+
+
+@pytest.mark.parametrize("at_once", [3, 128])
+def test_log_probs_are_those_of_one_forward(target, monkeypatch, at_once):
+    monkeypatch.setattr(module, "POSITIONS_AT_ONCE", at_once)
+    example = Example([1, 5, 9, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7])
+    with torch.no_grad():
+        logits = target.model(torch.tensor([example.prompt + example.response])).logits[0]
+    law = logits.log_softmax(-1)[len(example.prompt) - 1 : -1]
+    expected = law[torch.arange(len(example.response)), torch.tensor(example.response)]
+    assert torch.allclose(response_log_probs(target, example), expected, atol=1e-4)
+
+
+def test_responses_keep_the_order_of_the_prompts(target, config, monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
+    prompts = [[1, 5, 6, 7, 8, 3, 2], [1, 5, 3, 2], [1, 9, 8, 7, 3, 2], [1, 4, 4, 3, 2]]
+    examples = respond(target, prompts, config(), 0.0)
+    assert [example.prompt for example in examples] == prompts
+    assert [example.response for example in examples] == [decode(target, [prompt], 8)[0] for prompt in prompts]
+
+
+def test_sampled_responses_follow_the_seed(target, config):
+    prompts = [[1, 5, 3, 2], [1, 9, 8, 7, 3, 2]] * 4
+    first, again, other = (respond(target, prompts, config(seed=seed), 1.0) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_skipped_rows_are_counted(target, config, tmp_path):
+    rows = [{"answer": "x"}, {"question": "a" * 80}, {"question": "abc"}, {"question": "abd"}, {"answer": "y"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_eval_prompts(config(data=str(path), num_prompts=2), target)
+    assert (len(found.prompts), found.unusable, found.too_long) == (2, 1, 1)  # nothing behind the last prompt counts
+    assert "2 prompts; 1 rows skipped: none of the fields question" in found.report()
+    assert "1 rows skipped: longer than the target's positions." in found.report()
+    path.write_text('{"answer": "x"}\n')
+    with pytest.raises(TrainingError, match="no usable row among 1"):
+        read_eval_prompts(config(data=str(path)), target)
+
+
+def test_a_category_is_all_that_is_read(target, config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"category": name, "turns": [text]} for name, text in (("qa", "a"), ("math", "b"), ("qa", "c"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"question": "d"}\nno json\n')
+    found = read_eval_prompts(config(data=str(path), category="qa"), target)
+    shown = [target.tokenizer.decode(ids).replace(" ", "") for ids in found.prompts]
+    assert shown == ["<u>a<e><a>", "<u>c<e><a>"] and not found.unusable
+    with pytest.raises(TrainingError, match="no category 'code': there are math, qa"):
+        read_eval_prompts(config(data=str(path), category="code"), target)
+    path.write_text('{"question": "d"}\n')
+    with pytest.raises(TrainingError, match="no field `category`"):
+        read_eval_prompts(config(data=str(path), category="qa"), target)
+
+
+@pytest.fixture
+def dataset(target, target_folder, rows_file, tmp_path) -> str:
+    prompts = read_prompts(str(rows_file), target, 8, 2)
+    settings = dataset_settings(str(target_folder), prompts, 8, 0.0, 0)
+    write_responses(
+        tmp_path / "dataset",
+        settings,
+        plan_shards(prompts, 0.0),
+        lambda shards: ((shard, decode(target, shard.prompts, 8)) for shard in shards),
+        overwrite=False,
+    )
+    return str(tmp_path / "dataset")
+
+
+def test_a_dataset_is_measured_by_its_held_out_responses(dataset, target, config, tmp_path, capsys):
+    settings = config(data=dataset, max_new_tokens=None)
+    evaluate(settings, tmp_path / "eval.json")
+    assert capsys.readouterr().out == "2 held-out responses.\n"
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert written["settings"]["temperature"] == [0.0] and written["settings"]["max_new_tokens"] is None
+    lines = (tmp_path / "dataset" / "held-out-00000.jsonl").read_text().splitlines()
+    responses = [json.loads(line)["response"] for line in lines]
+    expected = sorted(len(response) - 1 for response in responses if len(response) > 1)
+    assert {tuple(sorted(row["tokens"])) for row in written["results"]} == {tuple(expected)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": (1.0,)}, "are greedy: use --temperature 0"),
+        ({"max_new_tokens": 8}, "--max-new-tokens does nothing with the dataset"),
+        ({"category": "qa"}, "--category does nothing with the dataset"),
+    ],
+)
+def test_a_dataset_refuses_what_its_responses_decide(settings, message, dataset, config):
+    with pytest.raises(TrainingError, match=message):
+        config(data=dataset, **{"max_new_tokens": None, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": (0.7,)}, "--temperature takes 0 and 1, not 0.7: the law of sampled drafts"),
+        ({"temperature": (math.nan,)}, "--temperature takes 0 and 1, not nan"),
+        ({"num_prompts": 0}, "--num-prompts must be 1 or more"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be 1 or more"),
+        ({"nodes": (8, 65)}, "--nodes takes trees of 1 to 64 nodes, not 65"),
+        ({"seed": -1}, "--seed must be 0 or more"),
+        ({"dtype": "fp16"}, "--dtype must be one of fp32, bf16"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, message):
+    with pytest.raises(TrainingError, match=message):
+        EvalConfig("t", "d", "f", **settings)
+
+
+def test_a_setting_that_is_given_twice_is_measured_once():
+    config = EvalConfig("t", "d", "f", nodes=(4, 2, 4), temperature=(0.0, 0.0))
+    assert (config.nodes, config.temperature) == ((4, 2), (0.0,))
+
+
+def test_what_cannot_be_measured_is_refused(config, save_drafter, tmp_path):
+    with pytest.raises(DrafterConfigError, match="No CTC drafter at"):
+        evaluate(config(drafter=str(tmp_path / "nowhere")))
+    with pytest.raises(TrainingError, match="No Hugging Face model at"):
+        evaluate(config(target=str(tmp_path / "nowhere")))
+    with pytest.raises(DrafterConfigError, match="number of layers 7"):
+        evaluate(config(drafter=save_drafter("slots", target_num_layers=7)))
+    with pytest.raises(TrainingError, match="is a folder; give a file"):
+        evaluate(config(), tmp_path)
+    with pytest.raises(TrainingError, match="one token long"):
+        evaluate(config(max_new_tokens=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="cannot be written"):
+        evaluate(config(temperature=(0.0,)), tmp_path / "file" / "eval.json")

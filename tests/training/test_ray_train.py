@@ -1,0 +1,192 @@
+"""`vllm-ctc train` with several workers under Ray: one process's run, though a worker is killed on the way."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.run import Prepared
+from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
+
+OPTIONS = dict(
+    num_frames=5, num_labels=3, markov_rank=4, steps=40, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
+    save_every=10, eval_every=20, optimizer="adamw",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ray_train():
+    pytest.importorskip("ray.train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is missed
+        from vllm_ctc_spec.training import ray_train
+
+        yield ray_train
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_train):
+    """Address of a Ray cluster with two places."""
+    from ray.cluster_utils import Cluster
+
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    yield started.address
+    started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def train(target_folder, rows_file, tmp_path_factory):
+    labels = tmp_path_factory.mktemp("labels")
+
+    def run(output: Path, *more: str, **change) -> int:
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in {**OPTIONS, **change}.items()]
+        where = ["--target", str(target_folder), "--data", str(rows_file), "--labels", str(labels)]
+        return main(["train", *where, "--output", str(output), *options, *more])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train, tmp_path_factory):
+    """Folder of one process's run."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(folder) == 0
+    return folder
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for mine, theirs in zip(read_log(one), read_log(other), strict=True):
+        assert {**mine, "seconds": 0} == pytest.approx({**theirs, "seconds": 0}, rel=2e-4)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    for name, weight in theirs.items():
+        assert ours[name].numpy() == pytest.approx(weight.numpy(), rel=2e-3, abs=2e-4), name
+
+
+def error_of(capsys) -> str:
+    """The one sentence on stderr, behind progress bars."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-ctc: ")][-1]
+
+
+def test_two_workers_of_a_local_ray_train_as_one_process(ray_train, train, alone, tmp_path, monkeypatch, capsys):
+    """Relative paths too mean the same to them."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    assert train(Path("two"), "--num-workers", "2", "--parallel", "fsdp") == 0
+    output = capsys.readouterr()
+    assert_same_run(tmp_path / "two", alone)
+    assert "Ray starts 2 workers with a CPU each." in output.out and "40/40" in output.err
+    assert "step 20: held-out acceptance length" in output.out and "step 40: held-out" in output.out
+    assert "two: best of 40 steps" in output.out and "vllm serve" in output.out
+    assert "Traceback" not in output.err and "RayTrainWorker" not in output.err
+    assert not ray.is_initialized() and not (tmp_path / "two" / "work" / "ray").exists()
+
+
+class Kill(threading.Thread):
+    """SIGKILL for one of this process's training workers, once the log is so long."""
+
+    def __init__(self, log: Path, entries: int):
+        super().__init__(daemon=True)
+        self.log, self.entries = log, entries
+        self.text = ""  # of the log, just before
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 300
+        while self.text.count("\n") < self.entries and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self.text = self.log.read_text() if self.log.is_file() else ""
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                return
+
+
+def test_a_killed_worker_is_replaced_and_the_run_continues_from_the_checkpoint(train, alone, cluster, tmp_path):
+    kill = Kill(tmp_path / "work" / "log.jsonl", entries=15)
+    kill.start()
+    assert train(tmp_path, "--num-workers", "2", "--ray-address", cluster) == 0
+    assert 15 <= kill.text.count("\n") < 40
+    log = (tmp_path / "work" / "log.jsonl").read_text().splitlines()
+    seen = kill.text.splitlines()
+    # Each line has its own time: what lies before the checkpoint is not repeated, what lies behind is.
+    kept = 10 * (len(seen) // 10)
+    assert log[:kept] == seen[:kept] and log[kept : len(seen)] != seen[kept:]
+    assert_same_run(tmp_path, alone)
+
+
+def test_what_would_fail_again_is_said_in_a_sentence_at_once(train, cluster, tmp_path, capsys):
+    assert train(tmp_path, "--num-workers", "2", "--ray-address", cluster, lr=1e30) == 1
+    assert "start again with --overwrite and a lower --lr." in error_of(capsys)
+    events = tmp_path / "work" / "tensorboard"
+    assert not events.exists() or len(list(events.iterdir())) == 1  # of one attempt
+
+
+def test_a_cluster_with_too_few_places_is_named(train, cluster, tmp_path, capsys):
+    assert train(tmp_path / "out", "--num-workers", "4", "--ray-address", cluster) == 1
+    assert "--num-workers 4 needs as many CPUs, and the Ray cluster has 2." in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-workers", "3"], "--batch-size 4 cannot be split equally among --num-workers 3"),
+        (["--parallel", "fsdp"], "--parallel fsdp shares a drafter among --num-workers"),
+        (["--ray-address", "head"], "--ray-address must be HOST:PORT"),
+        (["--ray-address", "127.0.0.1:1"], "No Ray cluster answers at --ray-address 127.0.0.1:1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_starts(options, message, train, tmp_path, capsys):
+    pytest.importorskip("ray")
+    assert train(tmp_path / "out", *options) == 1
+    assert message in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_without_ray_is_told_how_to_install_it(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert train(tmp_path / "out", "--num-workers", "2") == 1
+    assert "pip install 'vllm-ctc-spec[ray]'" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_worker_takes_a_gpu_where_there_are_any(ray_train):
+    assert ray_train._device_kind({"CPU": 8.0}, 2) == "CPU"
+    assert ray_train._device_kind({"CPU": 8.0, "GPU": 2.0}, 2) == "GPU"
+    with pytest.raises(TrainingError, match="--num-workers 4 needs as many GPUs, and the Ray cluster has 2"):
+        ray_train._device_kind({"CPU": 8.0, "GPU": 2.0}, 4)
+
+
+def test_a_worker_that_does_not_see_the_work_folder_says_so(ray_train, monkeypatch, tmp_path):
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: None)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    prepared = Prepared(None, RunPaths(Path("out"), Path("out", "work"), Path("labels")), None, [], [])
+    with pytest.raises(TrainingError, match="out/work is not to be seen on .* share"):
+        ray_train.train_loop({"job": ray_train.Job(prepared, "ddp", 1, str(tmp_path))})
+
+
+def test_workers_that_are_lost_again_and_again_end_in_a_sentence(ray_train, tmp_path):
+    from ray.train import WorkerGroupError
+
+    outcome = Future()
+    outcome.set_exception(WorkerGroupError("long", {0: RuntimeError("peer\nclosed."), 1: RuntimeError("peer\nclosed.")}))
+    config = TrainConfig(target="target", data="data")
+    with pytest.raises(TrainingError, match=r"after 3 restarts \(RuntimeError: closed\); the same command continues"):
+        ray_train._follow(outcome, config, RunPaths(tmp_path, tmp_path, tmp_path))

@@ -1,0 +1,171 @@
+"""Several processes train the drafter that one would: the same losses and weights, however a step is shared."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.loop import Trainer
+from vllm_ctc_spec.training.run import train
+from vllm_ctc_spec.training.settings import TrainConfig, TrainingError, WorkerOptions
+
+SMALL = dict(
+    num_frames=5, num_labels=3, markov_rank=4, steps=16, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
+    save_every=4, eval_every=8, optimizer="adamw",
+)  # fmt: skip
+JOBS = {
+    "ddp": ("ddp", {}),
+    "ddp in parts": ("ddp", {"accumulate": 2}),
+    "fsdp": ("fsdp", {}),
+    "fsdp in parts, transitions": ("fsdp", {"accumulate": 2, "lattice": "transitions", "transition_rank": 4}),
+    "fsdp, muon": ("fsdp", {"optimizer": "muon"}),
+}
+# A process started by name cannot import a test.
+WORKER = """
+import json, pathlib, sys
+import torch, torch.distributed as dist
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.loop import Trainer
+from vllm_ctc_spec.training.run import prepare, work
+from vllm_ctc_spec.training.settings import TrainConfig
+from vllm_ctc_spec.training.workers import Workers
+
+rank, jobs = int(sys.argv[1]), json.loads(sys.argv[3])
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+step = Trainer.step
+for job in jobs:
+    def stopping(self, examples):
+        local = [getattr(p, "_local_tensor", p).numel() for p in self.drafter.parameters()]
+        held = {"held": sum(local), "whole": sum(p.numel() for p in self.drafter.parameters())}
+        pathlib.Path(job["paths"][1], f"held-{rank}.json").write_text(json.dumps(held))
+        if self.progress.step == job["stop"]:
+            raise KeyboardInterrupt
+        return step(self, examples)
+    Trainer.step = stopping
+    paths = RunPaths(*map(pathlib.Path, job["paths"]))
+    if rank == 0:
+        prepare(TrainConfig(**job["config"]), paths, False)
+    dist.barrier()
+    try:
+        work(*prepare(TrainConfig(**job["config"]), paths, False), Workers(rank, 2, job["parallel"]))
+    except KeyboardInterrupt:
+        pass
+dist.destroy_process_group()
+"""
+
+
+def paths(folder: Path, labels: Path) -> RunPaths:
+    return RunPaths(folder, folder / "work", labels)
+
+
+def job(config: TrainConfig, parallel: str, folder: Path, labels: Path, stop: int = -1) -> dict:
+    return {
+        "config": dataclasses.asdict(config),
+        "parallel": parallel,
+        "paths": [str(path) for path in dataclasses.astuple(paths(folder, labels))],
+        "stop": stop,
+    }
+
+
+def run_two(jobs: list[dict], rendezvous: Path) -> None:
+    arguments = [f"file://{rendezvous}", json.dumps(jobs)]
+    both = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments]) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return tmp_path_factory.mktemp("labels")
+
+
+@pytest.fixture(scope="module")
+def config(target_folder, rows_file):
+    return TrainConfig(target=str(target_folder), data=str(rows_file), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def by_two(config, labels, tmp_path_factory):
+    """Folder of each job's run by two processes, and of one that changes hands: one process, two with shards, two
+    without, and one again."""
+    folder = tmp_path_factory.mktemp("two")
+    folders = {name: folder / name.replace(" ", "-") for name in JOBS}
+    jobs = [
+        job(dataclasses.replace(config, **change), parallel, folders[name], labels)
+        for name, (parallel, change) in JOBS.items()
+    ]
+    folders["changing hands"] = folder / "changing-hands"
+    muon = dataclasses.replace(config, optimizer="muon")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        step = Trainer.step
+        patch.setattr(Trainer, "step", lambda self, e: stop() if self.progress.step == 6 else step(self, e))
+        train(muon, paths(folders["changing hands"], labels), overwrite=False)
+    jobs.append(job(muon, "fsdp", folders["changing hands"], labels, stop=10))
+    jobs.append(job(muon, "ddp", folders["changing hands"], labels, stop=14))
+    run_two(jobs, folder / "rendezvous")
+    return folders
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    for mine, theirs in zip(read_log(one), read_log(other), strict=True):
+        assert {**mine, "seconds": 0} == pytest.approx({**theirs, "seconds": 0}, rel=tolerance)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=tolerance)
+
+
+def tolerance(change: dict) -> float:
+    """Muon orthogonalises in bfloat16, where a last bit of the gradient can turn an update's small directions."""
+    return 2e-3 if change.get("optimizer") == "muon" else 5e-5
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_workers_train_as_one(name, by_two, config, labels, tmp_path):
+    change = JOBS[name][1]
+    train(dataclasses.replace(config, **change), paths(tmp_path, labels), overwrite=False)
+    assert_same_run(by_two[name], tmp_path, tolerance(change))
+
+
+def test_a_checkpoint_continues_with_any_number_of_workers(by_two, config, labels, tmp_path):
+    muon, folder = dataclasses.replace(config, optimizer="muon"), by_two["changing hands"]
+    assert len(read_log(folder)) == 14 and not (folder / "model.safetensors").exists()
+    train(muon, paths(folder, labels), overwrite=False)
+    train(muon, paths(tmp_path, labels), overwrite=False)
+    assert_same_run(folder, tmp_path, tolerance({"optimizer": "muon"}))
+
+
+@pytest.mark.parametrize(("name", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
+def test_a_worker_holds_its_share_of_the_drafter(name, share, by_two):
+    for rank in range(2):
+        held = json.loads((by_two[name] / "work" / f"held-{rank}.json").read_text())
+        assert held["held"] / held["whole"] == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"num_workers": 0}, "--num-workers must be 1 or more"),
+        ({}, {"num_workers": 3}, "--batch-size 4 cannot be split equally among --num-workers 3"),
+        ({"accumulate": 4}, {"num_workers": 2}, "with --accumulate 4 parts each"),
+        ({}, {"parallel": "fsdp"}, "give 2 or more"),
+    ],
+)
+def test_workers_that_do_not_fit_the_settings_are_refused(config, change, options, message):
+    with pytest.raises(TrainingError, match=message):
+        WorkerOptions(**options).check(dataclasses.replace(config, **change))

@@ -1,0 +1,226 @@
+"""`vllm-ctc eval`: the acceptance length that serving gets from a finished drafter, without a server.
+
+The target answers the prompts once per temperature, and drafts of every kind are measured on the same responses.
+"""
+
+import dataclasses
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import vllm_ctc_spec
+from vllm_ctc_spec.config import DrafterConfig
+from vllm_ctc_spec.drafter import CTCDrafter, check_weights
+from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
+from vllm_ctc_spec.training.batches import anchor_positions
+from vllm_ctc_spec.training.data import PROMPT_FIELDS, encode, parse_row, read_lines, skipped_rows
+from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.features import Features, in_process
+from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.loop import TORCH_DTYPES
+from vllm_ctc_spec.training.settings import TrainingError, write_atomically
+from vllm_ctc_spec.training.target import Target, TargetText
+
+PROMPTS_AT_ONCE = 32  # rows of the cache while the target answers
+POSITIONS_AT_ONCE = 128  # rows of logits in fp32: 78 MB with a vocabulary of 152 k
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPrompts:
+    """Token ids of the first usable rows of a file, and how many rows before the last of them were skipped."""
+
+    prompts: list[list[int]]
+    unusable: int  # without any known field
+    too_long: int  # no room for a response in the target's positions
+
+    def report(self) -> str:
+        return f"{len(self.prompts)} prompts{skipped_rows(self.unusable, self.too_long)}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row of the table."""
+
+    drafts: str
+    temperature: float
+    acceptance: Acceptance
+
+    def row(self) -> str:
+        measured = self.acceptance
+        length = f"{measured.length:.3f} +- {measured.half_width:.3f}"
+        steps = sum(measured.steps)
+        return f"{self.drafts:<20}{self.temperature:>11g}{length:>20}{len(measured.steps):>9}{steps:>9.0f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        measured = self.acceptance
+        return {
+            "drafts": self.drafts,
+            "temperature": self.temperature,
+            "acceptance_length": measured.length,
+            "half_width": measured.half_width if math.isfinite(measured.half_width) else None,
+            "tokens": measured.tokens,
+            "steps": measured.steps,
+        }
+
+
+HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'prompts':>9}{'steps':>9}"
+
+
+def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
+    """Measure and return the table; everything is written to `json_path` too."""
+    if json_path is not None and json_path.is_dir():
+        raise TrainingError(f"--json {json_path} is a folder; give a file.")
+    drafter_config = DrafterConfig.load(config.drafter)
+    check_weights(config.drafter, drafter_config)
+    text = TargetText.load(config.target)
+    if config.is_dataset:
+        _, held_out = open_dataset(Path(config.data), target_fingerprint(config.target))
+        # They lie in order of length.
+        held_out = random.Random(config.seed).sample(held_out, min(config.num_prompts, len(held_out)))
+        report = f"{len(held_out)} held-out responses."
+    else:
+        rows = read_eval_prompts(config, text)
+        report = rows.report()
+    print(report)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+    shape = target.model.config
+    drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
+    drafter = CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
+    features = in_process(target, drafter_config.aux_hidden_state_layer_ids)
+    results = []
+    for temperature in config.temperature:
+        examples = held_out if config.is_dataset else respond(target, rows.prompts, config, temperature)
+        results += measure(config, target, drafter, features, examples, temperature)
+    if json_path is not None:
+        _write(json_path, config, report, results)
+    return "\n".join([HEADER, *(result.row() for result in results)])
+
+
+def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
+    """The first `num_prompts` rows that can be used."""
+    lines, prompts, unusable, too_long = read_lines(config.data), [], 0, 0
+    if config.category is not None:
+        lines = _in_category(lines, config)
+    for line in lines:
+        if len(prompts) == config.num_prompts:
+            break
+        messages = parse_row(line)
+        if messages is None:
+            unusable += 1
+            continue
+        fitting = encode([messages], text, config.max_new_tokens)
+        prompts += fitting
+        too_long += not fitting
+    if not prompts:
+        raise TrainingError(
+            f"{config.data} has no usable row among {len(lines)}: each needs one of the fields "
+            f"{', '.join(PROMPT_FIELDS)} and must fit the target's {text.max_length} positions."
+        )
+    return EvalPrompts(prompts, unusable, too_long)
+
+
+def _in_category(lines: Sequence[str], config: EvalConfig) -> list[str]:
+    found = defaultdict(list)
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("category"), str):
+            found[row["category"]].append(line)
+    if config.category not in found:
+        there = f"there are {', '.join(sorted(found))}" if found else "its rows have no field `category`"
+        raise TrainingError(f"{config.data} has no category {config.category!r}: {there}.")
+    return found[config.category]
+
+
+def respond(target: Target, prompts: Sequence[list[int]], config: EvalConfig, temperature: float) -> list[Example]:
+    """The target's responses, in the order of the prompts; like lengths are decoded together, for little padding."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    generator = torch.Generator(target.model.device).manual_seed(config.seed)
+    responses: list[list[int]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), desc=f"responses at temperature {temperature:g}", unit="prompt") as bar:
+        for start in range(0, len(order), PROMPTS_AT_ONCE):
+            chosen = order[start : start + PROMPTS_AT_ONCE]
+            batch = [prompts[row] for row in chosen]
+            for row, response in zip(chosen, decode(target, batch, config.max_new_tokens, temperature, generator)):
+                responses[row] = response
+            bar.update(len(chosen))
+    return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
+
+
+def measure(
+    config: EvalConfig,
+    target: Target,
+    drafter: CTCDrafter,
+    features: Features,
+    examples: Sequence[Example],
+    temperature: float,
+) -> list[Result]:
+    """Every kind of drafts that can be served at this temperature."""
+    if not any(anchor_positions(example) for example in examples):
+        raise TrainingError(
+            f"The responses of {config.target} are one token long, so there is nothing to draft; "
+            "use prompts that it answers at length."
+        )
+
+    def bar(what: str) -> tqdm:
+        return tqdm(examples, desc=f"{what} at temperature {temperature:g}", unit="prompt")
+
+    num_labels = drafter.config.num_labels
+    results = [Result(f"chain of {num_labels}", temperature, measure_chain(drafter, features, bar("chains")))]
+    trees = measure_trees(drafter, features, bar("trees"), config.nodes)
+    results += [Result(f"tree of {size} nodes", temperature, measured) for size, measured in trees.items()]
+    if temperature:
+        sampled = measure_sampled_chain(
+            drafter, features, bar("sampled chains"), lambda example: response_log_probs(target, example)
+        )
+        results.append(Result(f"sampled chain of {num_labels}", temperature, sampled))
+    return results
+
+
+@torch.no_grad()
+def response_log_probs(target: Target, example: Example) -> Tensor:
+    """log p of each response token under the target at temperature 1, `[response]` fp32.
+
+    The sequence runs through the target's own head in parts, so that logits of few positions exist at a time.
+    """
+    device = target.model.device
+    prompt, response = (torch.tensor([ids], device=device) for ids in (example.prompt, example.response))
+    cache, parts, start = DynamicCache(), [], 0
+    for part in (prompt, *response[:, :-1].split(POSITIONS_AT_ONCE, 1)):
+        kept = 1 if part is prompt else part.shape[1]
+        output = target.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=kept)
+        following = response[0, start : start + kept, None]
+        parts.append(output.logits[0].float().log_softmax(-1).gather(-1, following)[:, 0])
+        start += kept
+    return torch.cat(parts)
+
+
+def _write(path: Path, config: EvalConfig, report: str, results: Sequence[Result]) -> None:
+    content = {
+        "settings": dataclasses.asdict(config),
+        "data": report,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "vllm_ctc_spec": vllm_ctc_spec.__version__,
+        },
+        "results": [result.to_dict() for result in results],
+    }
+    try:
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise TrainingError(f"--json {path} cannot be written ({error}).") from error

@@ -1,0 +1,162 @@
+"""The same run by several processes, on one machine or many: Ray Train starts them and replaces what dies.
+
+Everything is checked and every response generated here, once, before a worker starts. All machines are assumed to see
+the same files under the same paths: the target, a dataset, and above all the run's work folder, from whose checkpoint
+new workers continue when one of them was lost.
+"""
+
+import dataclasses
+import os
+import platform
+import shutil
+import threading
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_ctc_spec.config import DrafterConfigError
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.metrics import LogFollower, StepBar
+from vllm_ctc_spec.training.ray_cluster import ray_cluster
+from vllm_ctc_spec.training.run import Prepared, load_target, prepare, work
+from vllm_ctc_spec.training.settings import SETTINGS_NAME, TrainConfig, TrainingError, WorkerOptions
+from vllm_ctc_spec.training.workers import Workers
+
+MAX_FAILURES = 3  # of a run
+POLL_SECONDS = 0.5
+SENTENCES = (TrainingError, DrafterConfigError)  # what the user can do something about, said in a sentence
+PASSING = (RuntimeError, OSError)  # what a lost peer, a full GPU or a storage that does not answer raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker is sent."""
+
+    prepared: Prepared
+    parallel: str
+    threads: int
+    folder: str  # that relative paths start from
+
+
+def train(config: TrainConfig, paths: RunPaths, overwrite: bool, options: WorkerOptions) -> str:
+    """Run or continue `config` with Ray; returns the report to print."""
+    options.check(config)
+    paths.check(config, overwrite)
+    with ray_cluster(options.ray_address, options.num_workers) as ray:
+        kind = _device_kind(ray.cluster_resources(), options.num_workers)
+        prepared = prepare(config, paths, overwrite)[0]
+        torch.cuda.empty_cache()  # of the target, which a worker on this GPU loads again
+        threads = options.threads or max(1, torch.get_num_threads() // options.num_workers)
+        job = Job(prepared, options.parallel, threads, os.getcwd())
+        print(f"Ray starts {options.num_workers} workers with a {kind} each.")
+        try:
+            return _follow(_start(job, options.num_workers, kind), config, paths)
+        finally:
+            shutil.rmtree(_ray_folder(paths), ignore_errors=True)
+
+
+def _ray_folder(paths: RunPaths) -> Path:
+    """Where Ray Train keeps its own state, in which nothing of ours is."""
+    return (paths.work / "ray").resolve()
+
+
+def _device_kind(resources: dict[str, float], num_workers: int) -> str:
+    """What each worker takes one of: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    there = int(resources.get(kind, 0))
+    if num_workers > there:
+        raise TrainingError(f"--num-workers {num_workers} needs as many {kind}s, and the Ray cluster has {there}.")
+    return kind
+
+
+def _start(job: Job, num_workers: int, kind: str) -> Future:
+    """The report, once the run is through. A thread of its own leaves Ctrl-C to the main one."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.callback import UserCallback
+
+    class GiveUp(UserCallback):
+        """Workers are not started again for what they would meet again: bad input, or a fault in the code."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                cause = _cause(error)
+                if isinstance(cause, SENTENCES):
+                    raise cause
+                if cause is not error and not isinstance(cause, PASSING):
+                    raise error
+
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU", resources_per_worker={kind: 1}),
+        run_config=RunConfig(
+            storage_path=str(_ray_folder(job.prepared.paths)),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[GiveUp()],
+        ),
+    )
+    outcome: Future = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit().return_value)
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    return outcome
+
+
+def _follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
+    """Show what the main worker logs until the outcome is there."""
+    from ray.train import ControllerError, TrainingFailedError
+
+    log = LogFollower(paths.work)
+    with StepBar(config.steps, log.last_step) as bar:
+        while not outcome.done():
+            wait([outcome], POLL_SECONDS)
+            for entry in log.new_entries():
+                bar.show(entry)
+    try:
+        return outcome.result()
+    except TrainingFailedError as error:
+        if isinstance(error, ControllerError):
+            raise error.controller_failure from None
+        failures = getattr(error, "worker_failures", {}).values() or [error]
+        reasons = sorted({_last_line(_cause(failure)) for failure in failures})
+        raise TrainingError(
+            f"Workers were lost again after {MAX_FAILURES} restarts ({'; '.join(reasons)}); "
+            "the same command continues from the checkpoint."
+        ) from error
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised: Ray Train sends it inside an exception whose text is the traceback."""
+    return getattr(error, "_base_exc", error)
+
+
+def _last_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].rstrip('.')}"
+
+
+def train_loop(config: dict[str, Job]) -> str | None:
+    """A worker's whole life."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    job, context, device = config["job"], get_context(), get_device()
+    work_folder = Path(job.folder, job.prepared.paths.work)
+    if not (Path(job.folder).is_dir() and (work_folder / SETTINGS_NAME).is_file()):
+        raise TrainingError(
+            f"{work_folder} is not to be seen on {platform.node()}; start the run in a folder, and give --work and "
+            "--output, on storage that all machines of the Ray cluster share."
+        )
+    os.chdir(job.folder)
+    torch.set_num_threads(job.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    workers = Workers(context.get_world_rank(), context.get_world_size(), job.parallel)
+    return work(job.prepared, load_target(job.prepared.config, device), workers)
