@@ -52,16 +52,16 @@ from vllm_ctc_spec.training.target import Target, TargetText
 METHODS: dict[str, dict] = {
     "CE (DFlash-like), 8 slots": {"loss": "ce", "markov_rank": 0, "num_frames": 8},
     "CE + label-conditional (DSpark-like), 8 slots": {"loss": "ce", "num_frames": 8},
-    "CE + label-conditional (DSpark-like), 32 slots": {"loss": "ce", "num_frames": 32},
+    "CE + label-conditional (DSpark-like), 24 slots": {"loss": "ce", "num_frames": 24},
     "CTC as published, 12 frames": {"loss": "ctc", "num_frames": 12},
     "CTC prefix, 12 frames": {"markov_rank": 0, "num_frames": 12},
     "CTC prefix + label-conditional, 12 frames": {"num_frames": 12},
-    "CTC prefix + label-conditional, 32 frames": {"num_frames": 32},
+    "CTC prefix + label-conditional, 24 frames": {"num_frames": 24},
     "transitions + label-conditional, 12 frames": {"lattice": "transitions", "num_frames": 12},
-    "transitions + label-conditional, 32 frames": {"lattice": "transitions", "num_frames": 32},
+    "transitions + label-conditional, 24 frames": {"lattice": "transitions", "num_frames": 24},
 }
 SIZES = (8, 16, 32, 64)
-OURS, TWIN = "transitions + label-conditional, 32 frames", "CE + label-conditional (DSpark-like), 32 slots"
+OURS, TWIN = "transitions + label-conditional, 24 frames", "CE + label-conditional (DSpark-like), 24 slots"
 SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
 
 

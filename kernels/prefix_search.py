@@ -41,7 +41,7 @@ def prefix_search(
         log_label, log_blank: [B, T] fp32.
         anchor: [B] int64, the token before the first label. It is under no repeat rule.
         num_nodes: N <= 64.
-        width: C, clamped to V. C = N loses nothing in practice.
+        width: C, clamped to V. Small trees lose by C = N where a head moves mass to tokens that no frame ranks high.
         depth: D, no node is deeper.
         markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
         chain_only: None, or [B] bool: rows that get the best child of the best child and so on, one node per depth.

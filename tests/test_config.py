@@ -11,6 +11,7 @@ from vllm_ctc_spec.config import (
     DrafterConfigError,
     ServingOptions,
     default_aux_layer_ids,
+    default_tree_width,
     tree_schedule,
 )
 
@@ -195,3 +196,7 @@ def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes,
     for batch, size in by_batch.items():
         allowed = [n for n in (*TREE_SIZES, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
         assert size == max(allowed)
+
+
+def test_small_trees_have_more_candidates_than_nodes():
+    assert [default_tree_width(nodes) for nodes in (1, 8, 16, 24, 32, 64)] == [32, 32, 32, 48, 64, 64]

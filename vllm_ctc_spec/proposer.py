@@ -16,7 +16,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-from vllm_ctc_spec.config import ServingOptions
+from vllm_ctc_spec.config import ServingOptions, default_tree_width
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
@@ -143,7 +143,7 @@ class CTCProposer(DFlashSpeculator):
         slots: torch.Tensor,  # [B], the request slot of each row, -1 is inert
         transitions: torch.Tensor | None,  # [B, 1 + T, T]
     ) -> DraftTree:
-        width, depth = self.options.tree_width or self.num_labels, self.options.tree_depth
+        width, depth = self.options.tree_width or default_tree_width(self.num_labels), self.options.tree_depth
         budget, chain_only = (self.num_labels, width, depth), self.trees.chain_only[slots]
         if self.options.search == "transform":
             return ctc_transform(logits, log_label, log_blank, anchor, *budget, chain_only)

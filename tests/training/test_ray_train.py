@@ -185,8 +185,8 @@ def test_a_worker_that_does_not_see_the_work_folder_says_so(ray_train, monkeypat
 def test_workers_that_are_lost_again_and_again_end_in_a_sentence(ray_train, tmp_path):
     from ray.train import WorkerGroupError
 
-    outcome = Future()
-    outcome.set_exception(WorkerGroupError("long", {0: RuntimeError("peer\nclosed."), 1: RuntimeError("peer\nclosed.")}))
+    outcome, lost = Future(), RuntimeError("peer\nclosed.")
+    outcome.set_exception(WorkerGroupError("long", {0: lost, 1: lost}))
     config = TrainConfig(target="target", data="data")
     with pytest.raises(TrainingError, match=r"after 3 restarts \(RuntimeError: closed\); the same command continues"):
         ray_train._follow(outcome, config, RunPaths(tmp_path, tmp_path, tmp_path))

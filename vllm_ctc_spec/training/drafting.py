@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from vllm_ctc_spec.config import default_tree_width
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
@@ -49,7 +50,7 @@ class Drafting:
     def tree(self, num_nodes: int) -> DraftTree:
         """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
         frames, options = self._kernel_arguments()
-        return prefix_search(*frames, num_nodes, num_nodes, self.labels.shape[1], **options)
+        return prefix_search(*frames, num_nodes, default_tree_width(num_nodes), self.labels.shape[1], **options)
 
     def log_q(self) -> Tensor:
         """log q(y_k | y_<k) of the target's labels, given that the drafter goes on: `[N, U]`, -inf where impossible."""
