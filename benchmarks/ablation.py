@@ -114,9 +114,9 @@ class Bench:
                 self.sets[f"Spec-Bench {category}"] = (args.spec_bench, category, args.num_prompts // 2)
 
     def responses(self, name: str, temperature: float) -> list[Example]:
-        path = self.args.work / "responses" / f"{slug(name, int(temperature))}.json"
+        data, category, count = self.sets[name]
+        path = self.args.work / "responses" / f"{slug(name, int(temperature))}-{count}.json"
         if not path.is_file():
-            data, category, count = self.sets[name]
             config = EvalConfig(
                 str(self.args.target), "", str(data), num_prompts=count, category=category, temperature=(temperature,)
             )
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--num-prompts", type=int, default=60, help="of the first test set, half of it of the others")
+    parser.add_argument("--num-prompts", type=int, default=40, help="of the first test set, half of it of the others")
     args = parser.parse_args()
     if not math.isfinite(args.steps) or args.steps < 1:
         parser.error("--steps must be 1 or more")

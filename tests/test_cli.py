@@ -1,6 +1,7 @@
 """The console script: help, options that reach the trainer, and errors as one sentence."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(run, "train", interrupted)
     assert cli.main(REQUIRED) == 130
     assert "the same command continues" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "train", full)
+    assert cli.main(REQUIRED) == 1
+    error = capsys.readouterr().err
+    assert "the disk is full" in error and "the same command continues" in error and error.count("\n") == 1
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import functools
 import sys
 from collections.abc import Sequence
@@ -234,6 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except (TrainingError, DrafterConfigError) as error:
         print(f"vllm-ctc: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"vllm-ctc: the disk is full ({error}); {args.after_interrupt}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"vllm-ctc: interrupted; {args.after_interrupt}.", file=sys.stderr)

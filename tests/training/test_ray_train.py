@@ -80,21 +80,6 @@ def error_of(capsys) -> str:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-ctc: ")][-1]
 
 
-def test_two_workers_of_a_local_ray_train_as_one_process(ray_train, train, alone, tmp_path, monkeypatch, capsys):
-    """Relative paths too mean the same to them."""
-    import ray
-
-    monkeypatch.chdir(tmp_path)
-    assert train(Path("two"), "--num-workers", "2", "--parallel", "fsdp") == 0
-    output = capsys.readouterr()
-    assert_same_run(tmp_path / "two", alone)
-    assert "Ray starts 2 workers with a CPU each." in output.out and "40/40" in output.err
-    assert "step 20: held-out acceptance length" in output.out and "step 40: held-out" in output.out
-    assert "two: best of 40 steps" in output.out and "vllm serve" in output.out
-    assert "Traceback" not in output.err and "RayTrainWorker" not in output.err
-    assert not ray.is_initialized() and not (tmp_path / "two" / "work" / "ray").exists()
-
-
 class Kill(threading.Thread):
     """SIGKILL for one of this process's training workers, once the log is so long."""
 
@@ -114,17 +99,26 @@ class Kill(threading.Thread):
                 return
 
 
-def test_a_killed_worker_is_replaced_and_the_run_continues_from_the_checkpoint(train, alone, cluster, tmp_path):
-    kill = Kill(tmp_path / "work" / "log.jsonl", entries=15)
+def test_a_run_goes_on_after_a_worker_is_killed_as_one_process_would(train, alone, tmp_path, monkeypatch, capsys):
+    """With shards and a local Ray. Relative paths too mean the same to the workers."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    kill = Kill(tmp_path / "two" / "work" / "log.jsonl", entries=15)
     kill.start()
-    assert train(tmp_path, "--num-workers", "2", "--ray-address", cluster) == 0
+    assert train(Path("two"), "--num-workers", "2", "--parallel", "fsdp") == 0
     assert 15 <= kill.text.count("\n") < 40
-    log = (tmp_path / "work" / "log.jsonl").read_text().splitlines()
-    seen = kill.text.splitlines()
+    log, seen = (tmp_path / "two" / "work" / "log.jsonl").read_text().splitlines(), kill.text.splitlines()
     # Each line has its own time: what lies before the checkpoint is not repeated, what lies behind is.
     kept = 10 * (len(seen) // 10)
     assert log[:kept] == seen[:kept] and log[kept : len(seen)] != seen[kept:]
-    assert_same_run(tmp_path, alone)
+    assert_same_run(tmp_path / "two", alone)
+    output = capsys.readouterr()
+    assert "Ray starts 2 workers with a CPU each." in output.out and "40/40" in output.err
+    assert [line.split(":")[0] for line in output.out.splitlines() if "held-out a" in line] == ["step 20", "step 40"]
+    assert "two: best of 40 steps" in output.out and "vllm serve" in output.out
+    assert "Traceback" not in output.err and "RayTrainWorker" not in output.err
+    assert not ray.is_initialized() and not (tmp_path / "two" / "work" / "ray").exists()
 
 
 def test_what_would_fail_again_is_said_in_a_sentence_at_once(train, cluster, tmp_path, capsys):

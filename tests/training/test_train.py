@@ -1,6 +1,7 @@
 """A whole run on a tiny target: it learns, a kill changes nothing, and every setting matters."""
 
 import dataclasses
+import errno
 import json
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from vllm_ctc_spec.training import checkpoint, generate
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.dataset import plan_shards, read_shard, write_states
 from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loop import Trainer
@@ -136,6 +139,70 @@ def test_a_crash_while_publishing_leaves_no_drafter(config, tmp_path, shared_lab
         train(dataclasses.replace(config, seed=1), paths(tmp_path, shared_labels), overwrite=True)
     with pytest.raises(DrafterConfigError, match="config.json is missing"):
         DrafterConfig.load(tmp_path)
+
+
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(config, tmp_path, shared_labels, monkeypatch):
+    save, saved = torch.save, []
+
+    def full_at_the_second(state, path):
+        saved.append(path)
+        if len(saved) == 2:
+            path.write_bytes(b"half of it")
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_at_the_second)
+    with pytest.raises(TrainingError, match="checkpoint.pt cannot be written to .*the same command continues"):
+        train(config, paths(tmp_path, shared_labels), overwrite=False)
+    assert torch.load(tmp_path / "work" / "checkpoint.pt")["step"] == 4
+    assert not list((tmp_path / "work").glob("*.tmp"))
+    train(config, paths(tmp_path, shared_labels), overwrite=False)
+    assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, 13))
+
+
+def test_a_full_disk_at_the_end_publishes_nothing(config, tmp_path, shared_labels, monkeypatch):
+    def full(self, folder):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CTCDrafter, "save", full)
+        with pytest.raises(TrainingError, match="The drafter cannot be written to .*the same command continues"):
+            train(config, paths(tmp_path, shared_labels), overwrite=False)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "work" / "staged").exists()
+    train(config, paths(tmp_path, shared_labels), overwrite=False)
+    assert DrafterConfig.load(tmp_path).num_frames == 5
+
+
+def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(config, tmp_path, target):
+    labels = tmp_path / "labels"
+    train(config, paths(tmp_path / "prompts", labels), overwrite=False)
+    from_dataset = dataclasses.replace(config, data=str(labels))
+    train(from_dataset, paths(tmp_path / "dataset"), overwrite=False)
+    assert read_log(tmp_path / "dataset") == read_log(tmp_path / "prompts")
+    layer_ids = drafter_shape(config, target).aux_hidden_state_layer_ids
+    run = in_process(target, layer_ids)
+
+    def states(shards):
+        for shard in shards:
+            ids = [torch.tensor([e.prompt + e.response]) for e in read_shard(shard.path(labels))]
+            yield shard, torch.cat([run([], each)[0] for each in ids])
+
+    write_states(labels, plan_shards(read_prompts(config.data, target, 20, 2), 0.0), layer_ids, states)
+    train(dataclasses.replace(from_dataset, features="stored"), paths(tmp_path / "stored"), overwrite=False)
+    stored = [entry["loss_sum"] for entry in read_log(tmp_path / "stored")]
+    assert stored == pytest.approx([entry["loss_sum"] for entry in read_log(tmp_path / "prompts")], rel=2e-2)
+    assert stored != [entry["loss_sum"] for entry in read_log(tmp_path / "prompts")]  # they are rounded to bf16
+    other = dataclasses.replace(from_dataset, features="stored", aux_layers=(1,))
+    with pytest.raises(TrainingError, match=r"not after \[1\]"):
+        train(other, paths(tmp_path / "other"), overwrite=False)
+
+
+def test_stored_features_need_a_dataset(config, tmp_path):
+    with pytest.raises(TrainingError, match="--features stored needs hidden states.*--hidden-states"):
+        train(dataclasses.replace(config, features="stored"), paths(tmp_path), overwrite=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_run_in_the_folder_is_named_and_replaced_on_request(config, tmp_path, shared_labels):

@@ -1,11 +1,11 @@
 """Files of a run: what may be started where, the resumable checkpoint, the log, and the finished drafter."""
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -17,6 +17,7 @@ from vllm_ctc_spec.training.settings import (
     TrainConfig,
     TrainingError,
     differing_settings,
+    new_file,
     record_settings,
 )
 from vllm_ctc_spec.training.workers import WHOLE, Workers
@@ -76,9 +77,11 @@ class Progress:
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=WHOLE)
         if workers.is_main:
-            temporary = work / (CHECKPOINT_NAME + ".tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, work / CHECKPOINT_NAME)
+            with new_file(work / CHECKPOINT_NAME) as temporary:
+                try:
+                    torch.save(state, temporary)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise OSError(error) from error
         workers.wait()
 
     def restore(self, work: Path) -> None:
@@ -103,8 +106,14 @@ def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:
     is no drafter, so that a crash in between leaves none rather than a mixture."""
     staged = paths.work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
-    drafter.save(staged)
-    record_settings(staged / SETTINGS_NAME, dataclasses.asdict(config))
+    try:
+        drafter.save(staged)
+        record_settings(staged / SETTINGS_NAME, dataclasses.asdict(config))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise TrainingError(
+            f"The drafter cannot be written to {paths.work} ({error}); when there is room, the same command continues."
+        ) from error
     paths.output.mkdir(parents=True, exist_ok=True)
     (paths.output / CONFIG_NAME).unlink(missing_ok=True)
     for name in (SETTINGS_NAME, WEIGHTS_NAME, CONFIG_NAME):

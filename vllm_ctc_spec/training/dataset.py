@@ -8,23 +8,21 @@
 Every file appears whole or not at all, so that a killed run is continued by making the missing ones.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.settings import TrainingError, differing_settings
+from vllm_ctc_spec.training.settings import TrainingError, differing_settings, new_file
 
 SETTINGS_NAME = "settings.json"
 PARTS = ("held-out", "train")
@@ -116,24 +114,6 @@ def target_fingerprint(folder: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # what safetensors makes of an OSError
-        raise TrainingError(
-            f"{path.name} cannot be written to {path.parent} ({error}); when there is room, the same command "
-            "continues."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:

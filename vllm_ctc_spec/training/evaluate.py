@@ -220,7 +220,4 @@ def _write(path: Path, config: EvalConfig, report: str, results: Sequence[Result
         },
         "results": [result.to_dict() for result in results],
     }
-    try:
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise TrainingError(f"--json {path} cannot be written ({error}).") from error
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

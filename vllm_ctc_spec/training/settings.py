@@ -1,11 +1,15 @@
 """What one training run was asked to do: one dataclass, recorded beside the drafter and compared on every restart."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from vllm_ctc_spec.config import LATTICES
 
@@ -167,11 +171,27 @@ def _fits(value: Any, annotation: str) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not (TrainingError)."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # what safetensors makes of an OSError
+        raise TrainingError(
+            f"{path.name} cannot be written to {path.parent} ({error}); when there is room, the same command "
+            "continues."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def record_settings(path: Path, settings: dict) -> None:
