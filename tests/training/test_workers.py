@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.loop import Trainer
-from vllm_ctc_spec.training.run import train
+from vllm_ctc_spec.training.run import Prepared, prepare, train
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError, WorkerOptions
 
 SMALL = dict(
@@ -28,32 +29,28 @@ JOBS = {
 }
 # A process started by name cannot import a test.
 WORKER = """
-import json, pathlib, sys
+import json, pickle, sys
 import torch, torch.distributed as dist
-from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.loop import Trainer
-from vllm_ctc_spec.training.run import prepare, work
-from vllm_ctc_spec.training.settings import TrainConfig
+from vllm_ctc_spec.training.run import load_target, work
 from vllm_ctc_spec.training.workers import Workers
 
-rank, jobs = int(sys.argv[1]), json.loads(sys.argv[3])
+rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
 step = Trainer.step
-for job in jobs:
+with open(sys.argv[3], "rb") as file:
+    jobs = pickle.load(file)
+for prepared, parallel, stop in jobs:
     def stopping(self, examples):
-        local = [getattr(p, "_local_tensor", p).numel() for p in self.drafter.parameters()]
-        held = {"held": sum(local), "whole": sum(p.numel() for p in self.drafter.parameters())}
-        pathlib.Path(job["paths"][1], f"held-{rank}.json").write_text(json.dumps(held))
-        if self.progress.step == job["stop"]:
+        local = sum(getattr(p, "_local_tensor", p).numel() for p in self.drafter.parameters())
+        whole = sum(p.numel() for p in self.drafter.parameters())
+        (prepared.paths.work / f"held-{rank}.json").write_text(json.dumps(local / whole))
+        if self.progress.step == stop:
             raise KeyboardInterrupt
         return step(self, examples)
     Trainer.step = stopping
-    paths = RunPaths(*map(pathlib.Path, job["paths"]))
-    if rank == 0:
-        prepare(TrainConfig(**job["config"]), paths, False)
-    dist.barrier()
     try:
-        work(*prepare(TrainConfig(**job["config"]), paths, False), Workers(rank, 2, job["parallel"]))
+        work(prepared, load_target(prepared.config, torch.device("cpu")), Workers(rank, 2, parallel))
     except KeyboardInterrupt:
         pass
 dist.destroy_process_group()
@@ -64,20 +61,16 @@ def paths(folder: Path, labels: Path) -> RunPaths:
     return RunPaths(folder, folder / "work", labels)
 
 
-def job(config: TrainConfig, parallel: str, folder: Path, labels: Path, stop: int = -1) -> dict:
-    return {
-        "config": dataclasses.asdict(config),
-        "parallel": parallel,
-        "paths": [str(path) for path in dataclasses.astuple(paths(folder, labels))],
-        "stop": stop,
-    }
+def job(config: TrainConfig, parallel: str, folder: Path, labels: Path, stop: int = -1) -> tuple[Prepared, str, int]:
+    return prepare(config, paths(folder, labels), overwrite=False)[0], parallel, stop
 
 
-def run_two(jobs: list[dict], rendezvous: Path) -> None:
-    arguments = [f"file://{rendezvous}", json.dumps(jobs)]
+def run_two(jobs: list[tuple[Prepared, str, int]], folder: Path) -> None:
+    (folder / "jobs").write_bytes(pickle.dumps(jobs))
+    arguments = [f"file://{folder}/rendezvous", str(folder / "jobs")]
     both = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments]) for rank in range(2)]
     try:
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
+        assert [process.wait(timeout=300) for process in both] == [0, 0]
     finally:
         for process in both:
             process.kill()
@@ -115,7 +108,7 @@ def by_two(config, labels, tmp_path_factory):
         train(muon, paths(folders["changing hands"], labels), overwrite=False)
     jobs.append(job(muon, "fsdp", folders["changing hands"], labels, stop=10))
     jobs.append(job(muon, "ddp", folders["changing hands"], labels, stop=14))
-    run_two(jobs, folder / "rendezvous")
+    run_two(jobs, folder)
     return folders
 
 
@@ -154,7 +147,7 @@ def test_a_checkpoint_continues_with_any_number_of_workers(by_two, config, label
 def test_a_worker_holds_its_share_of_the_drafter(name, share, by_two):
     for rank in range(2):
         held = json.loads((by_two[name] / "work" / f"held-{rank}.json").read_text())
-        assert held["held"] / held["whole"] == pytest.approx(share, abs=0.01)
+        assert held == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize(
