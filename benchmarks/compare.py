@@ -10,6 +10,7 @@ machine that gets slower or faster in between favours none. Writes OUTPUT.json, 
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -44,22 +45,30 @@ class Method:
 
 def methods(drafter: Path) -> list[Method]:
     """The rows; the first is what the outputs of the others are compared with. Trees get smaller in larger batches, as
-    users get them; `transform` is the paper's way to a tree, with as many nodes."""
+    users get them; `transform` is the paper's way to a tree, with as many nodes, for drafters with a blank."""
 
     def tree(nodes: int, **options: str) -> dict:
         return {**ctc_config(drafter), "ctc_draft": "tree", "num_speculative_tokens": nodes, **options}
 
-    return [
+    rows = [
         Method("none (default runner)"),
         Method("none (V2 runner)", env=V2_RUNNER),
         Method("ngram", NGRAM),
         Method("ctc chain", {**ctc_config(drafter), "ctc_draft": "chain"}),
         *(Method(f"ctc tree {nodes}", tree(nodes)) for nodes in (8, 16, 32, 64)),
-        Method("ctc transform 16", tree(16, ctc_search="transform")),
     ]
+    if has_blank(drafter):
+        rows.append(Method("ctc transform 16", tree(16, ctc_search="transform")))
+    return rows
 
 
-DEFAULT_METHODS = ("none (default runner)", "none (V2 runner)", "ngram", "ctc chain", "ctc tree 16", "ctc transform 16")
+def has_blank(drafter: Path) -> bool:
+    """False where there is no drafter either: whoever needs one says so."""
+    config = drafter / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("lattice", "ctc") == "ctc"
+
+
+DEFAULT_METHODS = ("none (default runner)", "none (V2 runner)", "ngram", "ctc chain", "ctc tree 16")
 
 
 def start(method: Method, target: Path, log_folder: Path, servers_at_once: int) -> Server:

@@ -36,7 +36,7 @@ if on_cpu():
     os.environ.update(V2_RUNNER)  # without a drafter too, so that nothing but the drafts differs
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
-DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64", "transform:16")
+DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64")
 STEP, TOKENS, SPEED = "whole step", "tokens a step and request", "tokens/s"
 # Parts, and how deep each lies in the ones above it. The parts of a part need not add up to it.
 PARTS = {

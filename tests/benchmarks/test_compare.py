@@ -50,15 +50,21 @@ def test_the_methods_take_turns(fake_vllm, pair, tmp_path):
 
 def test_each_method_gets_its_own_server(fake_vllm, pair, tmp_path):
     compare.main(arguments(pair, tmp_path))
-    default, v2, ngram, chain, tree, transform = fake_vllm.started
+    default, v2, ngram, chain, tree = fake_vllm.started
     assert v2["environment"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert "VLLM_USE_V2_MODEL_RUNNER" not in default["environment"] | ngram["environment"]
     assert json.loads(ngram["arguments"][-1]) == compare.NGRAM
     ctc = {"method": "ctc", "model": str(pair[1])}
     assert json.loads(chain["arguments"][-1]) == {**ctc, "ctc_draft": "chain"}
-    of_16 = {**ctc, "ctc_draft": "tree", "num_speculative_tokens": 16}
-    assert json.loads(tree["arguments"][-1]) == of_16
-    assert json.loads(transform["arguments"][-1]) == {**of_16, "ctc_search": "transform"}
+    assert json.loads(tree["arguments"][-1]) == {**ctc, "ctc_draft": "tree", "num_speculative_tokens": 16}
+
+
+def test_the_papers_transform_is_a_row_where_the_drafter_has_a_blank(fake_vllm, pair, tmp_path):
+    compare.main(arguments(pair, tmp_path, "--methods", "ctc transform 16", "--concurrency", "1", "--repeats", "1"))
+    given = json.loads(fake_vllm.started[0]["arguments"][-1])
+    assert (given["ctc_search"], given["num_speculative_tokens"]) == ("transform", 16)
+    (pair[1] / "config.json").write_text('{"lattice": "transitions"}')
+    assert "ctc transform 16" not in [method.name for method in compare.methods(pair[1])]
 
 
 def test_all_methods_are_more_trees(fake_vllm, pair, tmp_path):

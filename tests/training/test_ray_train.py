@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vllm_ctc_spec.cli import main
@@ -134,6 +135,17 @@ def test_a_cluster_with_too_few_places_is_named(train, cluster, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_workers_get_the_threads_that_were_asked_for_or_an_equal_share(ray_train, train, cluster, tmp_path, monkeypatch):
+    jobs, finished = [], Future()
+    finished.set_result("report")
+    monkeypatch.setattr(ray_train, "_start", lambda job, num_workers, kind: jobs.append(job) or finished)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    workers = ["--num-workers", "2", "--ray-address", cluster]
+    assert train(tmp_path, *workers) == train(tmp_path, *workers, "--threads", "3") == 0
+    assert [job.threads for job in jobs] == [4, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -167,7 +179,6 @@ def test_every_worker_takes_a_gpu_where_there_are_any(ray_train):
 def test_a_worker_that_does_not_see_the_work_folder_says_so(ray_train, monkeypatch, tmp_path):
     import ray.train
     import ray.train.torch
-    import torch
 
     monkeypatch.setattr(ray.train, "get_context", lambda: None)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
