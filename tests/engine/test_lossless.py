@@ -7,7 +7,7 @@ import pytest
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
-from .conftest import TREE
+from .conftest import ASSETS, TREE
 from .ties import differences
 
 NUM_PROMPTS = 100
@@ -54,12 +54,13 @@ def expected(plain, prompts) -> list[RequestOutput]:
     return answers
 
 
+BLANKS = {"model": str(ASSETS / "drafter-ctc")}  # the paper's ways need a blank
 TREES = {f"tree of {n}": {**TREE, "num_speculative_tokens": n} for n in (8, 16, 32, 64)}
 DRAFTS = {
     "as the checkpoint says": {},
     "chain": {"ctc_draft": "chain"},
     **TREES,
-    "transform": {**TREES["tree of 16"], "ctc_search": "transform"},
+    "transform": {**TREES["tree of 16"], "ctc_search": "transform", **BLANKS},
     "trees by batch size": {"ctc_draft": "tree", "num_speculative_tokens": 32, "ctc_tree_rows": 40},
     "drafts for one request at a time": {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 17},
 }
@@ -101,7 +102,7 @@ def test_single_requests_are_answered_as_without_drafter(with_drafter, plain, pr
 
 
 def test_the_papers_chain_is_lossless_too(with_drafter, plain, prompts, expected):
-    llm = with_drafter({"ctc_draft": "chain", "ctc_search": "argmax"})
+    llm = with_drafter({"ctc_draft": "chain", "ctc_search": "argmax", **BLANKS})
     given = llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
     assert differences(plain, [GREEDY] * NUM_SINGLE, expected[SOME], given) == []
 
@@ -112,8 +113,9 @@ def test_more_is_accepted_of_exact_prefixes_and_of_larger_trees(with_drafter, pr
         llm.chat(prompts[SOME], GREEDY, use_tqdm=False)
         return llm.acceptance_length
 
-    assert 1 < acceptance_length({"ctc_draft": "chain", "ctc_search": "argmax"}) < acceptance_length(DRAFTS["chain"])
-    assert 1 < acceptance_length(DRAFTS["transform"]) < acceptance_length(DRAFTS["tree of 16"])
+    chain, tree = {**DRAFTS["chain"], **BLANKS}, {**DRAFTS["tree of 16"], **BLANKS}
+    assert 1 < acceptance_length({**chain, "ctc_search": "argmax"}) < acceptance_length(chain)
+    assert 1 < acceptance_length(DRAFTS["transform"]) < acceptance_length(tree)
     by_size = [acceptance_length(options) for options in TREES.values()]
     assert by_size == sorted(by_size)
     assert by_size[-1] > 1.15 * acceptance_length(DRAFTS["chain"])

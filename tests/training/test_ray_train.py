@@ -135,7 +135,7 @@ def test_a_cluster_with_too_few_places_is_named(train, cluster, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_workers_get_the_threads_that_were_asked_for_or_an_equal_share(ray_train, train, cluster, tmp_path, monkeypatch):
+def test_workers_get_the_threads_asked_for_or_an_equal_share(ray_train, train, cluster, tmp_path, monkeypatch):
     jobs, finished = [], Future()
     finished.set_result("report")
     monkeypatch.setattr(ray_train, "_start", lambda job, num_workers, kind: jobs.append(job) or finished)
