@@ -12,9 +12,7 @@ import json
 import math
 import os
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
@@ -61,6 +59,7 @@ METHODS: dict[str, dict] = {
     "transitions + label-conditional, 24 frames": {"lattice": "transitions", "num_frames": 24},
 }
 SIZES = (8, 16, 32, 64)
+COMMAND = "python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl"
 OURS, TWIN = "transitions + label-conditional, 24 frames", "CE + label-conditional (DSpark-like), 24 slots"
 SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
 
@@ -196,10 +195,11 @@ def mean_and_spread(values: list[float]) -> str:
 def table(lengths: Lengths, test_set: str) -> list[str]:
     drafts = list(dict.fromkeys(name for _, where, name in lengths if where == test_set))
     columns = [name for name in drafts if not name.startswith(("arg-max", "transform"))]
-    lines = ["| drafter | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = ["| drafter (seeds) | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for method in dict.fromkeys(method for method, where, _ in lengths if where == test_set):
         cells = [lengths.get((method, test_set, name)) for name in columns]
-        lines.append(f"| {method} | " + " | ".join(mean_and_spread(c) if c else "" for c in cells) + " |")
+        seeds = max(len(cell) for cell in cells if cell)
+        lines.append(f"| {method} ({seeds}) | " + " | ".join(mean_and_spread(c) if c else "" for c in cells) + " |")
         own = [lengths.get((method, test_set, "arg-max chain"))]
         own += [lengths.get((method, test_set, f"transform {size}")) for size in SIZES]
         if own[0]:
@@ -231,16 +231,14 @@ def plot(lengths: Lengths, path: Path) -> None:
 def header(args: argparse.Namespace) -> list[str]:
     results = [json.loads(path.read_text()) for path in (args.work / "results").glob("*.json")]
     seeds, steps = (sorted({result[field] for result in results}) for field in ("seed", "steps"))
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    command = shlex.join(["python", "benchmarks/ablation.py", *words])
     shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
     return [
         f"Drafters for {args.target.name}, trained from scratch for {' or '.join(map(str, steps))} steps on the same "
-        f"data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds "
-        f"{', '.join(map(str, seeds))} ± half their range. Tokens per target forward, the target's own included; "
-        f"greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
+        f"data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
+        f"{', '.join(map(str, seeds))}, ± half their range. Tokens per target forward, the target's own included; "
+        "greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
         "sampled from the exact q, in expectation.",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. `{command}`",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. `{COMMAND}`",
     ]
 
 
@@ -254,7 +252,7 @@ def report(args: argparse.Namespace) -> None:
         pair = [lengths.get((method, test_set, "chain")) for method in (OURS, TWIN)]
         if all(pair):
             ratio = statistics.mean(pair[0]) / statistics.mean(pair[1])
-            lines += [f"Chain of the last row against the DSpark-like twin with as many slots: {ratio:.3f}.", ""]
+            lines += [f"Chain of {OURS} against the DSpark-like twin with as many slots: {ratio:.3f}.", ""]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     rows = [{"method": m, "set": s, "drafts": d, "lengths": v} for (m, s, d), v in lengths.items()]

@@ -40,10 +40,10 @@ def test_the_table_has_means_and_spreads_over_seeds_and_the_ratio_to_the_twin(ar
     write_result(args.work, "CTC as published, 12 frames", 0, sets)
     ablation.report(args)
     text = args.output.with_suffix(".md").read_text()
-    assert f"| {ablation.OURS} | 3.10 ± 0.10 | 4.10 ± 0.10 |" in text
+    assert f"| {ablation.OURS} (2) | 3.10 ± 0.10 | 4.10 ± 0.10 |" in text
     assert "| the same, drafted as in the paper | 1.50 ± 0.00 | 1.75 ± 0.00 |" in text
     assert "as many slots: 1.476." in text  # 3.1 / 2.1
-    assert "400 steps" in text and "seeds 0, 1 ±" in text
+    assert "400 steps" in text and "seeds, of 0, 1, ±" in text
     rows = json.loads(args.output.with_suffix(".json").read_text())
     assert {"method": ablation.TWIN, "set": "GSM8K test", "drafts": "chain", "lengths": [2.0, 2.2]} in rows
     assert args.output.with_suffix(".png").stat().st_size > 0
@@ -76,7 +76,7 @@ def test_every_method_from_data_to_table(tmp_path):
     subprocess.run([*command, "--num-prompts", "2"], check=True, env=environment)
     assert len(list((work / "results").glob("*.json"))) == len(ablation.METHODS)
     text = output.with_suffix(".md").read_text()
-    assert all(f"| {method} |" in text for method in ablation.METHODS)
+    assert all(f"| {method} (1) |" in text for method in ablation.METHODS)
 
 
 @pytest.mark.slow
