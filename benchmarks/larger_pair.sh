@@ -29,7 +29,7 @@ if [ ! -f target/tokenizer_config.json ]; then
 fi
 shared=(--target target --data "$train" --labels work/labels --num-layers "${DRAFTER_LAYERS:-2}"
     --steps "${DRAFTER_STEPS:-4000}" --eval-every "${EVAL_EVERY:-1000}" --batch-size "${BATCH_SIZE:-32}"
-    --anchors "${ANCHORS:-64}" --lr "${DRAFTER_LR:-2e-3}" --dtype "${DTYPE:-bf16}" --num-frames 16)
+    --anchors "${ANCHORS:-64}" --lr "${DRAFTER_LR:-2e-3}" --dtype "${DTYPE:-bf16}" --num-frames 24)
 ctc train "${shared[@]}" --output drafter --lattice transitions
 ctc train "${shared[@]}" --output ctc --lattice ctc
 ctc train "${shared[@]}" --output twin --loss ce
