@@ -8,6 +8,7 @@ import pytest
 import torch
 import vllm
 
+from vllm_ctc_spec import cpu
 from vllm_ctc_spec.training import dataset, target, vllm_data
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import open_dataset, stored_states, target_fingerprint
@@ -33,6 +34,8 @@ def target32(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
+    if cpu.is_needed():
+        cpu.install()  # vLLM's kernel registration fails in a process in which other tests loaded llvmlite
     engine = Engine(EngineConfig(str(folder), "float32", 64, 64, NEW_TOKENS, seed=3))
     yield engine
     engine.close()
