@@ -8,7 +8,7 @@ import pytest
 import torch
 import vllm
 
-from vllm_ctc_spec import cpu
+from vllm_ctc_spec import cpu, plugin
 from vllm_ctc_spec.training import dataset, target, vllm_data
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import open_dataset, stored_states, target_fingerprint
@@ -34,11 +34,15 @@ def target32(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    if cpu.is_needed():
-        cpu.install()  # vLLM's kernel registration fails in a process in which other tests loaded llvmlite
-    engine = Engine(EngineConfig(str(folder), "float32", 64, 64, NEW_TOKENS, seed=3))
-    yield engine
-    engine.close()
+    """As the engines of other tests in this process, which may have chosen the runner and loaded llvmlite, with which
+    vLLM's own registration of kernels fails on a CPU."""
+    with pytest.MonkeyPatch.context() as environment:
+        if cpu.is_needed():
+            environment.setenv(plugin.V2_VARIABLE, "1")
+            cpu.install()
+        engine = Engine(EngineConfig(str(folder), "float32", 64, 64, NEW_TOKENS, seed=3))
+        yield engine
+        engine.close()
 
 
 @pytest.fixture
