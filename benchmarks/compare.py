@@ -58,7 +58,7 @@ def methods(drafter: Path) -> list[Method]:
         *(Method(f"ctc tree {nodes}", tree(nodes)) for nodes in (8, 16, 32, 64)),
     ]
     if has_blank(drafter):
-        rows.append(Method("ctc transform 16", tree(16, ctc_search="transform")))
+        rows.append(Method(TRANSFORM, tree(16, ctc_search="transform")))
     return rows
 
 
@@ -68,6 +68,7 @@ def has_blank(drafter: Path) -> bool:
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("lattice", "ctc") == "ctc"
 
 
+TRANSFORM = "ctc transform 16"
 DEFAULT_METHODS = ("none (default runner)", "none (V2 runner)", "ngram", "ctc chain", "ctc tree 16")
 
 
@@ -137,7 +138,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--drafter", type=Path, default=DRAFTER)
-    names = [method.name for method in methods(DRAFTER)]
+    names = list(dict.fromkeys([*(method.name for method in methods(DRAFTER)), TRANSFORM]))
     parser.add_argument(
         "--methods", nargs="+", choices=["all", *names], default=DEFAULT_METHODS, metavar="NAME",
         help="all, or of: " + ", ".join(names),
@@ -158,6 +159,8 @@ def main(argv: list[str]) -> int:
         os.environ.pop(name, None)
     existing(args.target)
     chosen = [method for method in methods(args.drafter) if {method.name, "all"} & set(args.methods)]
+    if TRANSFORM in args.methods and not has_blank(args.drafter):
+        raise SystemExit(f"error: {TRANSFORM} needs a drafter with a blank, and {args.drafter} has none.")
     if any(method.name.startswith("ctc") for method in chosen):
         existing(args.drafter)
     questions = read_questions(args.prompts, args.num_prompts)

@@ -64,7 +64,9 @@ def test_the_papers_transform_is_a_row_where_the_drafter_has_a_blank(fake_vllm, 
     given = json.loads(fake_vllm.started[0]["arguments"][-1])
     assert (given["ctc_search"], given["num_speculative_tokens"]) == ("transform", 16)
     (pair[1] / "config.json").write_text('{"lattice": "transitions"}')
-    assert "ctc transform 16" not in [method.name for method in compare.methods(pair[1])]
+    assert compare.TRANSFORM not in [method.name for method in compare.methods(pair[1])]
+    with pytest.raises(SystemExit, match="needs a drafter with a blank"):
+        compare.main(arguments(pair, tmp_path, "--methods", compare.TRANSFORM))
 
 
 def test_all_methods_are_more_trees(fake_vllm, pair, tmp_path):
