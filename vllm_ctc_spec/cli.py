@@ -55,6 +55,8 @@ TRAIN_HELP = {
     "eval_every": "steps between measurements of the held-out acceptance length; the best one is kept",
     "dtype": "of the target, and of the drafter's matrix products",
 }
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 

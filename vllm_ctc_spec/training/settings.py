@@ -19,8 +19,6 @@ OPTIMIZERS = ("muon", "adamw")
 FEATURES = ("target", "stored")
 DTYPES = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
-
-
 CHOICES = {"features": FEATURES, "loss": LOSS_NAMES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
 
 
