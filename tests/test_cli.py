@@ -239,7 +239,7 @@ def test_an_interrupted_eval_promises_nothing(monkeypatch, capsys):
 DATA = ["data", "--target", "t", "--prompts", "p", "--output", "o"]
 DATA_DEFAULTS = {
     "target": "t", "prompts": "p", "output": Path("o"), "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
-    "held_out": 100, "hidden_states": False, "dtype": "auto",
+    "held_out": 100, "hidden_states": False, "dtype": "auto", "aux_layers": None, "tensor_parallel_size": 1,
 }  # fmt: skip
 
 
@@ -259,7 +259,8 @@ def test_data_defaults(data_asked, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 7), ("temperature", 0.5), ("seed", 9), ("held_out", 3), ("dtype", "bfloat16")],
+    [("max_new_tokens", 7), ("temperature", 0.5), ("seed", 9), ("held_out", 3), ("dtype", "bfloat16"),
+     ("tensor_parallel_size", 2)],
 )
 def test_data_options_reach_the_settings(data_asked, name, value):
     assert cli.main([*DATA, "--" + name.replace("_", "-"), str(value)]) == 0

@@ -155,8 +155,12 @@ def add_data(commands) -> None:
         help_text = "of sampled responses" if name == "seed" else TRAIN_HELP[name]
         parser.add_argument(option(name), type=type(default), default=default, help=help_text)
     parser.add_argument("--hidden-states", action="store_true", help="store what a drafter reads of the target too")
+    parser.add_argument("--aux-layers", type=whole_numbers, metavar="1,2,3", help=TRAIN_HELP["aux_layers"])
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the target, as in `vllm serve`"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of an engine, as in `vllm serve`"
     )
     parser.add_argument("--ray", action="store_true", help="generate with Ray: one engine per worker")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (Ray on this machine if absent)")

@@ -89,21 +89,23 @@ def test_a_missing_ray_is_one_sentence(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "resources", "expected"),
+    ("asked", "each", "resources", "expected"),
     [
-        (None, {"CPU": 8.0}, (1, {"num_cpus": 1})),
-        (3, {"CPU": 8.0}, (3, {"num_cpus": 1})),
-        (None, {"CPU": 8.0, "GPU": 4.0}, (4, {"num_gpus": 1})),
-        (2, {"CPU": 8.0, "GPU": 4.0}, (2, {"num_gpus": 1})),
+        (None, 1, {"CPU": 8.0}, (1, {"num_cpus": 1})),
+        (3, 1, {"CPU": 8.0}, (3, {"num_cpus": 1})),
+        (None, 1, {"CPU": 8.0, "GPU": 4.0}, (4, {"num_gpus": 1})),
+        (2, 1, {"CPU": 8.0, "GPU": 4.0}, (2, {"num_gpus": 1})),
+        (None, 2, {"CPU": 8.0, "GPU": 5.0}, (2, {"num_gpus": 2})),
+        (2, 2, {"CPU": 4.0}, (2, {"num_cpus": 2})),
     ],
 )
-def test_one_worker_per_gpu_or_as_many_as_asked(asked, resources, expected):
-    assert workers_that_fit(RayOptions(None, asked), resources) == expected
+def test_as_many_workers_as_fit_or_as_asked(asked, each, resources, expected):
+    assert workers_that_fit(RayOptions(None, asked), resources, each) == expected
 
 
 def test_more_workers_than_the_cluster_has_are_refused():
-    with pytest.raises(TrainingError, match="--num-workers 5 needs as many GPUs, and the Ray cluster has 4"):
-        workers_that_fit(RayOptions(None, 5), {"CPU": 8.0, "GPU": 4.0})
+    with pytest.raises(TrainingError, match=r"3 workers \(--num-workers\) of 2 GPUs each .* need 6, and .* has 4"):
+        workers_that_fit(RayOptions(None, 3), {"CPU": 8.0, "GPU": 4.0}, 2)
     with pytest.raises(TrainingError, match="--num-workers must be 1 or more"):
         RayOptions(None, 0)
 

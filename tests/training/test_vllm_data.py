@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -114,39 +116,60 @@ def test_equal_prompts_get_samples_of_their_own(config, generate, tmp_path):
     assert len({tuple(example.response) for example in opened(sampled)[0]}) > 1
 
 
-def test_hidden_states_are_those_that_the_drafter_reads(config, generate, target32):
-    make_dataset(config, False, generate)
-    with_states = dataclasses.replace(config, hidden_states=True)
-    make_dataset(with_states, False, lambda *args: pytest.fail("the responses are there"))
-    train, held_out = opened(config, (1, 2))
-    run = AuxHiddenStates(target32, (1, 2))
-    for example in [train[0], train[-1], held_out[0]]:
+def test_hidden_states_are_those_that_the_drafter_reads(folder, rows_file, config, target32):
+    """From vLLM's own forward, by the command that users give. A drafter may read some of the layers that are stored."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", plugin.V2_VARIABLE)}
+    command = [sys.executable, "-m", "vllm_ctc_spec.cli", "data", "--target", folder, "--prompts", rows_file, "--output",
+               config.output, "--max-new-tokens", "20", "--held-out", "2", "--dtype", "float32", "--hidden-states",
+               "--aux-layers", "1,2,3"]  # fmt: skip
+    finished = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    train, held_out = opened(config, (2, 3))
+    run = AuxHiddenStates(target32, (2, 3))
+    for example in train + held_out:
+        found = stored_states([example], (2, 3))
         expected = run(torch.tensor([example.prompt + example.response]))
-        torch.testing.assert_close(stored_states([example], (1, 2)), expected.bfloat16().float())
+        torch.testing.assert_close(found[:, :-1], expected[:, :-1].bfloat16().float(), rtol=1e-2, atol=1e-3)
+        assert not found[:, -1].any()
+    assert {path.suffix for path in config.output.iterdir()} == {".json", ".jsonl", ".safetensors"}
 
 
-def test_hidden_states_do_not_depend_on_how_many_fit_at_once(config, generate, monkeypatch):
-    with_states = dataclasses.replace(config, hidden_states=True)
-    make_dataset(with_states, False, generate)
-    train, _ = opened(config)
-    before = stored_states(train, (1, 2))
-    (config.output / "train-00000.safetensors").unlink()
-    monkeypatch.setattr(vllm_data, "STATES_TOKENS", 70)
-    make_dataset(with_states, False, generate)
-    torch.testing.assert_close(stored_states(train, (1, 2)), before, rtol=1e-2, atol=1e-2)
+def test_layers_that_the_target_lacks_are_refused(config):
+    refused(dataclasses.replace(config, hidden_states=True, aux_layers=(2, 4)), "--aux-layers must be between 1 and 3")
 
 
-def test_the_data_type_reaches_target_and_engine(config, monkeypatch):
+def test_hidden_states_in_an_engine_that_would_never_write_them_are_refused(config, generate):
+    with pytest.raises(TrainingError, match="unset VLLM_ENABLE_V1_MULTIPROCESSING"):
+        make_dataset(dataclasses.replace(config, hidden_states=True), False, generate)
+    assert not list(config.output.glob("*.tmp"))
+
+
+def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate, monkeypatch):
+    """vLLM's worker logs what the disk said, and the file is missing."""
+    make_dataset(config, False, generate)
+
+    class FullDisk:
+        def __init__(self, config, **options):
+            assert options["speculative_config"]["method"] == "extract_hidden_states"
+
+        def hidden_states(self, texts):
+            return ["nowhere/0-a.safetensors" for _ in texts]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(vllm_data, "Engine", FullDisk)
+    monkeypatch.setattr(vllm.envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, raising=False)
+    with pytest.raises(TrainingError, match=r"could not write hidden states to .*; when there is room, the same command"):
+        make_dataset(dataclasses.replace(config, hidden_states=True), False, generate)
+    assert {path.suffix for path in config.output.iterdir()} == {".json", ".jsonl"}
+
+
+def test_engine_options_reach_vllm(config, monkeypatch):
     asked = []
     monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options))
-    Engine(EngineConfig(config.target, "bfloat16", 64, 40, 4, 0))
-    assert asked[0]["dtype"] == "bfloat16" and asked[0]["max_model_len"] == 40
-    loaded = []
-    monkeypatch.setattr(vllm_data.Target, "load", lambda *args: loaded.append(args) or pytest.skip("far enough"))
-    bf16 = dataclasses.replace(config, dtype="bfloat16")
-    with pytest.raises(pytest.skip.Exception):
-        next(vllm_data.compute_states(bf16, [None], (1,)))
-    assert loaded[0][2] == torch.bfloat16
+    Engine(EngineConfig(config.target, "bfloat16", 64, 40, 4, 0, tensor_parallel_size=2))
+    assert {"dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 2}.items() <= asked[0].items()
 
 
 def test_the_engine_has_room_for_these_prompts_and_no_more(config, tmp_path):
@@ -187,6 +210,7 @@ def test_other_settings_are_refused_before_anything_is_generated(config, generat
         ({"temperature": -1.0}, "--temperature must be 0"),
         ({"temperature": float("nan")}, "--temperature must be 0"),
         ({"seed": -1}, "--seed must be between"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size must be more than 0"),
     ],
 )
 def test_bad_settings_are_refused(config, change, message):

@@ -249,20 +249,22 @@ def _stored_layers(path: Path) -> tuple[int, ...] | None:
 def _check_stored_layers(examples: Sequence[Example], layer_ids: tuple[int, ...]) -> None:
     for path in {example.states and example.states.path for example in examples}:
         stored = path and _stored_layers(path)
-        if stored != layer_ids:
+        if not set(layer_ids) <= set(stored or ()):
             raise TrainingError(
                 f"{path.parent if path else 'The dataset'} holds hidden states after "
                 f"{f'layers {list(stored)}' if stored else 'no layers'}, not after {list(layer_ids)}; "
-                "repeat `vllm-ctc data` with --hidden-states, or let the target run beside the training."
+                "repeat `vllm-ctc data` with --hidden-states and --aux-layers, or let the target run beside the "
+                "training."
             )
 
 
 def stored_states(examples: Sequence[Example], layer_ids: tuple[int, ...]) -> Tensor:
     """Auxiliary hidden states `[B, S, A * H]` fp32, padded with zeros on the right, from files mapped into memory."""
-    _check_stored_layers(examples, layer_ids)
     rows = []
     for example in examples:
         with safe_open(example.states.path, "pt") as file:
+            stored = json.loads(file.metadata()[LAYERS_NAME])
             start = example.states.start
-            rows.append(file.get_slice(STATES_NAME)[start : start + len(example)])
+            states = file.get_slice(STATES_NAME)[start : start + len(example)].unflatten(1, (len(stored), -1))
+            rows.append(states[:, [stored.index(layer) for layer in layer_ids]].flatten(1))
     return pad_sequence(rows, batch_first=True).float()

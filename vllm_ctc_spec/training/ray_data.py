@@ -47,14 +47,17 @@ class EngineActor:
         return {"number": batch["number"], "responses": [responses], "error": [error]}
 
 
-def workers_that_fit(options: RayOptions, resources: dict[str, float]) -> tuple[int, dict[str, int]]:
-    """How many actors there are to be, and what each of them takes."""
+def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int) -> tuple[int, dict[str, int]]:
+    """How many actors there are to be, and what each of them takes; each: GPUs or CPUs of an engine."""
     kind, name = ("GPU", "num_gpus") if resources.get("GPU") else ("CPU", "num_cpus")
     there = int(resources.get(kind, 0))
-    count = options.num_workers or (there if kind == "GPU" else 1)
-    if count > there:
-        raise TrainingError(f"--num-workers {count} needs as many {kind}s, and the Ray cluster has {there}.")
-    return count, {name: 1}
+    count = options.num_workers or (max(1, there // each) if kind == "GPU" else 1)
+    if count * each > there:
+        raise TrainingError(
+            f"{count} workers (--num-workers) of {each} {kind}s each (--tensor-parallel-size) need {count * each}, and "
+            f"the Ray cluster has {there}."
+        )
+    return count, {name: each}
 
 
 def generate_with_ray(
@@ -63,7 +66,7 @@ def generate_with_ray(
     """Shards in the order in which the actors finish them."""
     with ray_cluster(options.address, options.num_workers) as ray:
         data = _ray_data()
-        count, resources = workers_that_fit(options, ray.cluster_resources())
+        count, resources = workers_that_fit(options, ray.cluster_resources(), config.tensor_parallel_size)
         data.DataContext.get_current().enable_progress_bars = False  # ours counts prompts
         items = [{"number": i, "shard": json.dumps(dataclasses.asdict(shard))} for i, shard in enumerate(shards)]
         generated = data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vllm_ctc_spec.config import default_aux_layer_ids
 from vllm_ctc_spec.training.data import Prompts, read_prompts
@@ -23,10 +26,9 @@ from vllm_ctc_spec.training.dataset import (
     write_states,
 )
 from vllm_ctc_spec.training.settings import TrainingError, option
-from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
+from vllm_ctc_spec.training.target import TargetText
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
-STATES_TOKENS = 8192  # of one forward, padding included, whose hidden states are kept at the same time
+States = Iterator[tuple[Shard, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,11 @@ class DataConfig:
     held_out: int
     hidden_states: bool
     dtype: str
+    aux_layers: tuple[int, ...] | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "held_out"):
+        for name in ("max_new_tokens", "held_out", "tensor_parallel_size"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{option(name)} must be more than 0, not {getattr(self, name)}.")
         if not 0 <= self.temperature < float("inf"):
@@ -63,12 +67,14 @@ class EngineConfig:
     max_model_len: int  # positions that these prompts can need
     max_new_tokens: int
     seed: int
+    tensor_parallel_size: int = 1
 
 
 class Engine:
     """vLLM with one target."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, **options: Any):
+        """options: more of vLLM's own, for its constructor."""
         self._config = config
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
@@ -81,9 +87,11 @@ class Engine:
                 config.target,
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
+                tensor_parallel_size=config.tensor_parallel_size,
                 enforce_eager=on_cpu,  # where compiling takes longer than it saves
+                **options,
             )
-        except Exception as error:  # of any kind: what vLLM cannot load fails in its own or the model's code
+        except Exception as error:  # as in `_generate`
             raise TrainingError(
                 f"vLLM cannot serve the target at {config.target} ({_reason(error)}); try `vllm serve {config.target} "
                 f"--dtype {config.dtype}`, which says more."
@@ -103,18 +111,27 @@ class Engine:
             )
             for row, prompt in zip(shard.rows, shard.prompts)
         ]
-        prompts = [{"prompt_token_ids": prompt} for prompt in shard.prompts]
-        try:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        except Exception as error:  # as above
-            raise TrainingError(
-                f"vLLM failed while it generated responses of {config.target} ({_reason(error)}); "
-                "the same command continues."
-            ) from error
+        outputs = self._generate(shard.prompts, params, "it generated responses")
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def hidden_states(self, texts: Sequence[list[int]]) -> list[str]:
+        """Files into which the connector writes the hidden states of these token ids."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        outputs = self._generate(texts, params, "it computed hidden states")
+        return [output.kv_transfer_params["hidden_states_path"] for output in outputs]
+
+    def _generate(self, prompts: Sequence[list[int]], params: Any, doing: str) -> list[Any]:
+        try:
+            return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        except Exception as error:  # of any kind: what vLLM cannot run fails in its own or the model's code
+            raise TrainingError(
+                f"vLLM failed while {doing} of {self._config.target} ({_reason(error)}); the same command continues."
+            ) from error
+
     def close(self) -> None:
-        """End the engine's process now: the target that computes hidden states needs its memory."""
+        """End the engine's process now: the engine that computes hidden states needs its memory."""
         self._llm.llm_engine.engine_core.shutdown()
 
 
@@ -145,6 +162,11 @@ Generate = Callable[[EngineConfig, Sequence[Shard]], Iterable[tuple[Shard, Respo
 def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = generate_here) -> str:
     """Write or continue the dataset; returns the report to print."""
     text = TargetText.load(config.target)
+    layer_ids = config.aux_layers or default_aux_layer_ids(text.num_layers)
+    if not all(1 <= layer <= text.num_layers for layer in layer_ids):
+        raise TrainingError(
+            f"--aux-layers must be between 1 and {text.num_layers}, the target's layers, not {list(layer_ids)}."
+        )
     prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out)
     shards = plan_shards(prompts, config.temperature)
     settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed)
@@ -154,8 +176,8 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
     engine = _engine_config(config, text, prompts)
     write_responses(config.output, settings, shards, lambda missing: generate(engine, missing), overwrite)
     if config.hidden_states:
-        layer_ids = default_aux_layer_ids(text.num_layers)
-        write_states(config.output, shards, layer_ids, lambda missing: compute_states(config, missing, layer_ids))
+        compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
+        write_states(config.output, shards, layer_ids, compute)
     return f"{config.output}: {len(prompts.train)} responses for training, {len(prompts.held_out)} held out."
 
 
@@ -169,26 +191,54 @@ def _engine_config(config: DataConfig, text: TargetText, prompts: Prompts) -> En
         max_model_len=min(text.max_length, longest + config.max_new_tokens),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 
-def compute_states(
-    config: DataConfig, shards: Sequence[Shard], layer_ids: tuple[int, ...]
-) -> Iterator[tuple[Shard, Tensor]]:
-    """The frozen target's auxiliary hidden states, bfloat16 `[tokens of a shard, A * H]`.
+def compute_states(config: EngineConfig, folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...]) -> States:
+    """The target's auxiliary hidden states by vLLM, bfloat16 `[tokens of a shard, A * H]`.
 
-    They come from transformers: vLLM's `ExampleHiddenStatesConnector` reports the same values, but copies them into
-    pinned memory, which a machine without an accelerator does not have.
+    vLLM's method `extract_hidden_states` keeps them beside the KV cache, and a connector writes those of each finished
+    request to a file. The last token of an example has zeros: it is never in a draft's context, and running the target
+    on it could need a position that the target does not have.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = AuxHiddenStates(Target.load(config.target, device, TORCH_DTYPES[config.dtype]), layer_ids)
-    for shard in shards:
-        examples = read_shard(shard.path(config.output))
-        at_once = max(1, STATES_TOKENS // max(map(len, examples)))
-        rows = []
-        for start in range(0, len(examples), at_once):
-            part = examples[start : start + at_once]
-            tokens = [torch.tensor(example.prompt + example.response) for example in part]
-            states = run(pad_sequence(tokens, batch_first=True).to(device))
-            rows += [states[row, : len(example)].bfloat16().cpu() for row, example in enumerate(part)]
-        yield shard, torch.cat(rows)
+    from vllm import envs
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+        cleanup_hidden_states,
+        load_hidden_states,
+    )
+
+    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        # The files are written by the step after the last one that anybody waits for.
+        raise TrainingError(
+            "--hidden-states needs vLLM's engine in a process of its own; unset VLLM_ENABLE_V1_MULTIPROCESSING."
+        )
+    with tempfile.TemporaryDirectory(prefix="hidden-states-", suffix=".tmp", dir=folder) as passing:
+        options = {
+            "speculative_config": {
+                "method": "extract_hidden_states",
+                "num_speculative_tokens": 1,
+                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layer_ids)}},
+            },
+            "kv_transfer_config": {
+                "kv_connector": "HiddenStatesConnector",
+                "kv_connector_module_path": "vllm_ctc_spec.training.hidden_states_connector",
+                "kv_role": "kv_producer",
+                "kv_connector_extra_config": {"shared_storage_path": passing},
+            },
+        }
+        with contextlib.closing(Engine(config, **options)) as engine:
+            for shard in shards:
+                examples = read_shard(shard.path(folder))
+                rows = []
+                for path in engine.hidden_states([(e.prompt + e.response)[:-1] for e in examples]):
+                    try:
+                        states = load_hidden_states(path)["hidden_states"].flatten(1).bfloat16()
+                    except (OSError, SafetensorError) as error:  # vLLM logs why, and goes on
+                        raise TrainingError(
+                            f"vLLM could not write hidden states to {folder} ({error}); when there is room, the same "
+                            "command continues."
+                        ) from error
+                    rows += [states, states.new_zeros(1, states.shape[1])]
+                    cleanup_hidden_states(path)
+                yield shard, torch.cat(rows)
