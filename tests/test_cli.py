@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,6 +251,12 @@ def data_asked(monkeypatch):
     calls = []
     monkeypatch.setattr(vllm_data, "make_dataset", lambda *args: calls.append(args) or "done")
     return calls
+
+
+def test_help_loads_no_torch():
+    code = "import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['train', '--help'])\n" \
+        "finally: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_data_defaults(data_asked, capsys):

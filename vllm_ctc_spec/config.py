@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_ctc_spec.draft_tree import MAX_NODES
-
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 DRAFTER_SUBFOLDER = "ctc_drafter"
@@ -23,6 +21,7 @@ DRAFTER_SUBFOLDER = "ctc_drafter"
 ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
 MAX_FRAMES = 64
+MAX_NODES = 64  # of a tree: a row's ancestors are one 64-bit word, without the anchor, which every row sees
 LATTICES = ("ctc", "transitions", "slots")
 """How frames spell labels. "ctc": a blank, and repeats merge. "transitions": learned probabilities of the step from the
 frame of one label to the frame of the next. "slots": frame k is label k, as in parallel drafters without alignments."""

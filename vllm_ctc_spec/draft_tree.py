@@ -12,8 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-MAX_NODES = 64
-"""An ancestor set is one 64-bit word. The anchor needs no bit: every node sees it."""
+from vllm_ctc_spec.config import MAX_NODES
 
 
 @dataclasses.dataclass(frozen=True)

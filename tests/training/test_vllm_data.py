@@ -117,12 +117,15 @@ def test_equal_prompts_get_samples_of_their_own(config, generate, tmp_path):
 
 
 def test_hidden_states_are_those_that_the_drafter_reads(folder, rows_file, config, target32):
-    """From vLLM's own forward, by the command that users give. A drafter may read some of the layers that are stored."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", plugin.V2_VARIABLE)}
-    command = [sys.executable, "-m", "vllm_ctc_spec.cli", "data", "--target", folder, "--prompts", rows_file, "--output",
-               config.output, "--max-new-tokens", "20", "--held-out", "2", "--dtype", "float32", "--hidden-states",
-               "--aux-layers", "1,2,3"]  # fmt: skip
-    finished = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    """From vLLM's own forward, by the user's command. A drafter may read some of the layers that are stored."""
+    environment = dict(os.environ)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", plugin.V2_VARIABLE):
+        environment.pop(name, None)
+    options = {"target": folder, "prompts": rows_file, "output": config.output, "max-new-tokens": NEW_TOKENS,
+               "held-out": 2, "dtype": "float32", "aux-layers": "1,2,3"}  # fmt: skip
+    command = [sys.executable, "-m", "vllm_ctc_spec.cli", "data", "--hidden-states"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     train, held_out = opened(config, (2, 3))
     run = AuxHiddenStates(target32, (2, 3))
@@ -160,7 +163,7 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
 
     monkeypatch.setattr(vllm_data, "Engine", FullDisk)
     monkeypatch.setattr(vllm.envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, raising=False)
-    with pytest.raises(TrainingError, match=r"could not write hidden states to .*; when there is room, the same command"):
+    with pytest.raises(TrainingError, match=r"could not write hidden states to .*; when there is room, the"):
         make_dataset(dataclasses.replace(config, hidden_states=True), False, generate)
     assert {path.suffix for path in config.output.iterdir()} == {".json", ".jsonl"}
 

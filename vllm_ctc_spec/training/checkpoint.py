@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME
 from vllm_ctc_spec.training.settings import (
     SETTINGS_NAME,
@@ -64,13 +65,19 @@ class Progress:
     drafter: CTCDrafter
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
-    best_length: float = -1.0  # below any measurement
     best_step: int = 0
+    best_tokens: list[int] = dataclasses.field(default_factory=list)  # of the best held-out acceptance
+    best_steps: list[float] = dataclasses.field(default_factory=list)
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def keep_if_best(self, length: float, weights: dict[str, Tensor]) -> None:
-        if length > self.best_length:
-            self.best_length, self.best_step, self.best_weights = length, self.step, weights
+    @property
+    def best(self) -> Acceptance:
+        return Acceptance(self.best_tokens, self.best_steps)
+
+    def keep_if_best(self, acceptance: Acceptance, weights: dict[str, Tensor]) -> None:
+        if not self.best_weights or acceptance.length > self.best.length:
+            self.best_tokens, self.best_steps = acceptance.tokens, acceptance.steps
+            self.best_step, self.best_weights = self.step, weights
 
     def save(self, work: Path, workers: Workers) -> None:
         """One file with whole weights and states, for any number of processes to continue from; called by all."""

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from vllm_ctc_spec.draft_tree import MAX_NODES
+from vllm_ctc_spec.config import MAX_NODES
 from vllm_ctc_spec.training.settings import DTYPES, TrainingError, option
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)

@@ -197,5 +197,5 @@ class Trainer:
             entry["held_out_steps_total"] = sum(acceptance.steps)
             if math.isfinite(acceptance.half_width):
                 entry["held_out_half_width"] = acceptance.half_width
-            self.progress.keep_if_best(acceptance.length, weights)
+            self.progress.keep_if_best(acceptance, weights)
         self.workers.wait()
