@@ -3,6 +3,8 @@
     vllm-ctc data --target assets/target --prompts gsm8k_train.jsonl --output dataset --hidden-states
     python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl
 
+`--table widening` varies the best row of the ablation instead, one setting at a time.
+
 Every run is kept in the work folder and repeated by none: started again, or beside itself with other seeds or methods,
 the program adds what is missing and writes the table of all that is there (OUTPUT.json, OUTPUT.md, OUTPUT.png).
 """
@@ -61,6 +63,31 @@ METHODS: dict[str, dict] = {
 SIZES = (8, 16, 32, 64)
 COMMAND = "python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl"
 OURS, TWIN = "transitions + label-conditional, 24 frames", "CE + label-conditional (DSpark-like), 24 slots"
+ALL_LAYERS = tuple(range(1, 9))  # of the embedded target
+VARIATIONS: dict[str, dict] = {
+    "2 draft layers": {"num_layers": 2},
+    "3 draft layers": {"num_layers": 3},
+    "32 frames": {"num_frames": 32},
+    "48 frames": {"num_frames": 48},
+    "12 labels": {"num_labels": 12},
+    "position decay 2": {"position_decay": 2.0},
+    "position decay 8": {"position_decay": 8.0},
+    "from the twin's weights": {"init": TWIN},
+    "reads layer 7 alone": {"aux_layers": (7,)},
+    "reads layers 1, 4, 7": {"aux_layers": (1, 4, 7)},
+    "reads layers 2, 5, 6, 7, 8": {"aux_layers": (2, 5, 6, 7, 8), "features": "target"},
+    "reads all 8 layers": {"aux_layers": ALL_LAYERS, "features": "target"},
+    "1200 steps": {"steps": 1200},
+}
+WIDENING = {OURS: METHODS[OURS]}
+WIDENING |= {f"the same, {name}": {**METHODS[OURS], **settings} for name, settings in VARIATIONS.items()}
+WIDENING[TWIN] = METHODS[TWIN]
+WIDENING |= {f"the twin, {name}": {**METHODS[TWIN], **VARIATIONS[name]} for name in ("2 draft layers", "1200 steps")}
+TABLES = {"ablation": METHODS, "widening": WIDENING}
+TITLES = {
+    "ablation": "# Ablation: acceptance length by loss, lattice and head",
+    "widening": "# One setting at a time: what makes the best row of the ablation better",
+}
 SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
 
 
@@ -126,10 +153,12 @@ class Bench:
 
     def train(self, method: str, seed: int) -> CTCDrafter:
         folder = self.args.work / slug(method, seed)
+        settings = {"steps": self.args.steps, **SHARED, **TABLES[self.args.table][method]}
+        if "init" in settings:
+            settings["init"] = str(self.args.work / slug(settings["init"], seed))
         config = TrainConfig(
-            target=str(self.args.target), data=str(self.args.data), seed=seed, steps=self.args.steps,
-            eval_every=self.args.steps, **{**SHARED, **METHODS[method]},
-        )  # fmt: skip
+            target=str(self.args.target), data=str(self.args.data), seed=seed, eval_every=settings["steps"], **settings
+        )
         print(train(config, RunPaths(folder, folder / "work", folder / "labels"), overwrite=False))
         return CTCDrafter.load(folder, self.target.embedding, self.target.head)
 
@@ -175,11 +204,17 @@ Lengths = dict[tuple[str, str, str], list[float]]
 """(method, test set, drafts) to the acceptance length of each seed."""
 
 
-def collect(work: Path) -> Lengths:
+def read_results(args: argparse.Namespace) -> list[dict]:
+    """Those of the table's methods, in its order."""
+    order = {method: i for i, method in enumerate(TABLES[args.table])}
+    results = [json.loads(path.read_text()) for path in (args.work / "results").glob("*.json")]
+    chosen = [result for result in results if result["method"] in order]
+    return sorted(chosen, key=lambda result: (order[result["method"]], result["seed"]))
+
+
+def collect(results: Sequence[dict]) -> Lengths:
     lengths: Lengths = {}
-    order = {method: i for i, method in enumerate(METHODS)}
-    results = [json.loads(path.read_text()) for path in (work / "results").glob("*.json")]
-    for result in sorted(results, key=lambda r: (order.get(r["method"], len(order)), r["seed"])):
+    for result in results:
         for test_set, drafts in result["sets"].items():
             for name, acceptance in drafts.items():
                 key = (result["method"], test_set, name)
@@ -228,25 +263,27 @@ def plot(lengths: Lengths, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def header(args: argparse.Namespace) -> list[str]:
-    results = [json.loads(path.read_text()) for path in (args.work / "results").glob("*.json")]
+def header(args: argparse.Namespace, results: Sequence[dict]) -> list[str]:
     seeds, steps = (sorted({result[field] for result in results}) for field in ("seed", "steps"))
     shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
+    counts = " or ".join(map(str, steps))
     return [
-        f"Drafters for {args.target.name}, trained from scratch for {' or '.join(map(str, steps))} steps on the same "
-        f"data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
+        f"Drafters for {args.target.name}, trained from scratch for {counts} steps, where a row says nothing else, on the "
+        f"same data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
         f"{', '.join(map(str, seeds))}, ± half their range. Tokens per target forward, the target's own included; "
         "greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
         "sampled from the exact q, in expectation.",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. `{COMMAND}`",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. "
+        f"`{COMMAND}{'' if args.table == 'ablation' else f' --table {args.table}'}`",
     ]
 
 
 def report(args: argparse.Namespace) -> None:
-    lengths = collect(args.work)
-    if not lengths:
+    results = read_results(args)
+    if not results:
         raise SystemExit("error: there is no result yet.")
-    lines = ["# Ablation: acceptance length by loss, lattice and head", "", *header(args), ""]
+    lengths = collect(results)
+    lines = [TITLES[args.table], "", *header(args, results), ""]
     for test_set in dict.fromkeys(where for _, where, _ in lengths):
         lines += [f"## {test_set}", "", *table(lengths, test_set), ""]
         pair = [lengths.get((method, test_set, "chain")) for method in (OURS, TWIN)]
@@ -268,12 +305,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="jsonl of test prompts")
     parser.add_argument("--spec-bench", type=Path, help="jsonl of Spec-Bench; two of its categories are measured too")
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "ablation")
+    parser.add_argument("--table", choices=list(TABLES), default="ablation")
+    parser.add_argument("--output", type=Path, help="path without suffix (default: benchmarks/results/TABLE)")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="rows of the table (default: all)")
     parser.add_argument("--num-prompts", type=int, default=40, help="of the first test set, half of it of the others")
     args = parser.parse_args()
+    rows = list(TABLES[args.table])
+    args.methods = args.methods or rows
+    if unknown := set(args.methods) - set(rows):
+        parser.error(f"unknown --methods {sorted(unknown)}; the rows of the {args.table} are {rows}")
+    args.output = args.output or RESULTS / args.table
     if not math.isfinite(args.steps) or args.steps < 1:
         parser.error("--steps must be 1 or more")
     try:

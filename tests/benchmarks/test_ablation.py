@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+TREES = [f"tree {size}" for size in ablation.SIZES]
+
+
 def acceptance(length: float) -> dict:
     return {"tokens": [round(100 * length)], "steps": [100]}
 
@@ -25,11 +28,12 @@ def write_result(work: Path, method: str, seed: int, sets: dict) -> None:
 
 @pytest.fixture
 def args(tmp_path) -> Namespace:
-    return Namespace(work=tmp_path / "work", output=tmp_path / "out" / "ablation", target=Path("assets/target"))
+    output = tmp_path / "out" / "ablation"
+    return Namespace(work=tmp_path / "work", output=output, target=Path("assets/target"), table="ablation")
 
 
 def test_the_table_has_means_and_spreads_over_seeds_and_the_ratio_to_the_twin(args, capsys):
-    drafts = ["chain", *(f"tree {size}" for size in ablation.SIZES)]
+    drafts = ["chain", *TREES]
     for method, lengths in ((ablation.OURS, (3.0, 3.2)), (ablation.TWIN, (2.0, 2.2))):
         for seed, length in enumerate(lengths):
             sets = {"GSM8K test": {name: acceptance(length + i) for i, name in enumerate(drafts)}}
@@ -50,6 +54,16 @@ def test_the_table_has_means_and_spreads_over_seeds_and_the_ratio_to_the_twin(ar
     assert ablation.TWIN in capsys.readouterr().out
 
 
+def test_the_widening_has_its_own_rows(args):
+    args.table = "widening"
+    for method in (ablation.OURS, "the same, 32 frames", "CTC prefix, 12 frames"):
+        write_result(args.work, method, 0, {"GSM8K test": {n: acceptance(2) for n in ["chain", *TREES]}})
+    ablation.report(args)
+    text = args.output.with_suffix(".md").read_text()
+    assert "| the same, 32 frames (1) | 2.00 ± 0.00 |" in text and "CTC prefix" not in text
+    assert "--table widening`" in text
+
+
 def test_without_results_there_is_no_table(args):
     with pytest.raises(SystemExit, match="no result yet"):
         ablation.report(args)
@@ -68,6 +82,7 @@ def test_every_method_from_data_to_table(tmp_path):
     problems = write_problems(tmp_path / "problems.jsonl", 24)
     work, output = tmp_path / "work", tmp_path / "table"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the tests' 0 is not for engines that store states
     command = [sys.executable, "-c", "import sys; from vllm_ctc_spec.cli import main; sys.exit(main())", "data"]
     command += ["--target", str(ROOT / "assets/target"), "--prompts", str(problems), "--output", str(tmp_path / "data")]
     subprocess.run([*command, "--max-new-tokens", "24", "--hidden-states"], check=True, env=environment)
