@@ -268,8 +268,8 @@ def header(args: argparse.Namespace, results: Sequence[dict]) -> list[str]:
     shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
     counts = " or ".join(map(str, steps))
     return [
-        f"Drafters for {args.target.name}, trained from scratch for {counts} steps, where a row says nothing else, on the "
-        f"same data with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
+        f"Drafters for {args.target.name}, trained from scratch for {counts} steps on the same data, where a row says "
+        f"nothing else, with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
         f"{', '.join(map(str, seeds))}, ± half their range. Tokens per target forward, the target's own included; "
         "greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
         "sampled from the exact q, in expectation.",
