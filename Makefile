@@ -32,8 +32,8 @@ demo: install  ## serve the small target with and without its CTC drafter and co
 serve: install  ## serve the small target with its CTC drafter until Ctrl-C
 	$(BIN)/python benchmarks/demo.py --serve $(ARGS)
 
-bench: install  ## compare none, ngram and ctc side by side; writes benchmarks/results/
-	$(BIN)/python benchmarks/compare.py $(ARGS)
+bench: install  ## measure none, ngram and ctc with `vllm bench serve`; writes benchmarks/results/serve*
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 lint: install  ## check the style
 	$(BIN)/ruff check .

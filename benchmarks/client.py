@@ -4,11 +4,12 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from openai import OpenAI
-from server import Server
+from server import Endpoint
 
 # vLLM's worker keeps polling for about a second after its last step, and counters follow the last response a little
 # later: between two measurements everything gets this long to come to rest.
@@ -31,6 +32,7 @@ class Drafting:
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    accepted_per_position: list[int] = field(default_factory=list)  # drafts whose token at this depth was accepted
 
     @property
     def acceptance_length(self) -> float | None:
@@ -99,9 +101,15 @@ def logit_gap(client: OpenAI, model: str, context: list[int], left: int, right: 
     return abs(top[f"token_id:{left}"] - top[f"token_id:{right}"])
 
 
-def drafting_since(server: Server, before: dict[str, float] | None = None) -> Drafting:
+def drafting_since(server: Endpoint, before: dict[str, float] | None = None) -> Drafting:
     """The speculative-decoding counters of a server at rest, less those of an earlier `metrics()`."""
     now, before = server.metrics(), before or {}
+
+    def counted(key: str) -> int:
+        return int(now.get(key, 0) - before.get(key, 0))
+
     names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    keys = [f"vllm:spec_decode_{name}_total" for name in names]
-    return Drafting(*(int(now.get(key, 0) - before.get(key, 0)) for key in keys))
+    position = "vllm:spec_decode_num_accepted_tokens_per_pos_total[{}]".format
+    depth = next(depth for depth in count() if position(depth) not in now)
+    per_position = [counted(position(i)) for i in range(depth)]
+    return Drafting(*(counted(f"vllm:spec_decode_{name}_total") for name in names), per_position)

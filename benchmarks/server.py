@@ -40,7 +40,7 @@ LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class StartupError(RuntimeError):
-    """The server did not become healthy; the message ends with the last lines of its log."""
+    """The server did not become healthy, with the last lines of its log; or none answers where one should run."""
 
 
 def on_cpu() -> bool:
@@ -57,7 +57,53 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-class Server:
+class Endpoint:
+    """A server that answers: what it serves and what it has counted."""
+
+    def __init__(self, base_url: str, model: str):
+        self.base_url = base_url
+        self.model = model  # the name that requests use
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.base_url}/v1", api_key="unused", http_client=DefaultHttpxClient(trust_env=False))
+
+    def metrics(self) -> dict[str, float]:
+        """`/metrics` by sample name, summed over labels, e.g. `vllm:spec_decode_num_drafts_total`; samples with a label
+        `position` also by position, e.g. `vllm:spec_decode_num_accepted_tokens_per_pos_total[0]`."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for family in text_string_to_metric_families(get(f"{self.base_url}/metrics")):
+            for sample in family.samples:
+                sums[sample.name] += sample.value
+                if "position" in sample.labels:
+                    sums[f"{sample.name}[{sample.labels['position']}]"] += sample.value
+        return dict(sums)
+
+    def max_model_len(self) -> int:
+        return self._card()["max_model_len"]
+
+    def version(self) -> str:
+        return json.loads(get(f"{self.base_url}/version"))["version"]
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of the server, where we know them."""
+        return []
+
+    def _card(self) -> dict:
+        return json.loads(get(f"{self.base_url}/v1/models"))["data"][0]
+
+
+class RunningServer(Endpoint):
+    """A server that somebody else started and stops."""
+
+    def __init__(self, base_url: str):
+        super().__init__(base_url.rstrip("/").removesuffix("/v1"), model="")
+        try:
+            self.model = self._card()["id"]
+        except (OSError, ValueError, LookupError) as error:
+            raise StartupError(f"no vLLM server answers at {self.base_url} ({error}).") from error
+
+
+class Server(Endpoint):
     """`vllm serve TARGET` on a free port of this machine, in its own session."""
 
     def __init__(
@@ -74,14 +120,13 @@ class Server:
         console: Console | None = None,
     ):
         self.target = Path(target)
-        self.model = self.target.name  # the name that requests use
+        self.port = free_port()
+        super().__init__(f"http://{HOST}:{self.port}", self.target.name)
         self.log_path = Path(log_path)
         self.label = label
         self.startup_seconds = startup_seconds
         self.grace_seconds = grace_seconds
         self.console = console or Console()
-        self.port = free_port()
-        self.base_url = f"http://{HOST}:{self.port}"
         # The console script, not `python -m`: that would put the working directory on sys.path in every process.
         self.command = [str(Path(sys.executable).parent / "vllm"), "serve", str(self.target)]
         self.command += ["--host", HOST, "--port", str(self.port), "--served-model-name", self.model]
@@ -112,19 +157,6 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.stop()
-
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.base_url}/v1", api_key="unused", http_client=DefaultHttpxClient(trust_env=False))
-
-    def metrics(self) -> dict[str, float]:
-        """`/metrics` by sample name, summed over labels, e.g. `vllm:spec_decode_num_drafts_total`."""
-        with LOCAL.open(f"{self.base_url}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        sums: defaultdict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                sums[sample.name] += sample.value
-        return dict(sums)
 
     def processes(self) -> list[psutil.Process]:
         """Every living process of the server: API server, engine core, workers."""
@@ -190,6 +222,11 @@ class Server:
     def _failure(self, what: str) -> str:
         tail = "\n".join(self.last_lines(LINES_SHOWN_ON_FAILURE))
         return f"{self.label} {what}; {self.log_path} ends with:\n{tail}"
+
+
+def get(url: str) -> str:
+    with LOCAL.open(url, timeout=10) as response:
+        return response.read().decode()
 
 
 def free_port() -> int:

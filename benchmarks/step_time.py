@@ -227,7 +227,9 @@ def main(argv: list[str]) -> int:
         for question in read_questions(args.prompts, args.num_prompts)
     ]
     by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
-    run = describe_run("step_time.py", args, argv, len(prompts), busy)
+    run = describe_run(
+        "step_time.py", argv, busy, prompts=args.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     record = {"run": run, "steps_ms": by_size}
     args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -22,6 +22,11 @@ class FakeVllm:
         files = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
         return [json.loads(file.read_text()) for file in files]
 
+    @property
+    def requests(self) -> list[dict]:
+        """The bodies of all requests, by server."""
+        return [json.loads(line) for file in self.folder.glob("*.requests") for line in file.read_text().splitlines()]
+
     def assert_gone(self) -> None:
         """No process and no listening socket of any server is left."""
         assert self.started

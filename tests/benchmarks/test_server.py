@@ -8,7 +8,7 @@ import time
 
 import pytest
 import server as server_module
-from server import CPU_ARGS, Server, StartupError
+from server import CPU_ARGS, RunningServer, Server, StartupError
 
 
 def make(tmp_path, **options) -> Server:
@@ -60,7 +60,10 @@ def test_metrics_are_summed_over_labels(fake_vllm, tmp_path, monkeypatch):
     with make(tmp_path, speculative_config={"method": "ctc"}) as server:
         client = server.client()
         client.chat.completions.create(model=server.model, messages=[{"role": "user", "content": "?"}])
-        assert server.metrics()["vllm:spec_decode_num_drafts_total"] == 2
+        metrics = server.metrics()
+    assert metrics["vllm:spec_decode_num_drafts_total"] == 2
+    assert metrics["vllm:spec_decode_num_accepted_tokens_per_pos_total[0]"] == 1
+    assert metrics["vllm:spec_decode_num_accepted_tokens_per_pos_total[1]"] == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -145,3 +148,16 @@ def test_a_missing_vllm_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(FileNotFoundError, match="vllm"), make(tmp_path):
         pytest.fail("a server that does not exist was used")
+
+
+def test_a_running_server_says_what_it_serves(fake_vllm, tmp_path):
+    with make(tmp_path) as started:
+        running = RunningServer(f"{started.base_url}/v1/")
+        assert (running.base_url, running.model, running.max_model_len()) == (started.base_url, "small", 256)
+        assert running.version() == "0.0.fake"
+
+
+def test_no_running_server_is_named():
+    url = f"http://127.0.0.1:{server_module.free_port()}"
+    with pytest.raises(StartupError, match=f"no vLLM server answers at {url}"):
+        RunningServer(url)

@@ -1,0 +1,107 @@
+"""The plots of a report: speed by concurrency, acceptance length by dataset, and the parts of a step."""
+
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+if TYPE_CHECKING:
+    from report import Row
+
+# As `step_time.py` calls them, and how they are called beside other methods' figures.
+PARTS = {"drafter": "draft", "target forward": "verify", "verification": "sample"}
+
+
+def styles(rows: list["Row"]) -> dict[str, dict]:
+    """By method. Without speculation grey, so that the colours are for the drafts."""
+    colors = cycle(pyplot.rcParams["axes.prop_cycle"].by_key()["color"])
+    speculative = {row.method: row.speculative for row in rows}
+    return {
+        method: {"color": next(colors), "linestyle": "-"} if drafts else {"color": "tab:gray", "linestyle": "--"}
+        for method, drafts in speculative.items()
+    }
+
+
+def unique(values) -> list:
+    return list(dict.fromkeys(values))
+
+
+def speed(path: Path, rows: list["Row"], title: str) -> None:
+    """One panel per dataset and temperature: tokens/s against concurrency, medians and ranges."""
+    data, temperatures = unique(row.data for row in rows), unique(row.temperature for row in rows)
+    style = styles(rows)
+    size = (4.5 * len(temperatures) + 2.5, 3.5 * len(data) + 0.5)
+    figure, panels = pyplot.subplots(len(data), len(temperatures), figsize=size, squeeze=False)
+    for name, line in zip(data, panels):
+        for temperature, panel in zip(temperatures, line):
+            for method, look in style.items():
+                group = [r for r in rows if (r.method, r.data, r.temperature) == (method, name, temperature)]
+                speeds = [row.tokens_per_second for row in group]
+                below = [s.median - s.lowest for s in speeds]
+                above = [s.highest - s.median for s in speeds]
+                x, y = [row.concurrency for row in group], [s.median for s in speeds]
+                panel.errorbar(x, y, [below, above], label=method, marker="o", capsize=3, **look)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(unique(row.concurrency for row in rows), unique(str(row.concurrency) for row in rows))
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("requests at a time")
+            panel.set_ylabel("tokens/s")
+            panel.set_title(f"{name}, temperature {temperature:g}", fontsize=10)
+            panel.grid(alpha=0.3)
+    save(figure, panels[0][-1], path, title)
+
+
+def acceptance(path: Path, rows: list["Row"], title: str) -> None:
+    """One panel per temperature: acceptance length by dataset, with the smallest number of requests at a time."""
+    least = min(row.concurrency for row in rows)
+    rows = [row for row in rows if row.concurrency == least]
+    data, temperatures = unique(row.data for row in rows), unique(row.temperature for row in rows)
+    style = styles([row for row in rows if row.acceptance_length])
+    width = 0.8 / max(len(style), 1)
+    size = (2.5 + len(data) * max(1.5, 0.3 * len(style)), 3.2 * len(temperatures) + 0.5)
+    figure, panels = pyplot.subplots(len(temperatures), 1, figsize=size, squeeze=False)
+    for temperature, panel in zip(temperatures, panels[:, 0]):
+        for i, (method, look) in enumerate(style.items()):
+            group = {r.data: r.acceptance_length for r in rows if (r.method, r.temperature) == (method, temperature)}
+            bars = [(x + i * width, group[name].median) for x, name in enumerate(data) if group.get(name)]
+            panel.bar([x for x, _ in bars], [y for _, y in bars], width, label=method, color=look["color"])
+        panel.set_xticks([x + 0.4 - width / 2 for x in range(len(data))], data)
+        panel.axhline(1, color="tab:gray", linestyle="--", linewidth=1)  # without speculation
+        panel.set_ylabel("acceptance length")
+        panel.set_title(f"temperature {temperature:g}, {least} at a time", fontsize=10)
+    save(figure, panels[0][0], path, title)
+
+
+def step_time(path: Path, steps: dict, title: str) -> None:
+    """One panel per batch size: a step's milliseconds by kind of draft, split into its parts."""
+    batches = steps["steps_ms"]
+    longest = max(map(len, batches.values()))
+    size = ((1.5 + 0.8 * longest) * len(batches) + 1.5, 4)
+    figure, panels = pyplot.subplots(1, len(batches), figsize=size, squeeze=False)
+    for (batch, drafts), panel in zip(batches.items(), panels[0]):
+        names = list(drafts)
+        bottom = [0.0] * len(names)
+        parts = {shown: [drafts[name][part] for name in names] for part, shown in PARTS.items()}
+        known = [sum(values) for values in zip(*parts.values())]
+        # The parts are medians of their own: their sum may exceed the whole step's.
+        parts["rest"] = [max(drafts[name]["whole step"] - k, 0) for name, k in zip(names, known)]
+        for shown, values in parts.items():
+            panel.bar(names, values, bottom=bottom, label=shown)
+            bottom = [b + v for b, v in zip(bottom, values)]
+        panel.set_title(f"batch {batch}", fontsize=10)
+        panel.set_ylabel("milliseconds a step")
+        panel.tick_params(axis="x", rotation=45)
+    save(figure, panels[0][-1], path, title)
+
+
+def save(figure, panel, path: Path, title: str) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
