@@ -7,7 +7,7 @@ hashing, async scheduling) then hold unpatched. The complete list:
 1. `ModelRegistry.register_model` for `CTCDraftModel` (public API).
 2. `register_speculator("ctc")`: vLLM reads the drafter's speculators-format `config.json` (public registry).
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
-4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration.
+4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, which may exceed 1 + N.
 7. On a CPU without Triton: `vllm_ctc_spec.cpu` (development, demo and CI only).
@@ -26,6 +26,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from vllm_ctc_spec import metrics
 from vllm_ctc_spec.config import (
     ARCHITECTURE,
     DRAFTER_SUBFOLDER,
@@ -286,6 +287,9 @@ def _checking(original: Callable) -> Callable:
             )  # fmt: skip
             scheduler.max_num_seqs = fitting
             scheduler.max_num_active_seqs = None
+        if not self.disable_log_stats:
+            # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
+            setattr(config.observability_config, metrics.FOLDER, metrics.folder())
         return config
 
     return create_engine_config

@@ -7,6 +7,7 @@ vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: it
 """
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
+from vllm_ctc_spec import metrics
 from vllm_ctc_spec.config import ServingOptions, default_tree_width
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.kernels.collapse import collapse
@@ -41,6 +43,7 @@ class CTCProposer(DFlashSpeculator):
         if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
             self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
             self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
+        self.meter = self._make_meter(vllm_config)
         self._idle = False
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
@@ -48,6 +51,18 @@ class CTCProposer(DFlashSpeculator):
         self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+
+    def _make_meter(self, vllm_config: VllmConfig) -> metrics.DraftMeter | None:
+        """None where statistics are off or the API server is on another machine, and on all but the first of the ranks
+        that draft the same (vllm/distributed/parallel_state.py: those of one pipeline stage are neighbours)."""
+        folder = getattr(vllm_config.observability_config, metrics.FOLDER, None)
+        parallel = vllm_config.parallel_config
+        drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
+        if folder is None or not os.path.isdir(folder) or not drafts_first:
+            return None
+        labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index)
+        file = metrics.CounterFile(folder, labels)
+        return metrics.DraftMeter(file, self.max_num_reqs, self.num_labels, self.num_frames, self.device)
 
     def load_model(self, target_model: nn.Module) -> None:
         layers = target_layers(self.vllm_config)
@@ -89,6 +104,14 @@ class CTCProposer(DFlashSpeculator):
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )
 
+    def observe_verification(
+        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
+    ) -> None:
+        """vLLM's hook between a verification and the next draft; not called for its dummy batches."""
+        super().observe_verification(idx_mapping, num_sampled, num_rejected)
+        if self.meter is not None:
+            self.meter.observe(idx_mapping, num_sampled + num_rejected)
+
     def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
         """log q(v | prefix) up to a constant, fp32; -inf marks tokens that a row cannot propose."""
         return torch.float32, float("-inf")
@@ -118,20 +141,26 @@ class CTCProposer(DFlashSpeculator):
         logsumexp, best, best_logit = frame_stats(logits)
         log_label, log_blank, transitions = lattice.for_kernels(logsumexp)
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
         if self.trees is not None:
-            requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
             tree = self._search_tree(logits, log_label, log_blank, anchor, requests, transitions)
             self.trees.store(requests, tree)
             labels = tree.tokens[:, 1:]
-        elif self.options.search == "argmax":
-            blank = logits.shape[-1]
-            alignment = torch.where(log_blank > best_logit + log_label, blank, best)
-            labels, _ = collapse(alignment, blank, anchor, self.num_labels)
+            if self.meter is not None:
+                most = torch.where(self.trees.chain_only[requests], self.options.tree_depth, self.num_labels)
+                self.meter.record_tree(requests, tree, most)
         else:
-            markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
-            labels, _ = prefix_chain(
-                logits, log_label, log_blank, anchor, self.num_labels, markov, sampling, transitions
-            )
+            if self.options.search == "argmax":
+                blank = logits.shape[-1]
+                alignment = torch.where(log_blank > best_logit + log_label, blank, best)
+                labels, lengths = collapse(alignment, blank, anchor, self.num_labels)
+            else:
+                markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
+                labels, lengths = prefix_chain(
+                    logits, log_label, log_blank, anchor, self.num_labels, markov, sampling, transitions
+                )
+            if self.meter is not None:
+                self.meter.record_chain(requests, lengths)
         self.draft_tokens[:num_reqs] = labels
 
     def _search_tree(

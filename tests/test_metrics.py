@@ -1,0 +1,127 @@
+"""The draft meter against a count on the host, and its file against Prometheus' own reader."""
+
+import random
+import time
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from vllm_ctc_spec.kernels.tree_mask import tree_mask
+
+from vllm_ctc_spec import metrics
+from vllm_ctc_spec.draft_tree import DraftTree
+
+SLOTS, LABELS, FRAMES = 5, 6, 9
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def meter(tmp_path, monkeypatch) -> metrics.DraftMeter:
+    monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
+    return metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), SLOTS, LABELS, FRAMES, CPU)
+
+
+def exposed(folder) -> dict[str, float]:
+    """Samples on `/metrics` of a server whose workers write into `folder`."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(folder))
+    return {sample.name: sample.value for metric in registry.collect() for sample in metric.samples}
+
+
+def wait_until(holds, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert holds()
+
+
+def random_tree(rng: random.Random, used: int, chain: bool) -> list[int]:
+    """Parents of row 0 to N."""
+    parents = [-1] + [node - 1 if chain else rng.randrange(node) for node in range(1, used + 1)]
+    return parents + [-1] * (LABELS - used)
+
+
+def as_draft_tree(parents: list[list[int]]) -> DraftTree:
+    rows = torch.tensor(parents, dtype=torch.int32)
+    depths, ancestors = tree_mask(rows)
+    return DraftTree(torch.zeros_like(rows).long(), rows, depths, torch.zeros(rows.shape), ancestors)
+
+
+def count(parents: list[int], scheduled: int, most: int = LABELS) -> list[int]:
+    """drafts, nodes, labels, stopped drafts of one verified draft."""
+    if scheduled <= 0:
+        return [0, 0, 0, 0]
+    depth, nodes = [0], 0
+    for parent in parents[1 : 1 + scheduled]:
+        if parent >= 0:
+            nodes += 1
+            depth.append(depth[parent] + 1)
+    return [1, nodes, max(depth), int(nodes < min(scheduled, most))]
+
+
+def test_trees_count_as_what_was_scheduled_of_them(meter):
+    rng = random.Random(0)
+    total = torch.zeros(4, dtype=torch.int64)
+    for _ in range(100):
+        slots = rng.sample(range(SLOTS), 3)
+        chain_only = [rng.random() < 0.3 for _ in slots]
+        most = [4 if is_chain else LABELS for is_chain in chain_only]
+        parents = [random_tree(rng, rng.randint(0, limit), chain) for chain, limit in zip(chain_only, most)]
+        meter.record_tree(torch.tensor(slots), as_draft_tree(parents), torch.tensor(most))
+        # vLLM's batch has another order; a request in the middle of its prefill has no logits (0), one that has not
+        # drafted has the anchor's (1).
+        order = rng.sample(range(3), 3)
+        logits = [rng.randint(0, 1 + LABELS) for _ in order]
+        meter.observe(torch.tensor([slots[i] for i in order], dtype=torch.int32), torch.tensor(logits).int())
+        for i, rows in zip(order, logits):
+            total += torch.tensor(count(parents[i], rows - 1, most[i]))
+    assert total[3] > 20 and torch.equal(meter.totals, total)
+
+
+def test_chains_count_as_what_was_scheduled_of_them(meter):
+    rng = random.Random(1)
+    total = torch.zeros(4, dtype=torch.int64)
+    for _ in range(100):
+        length, rows = rng.randint(0, LABELS), rng.randint(0, 1 + LABELS)
+        slot = torch.tensor([rng.randrange(SLOTS)])
+        meter.record_chain(slot, torch.tensor([length], dtype=torch.int32))
+        meter.observe(slot.int(), torch.tensor([rows]).int())
+        total += torch.tensor(count(random_tree(rng, length, chain=True), rows - 1))
+    assert total[3] > 20 and torch.equal(meter.totals, total)
+
+
+def test_padding_rows_of_a_batch_reach_no_request(meter):
+    meter.record_chain(torch.tensor([2, -1, -1]), torch.tensor([3, 5, 6], dtype=torch.int32))
+    meter.observe(torch.arange(SLOTS, dtype=torch.int32), torch.full((SLOTS,), 1 + LABELS))
+    assert meter.totals[1] == 3
+
+
+def test_prometheus_reads_zeros_before_the_first_draft(meter, tmp_path):
+    assert exposed(tmp_path) == {f"{name}_total": 0 for name in metrics.COUNTERS}
+
+
+def test_the_last_step_is_published_without_another_one(meter, tmp_path):
+    slot, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
+    for steps in (1, 2, 3):
+        meter.record_chain(slot, lengths)
+        meter.observe(slot, torch.tensor([1 + LABELS]))
+        wait_until(lambda steps=steps: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == steps)
+        expected = {"drafts": 1, "draft_nodes": 4, "draft_labels": 4, "stopped_drafts": 1, "draft_frames": FRAMES}
+        assert exposed(tmp_path) == {f"vllm_ctc_spec:{name}_total": steps * each for name, each in expected.items()}
+
+
+def test_engines_keep_their_labels_and_workers_of_one_engine_add_up(tmp_path):
+    for engine, drafts in (("0", 1), ("0", 2), ("1", 5)):
+        metrics.CounterFile(str(tmp_path), ("m", engine)).write([drafts, 0, 0, 0, 0])
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    text = generate_latest(registry).decode()
+    assert "# TYPE vllm_ctc_spec:drafts_total counter" in text
+    assert 'vllm_ctc_spec:drafts_total{engine="0",model_name="m"} 3.0' in text
+    assert 'vllm_ctc_spec:drafts_total{engine="1",model_name="m"} 5.0' in text
+
+
+def test_several_api_servers_read_the_folder_that_vllm_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert metrics.folder() == str(tmp_path)

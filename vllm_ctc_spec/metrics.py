@@ -1,0 +1,131 @@
+"""What only the worker knows about drafts, on vLLM's `/metrics`: how many rows of a draft are labels, not padding.
+
+vLLM's scheduler counts what it schedules and what is accepted (vllm/v1/spec_decode/metrics.py). How much of a draft
+the drafter filled is known on the device only, so it is counted there, by tensor operations of fixed shape, and copied
+out once a second by a thread of its own: the step that drafts never waits for it.
+
+From the worker's process to the API server's it goes the way of Prometheus' own multiprocess mode
+(prometheus_client/multiprocess.py): a small memory-mapped file, which is read when somebody asks for `/metrics`. With
+more than one API server vLLM sets that mode up itself (vllm/v1/metrics/prometheus.py) and the file goes where vLLM's
+are; with one, `folder` gives Prometheus' collector a second folder. docs/metrics.md says why this way.
+"""
+
+import functools
+import os
+import tempfile
+import threading
+
+import torch
+from prometheus_client import REGISTRY
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector
+from torch import Tensor
+
+from vllm_ctc_spec.draft_tree import DraftTree
+
+COUNTERS = {
+    "vllm_ctc_spec:drafts": "Drafts that the target verified.",
+    "vllm_ctc_spec:draft_nodes": "Nodes of verified trees, or labels of verified chains, padding not counted.",
+    "vllm_ctc_spec:draft_labels": "Labels on the longest path of verified drafts.",
+    "vllm_ctc_spec:stopped_drafts": "Verified drafts that the drafter ended before the tokens scheduled for them.",
+    "vllm_ctc_spec:draft_frames": "Frames from which verified drafts were made.",
+}
+"""As Prometheus names them: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
+LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
+FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
+PUBLISH_SECONDS = 1.0
+
+
+def folder() -> str:
+    """Where the workers of this API server leave their counters."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR") or _own_folder().name
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends, as vLLM's own is."""
+    own = tempfile.TemporaryDirectory(prefix="vllm_ctc_spec_")
+    MultiProcessCollector(REGISTRY, path=own.name)
+    return own
+
+
+class CounterFile:
+    """The counters of one engine, in a file of Prometheus' multiprocess mode. The file's name says their type."""
+
+    def __init__(self, where: str, label_values: tuple[str, str]):
+        handle, path = tempfile.mkstemp(prefix="counter_", suffix=".db", dir=where)
+        os.close(handle)
+        self._file = MmapedDict(path)
+        self._keys = [mmap_key(name, f"{name}_total", LABELS, label_values, text) for name, text in COUNTERS.items()]
+        self.write([0] * len(COUNTERS))
+
+    def write(self, values: list[int]) -> None:
+        for key, value in zip(self._keys, values):
+            self._file.write_value(key, value, 0.0)
+
+
+class DraftMeter:
+    """Counts drafts when they are verified, so that a draft which nobody verifies (of a request that has ended, or is
+    still in its prefill) does not count, and one of which fewer rows are scheduled counts as those rows.
+
+    A draft leaves in its request slot what it would count as for each number of scheduled tokens; the verification
+    picks one and adds it up.
+    """
+
+    def __init__(self, file: CounterFile, num_slots: int, num_labels: int, num_frames: int, device: torch.device):
+        self._counter_file = file
+        self._num_frames = num_frames
+        self._rows = torch.arange(1 + num_labels, dtype=torch.int32, device=device)
+        chains = torch.minimum(self._rows[:, None], self._rows)  # labels by length and number of scheduled tokens
+        self._chains = self._figures(chains, chains, self._rows)
+        num_counts = len(COUNTERS) - 1
+        # One slot more than vLLM has, for the inert rows of a padded batch, slot -1. Column 0 is for requests without
+        # a row of logits, column 1 for those with the anchor's only: both stay 0.
+        self._by_num_logits = torch.zeros(num_slots + 1, 2 + num_labels, num_counts, dtype=torch.int32, device=device)
+        self._by_num_drafted = self._by_num_logits[:, 1:]
+        self.totals = torch.zeros(num_counts, dtype=torch.int64, device=device)
+        self._host = torch.zeros(num_counts, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._drafting_stream: torch.cuda.Stream | None = None
+        self._timer: threading.Timer | None = None
+        self._publishing = threading.Lock()
+
+    def record_chain(self, slots: Tensor, lengths: Tensor) -> None:
+        """Chains of `lengths` [B] for the request slots [B]. Fixed shapes: part of the drafter's CUDA graph."""
+        self._by_num_drafted[slots] = self._chains[lengths]
+
+    def record_tree(self, slots: Tensor, tree: DraftTree, most: Tensor) -> None:
+        """Trees of at most `most` [B] nodes, for the request slots [B]. Fixed shapes, as above."""
+        nodes = (tree.parents >= 0).cumsum(1, dtype=torch.int32)
+        labels = tree.depths.cummax(1).values
+        self._by_num_drafted[slots] = self._figures(nodes, labels, torch.minimum(most[:, None], self._rows))
+
+    def _figures(self, nodes: Tensor, labels: Tensor, budget: Tensor) -> Tensor:
+        """[B, 1 + N, 4] int32: the counts, for each number of scheduled tokens."""
+        return torch.stack(((self._rows > 0).expand_as(nodes), nodes, labels, nodes < budget), 2)
+
+    def observe(self, slots: Tensor, num_logits: Tensor) -> None:
+        """The target has verified `num_logits` [R] rows, the anchor's included, of the drafts in `slots` [R]."""
+        self.totals += self._by_num_logits[slots, num_logits].sum(0)
+        if self._timer is None:
+            if self._stream is not None:
+                self._drafting_stream = torch.cuda.current_stream(self._stream.device)
+            self._timer = threading.Timer(PUBLISH_SECONDS, self._publish)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _publish(self) -> None:
+        """In the timer's thread. The timer is cleared first: a step that is too late for this copy starts the next."""
+        self._timer = None
+        with self._publishing:
+            if self._stream is None:
+                self._host.copy_(self.totals)
+            else:
+                with torch.cuda.stream(self._stream):
+                    self._stream.wait_stream(self._drafting_stream)
+                    self._host.copy_(self.totals, non_blocking=True)
+                    copied = torch.cuda.Event(blocking=True)  # sleeps, where the default would spin
+                    copied.record()
+                copied.synchronize()
+            counts = self._host.tolist()
+            self._counter_file.write([*counts, counts[0] * self._num_frames])
