@@ -103,8 +103,9 @@ def score_kernel(
             b = tl.load(state_ptr + row * 2 * T + T + t, mask=t < T, other=0.0)
             log_label = tl.load(log_label_ptr + row * T + t, mask=t < T, other=0.0)
             last = tl.load(last_ptr + row)
+            row_logits = logits_ptr + row.to(tl.int64) * logits_stride_b
             x = tl.load(
-                logits_ptr + row.to(tl.int64) * logits_stride_b + t[:, None] * logits_stride_t + token[None, :],
+                row_logits + t[:, None].to(tl.int64) * logits_stride_t + token[None, :],
                 mask=(t[:, None] < T) & valid[None, :],
                 other=-float("inf"),
             )
@@ -118,7 +119,8 @@ def score_kernel(
             if SAMPLED:
                 slot = tl.load(slots_ptr + row)
                 if slot >= 0:
-                    tl.store(draft_ptr + slot * draft_stride_r + k * draft_stride_n + token, ell, mask=valid)
+                    row_draft = draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n
+                    tl.store(row_draft + token, ell, mask=valid)
                     temperature = tl.load(temperature_ptr + slot)
                     if temperature > 0:
                         noise = gumbel_noise(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row) + k, token)
@@ -149,7 +151,7 @@ def along_transitions(mass, transitions_ptr, T: tl.constexpr, BLOCK_T: tl.conste
 def _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, frame, T: tl.constexpr):
     """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
-    x = tl.load(logits_ptr + frame * logits_stride_t, mask=inside, other=-float("inf"))
+    x = tl.load(logits_ptr + frame.to(tl.int64) * logits_stride_t, mask=inside, other=-float("inf"))
     p = _frame_prob(x, tl.load(log_label_ptr + frame, mask=inside, other=0.0))
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
 
@@ -225,4 +227,4 @@ def extend_kernel(
     if SAMPLED:
         slot = tl.load(slots_ptr + row)
         if (slot >= 0) & (best == -float("inf")):
-            tl.store(draft_ptr + slot * draft_stride_r + k * draft_stride_n + label, 0.0)
+            tl.store(draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n + label, 0.0)

@@ -96,7 +96,7 @@ def candidates_kernel(
     token = tl.load(tokens_ptr + m, mask=valid, other=0)
     before = tl.load(tokens_ptr + m - 1, mask=valid & (m > 0), other=-1)
     is_first = valid & (token != before)
-    logits_ptr += row * logits_stride_b + frame * logits_stride_t
+    logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
     # A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN.
     log_label = tl.load(log_label_ptr + row * T + frame)

@@ -114,7 +114,8 @@ def tree_attention_triton(
     _, block_size, num_kv_heads, _ = key_cache.shape
     group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_size))
-    block_m, block_n, num_warps = _tile(max_rows * group, block_d, query.element_size())
+    capability = _compute_capability(query.device)
+    block_m, block_n, num_warps = _tile(max_rows * group, block_d, query.element_size(), capability)
     num_tiles = triton.cdiv(max_rows * group, block_m)
     if num_splits is None:
         num_splits = _choose_splits(num_requests * num_kv_heads * num_tiles, max_blocks * block_size)
@@ -138,12 +139,19 @@ def tree_attention_triton(
         )  # fmt: skip
 
 
-def _tile(num_queries: int, block_d: int, element_size: int) -> tuple[int, int, int]:
-    """Queries (row, head of the group) and positions of a tile, and warps: the largest that spill no registers on
-    sm_90. 16 is the least that a tensor core multiplies; fp32 is multiplied exactly, without tensor cores."""
+def _compute_capability(device: torch.device) -> int:
+    """The major one of a GPU: 8 for Ampere, 9 for Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _tile(num_queries: int, block_d: int, element_size: int, capability: int) -> tuple[int, int, int]:
+    """Queries (row, head of the group) and positions of a tile, and warps: the largest that spill no registers.
+    16 is the least that a tensor core multiplies; fp32 is multiplied exactly, without tensor cores."""
     if element_size == 4:
         return 32, 32 if block_d < 128 else 16, 8
     most, positions = (128, 64) if block_d <= 128 else (64, 32)
+    if capability < 9 and block_d == 128:  # tensor cores before Hopper read their operands from registers
+        positions = 32
     queries = max(16, min(most, triton.next_power_of_2(num_queries)))
     return queries, positions, 8 if queries == most else 4
 

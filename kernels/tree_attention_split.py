@@ -132,7 +132,7 @@ def attend_kernel(
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     used = pair < num_rows * GROUP
     row = (tl.load(roots_ptr + request) + pair // GROUP).to(tl.int64)
-    head = kv_head * GROUP + pair % GROUP
+    head = (kv_head * GROUP + pair % GROUP).to(tl.int64)
     bits = tl.load(ancestors_ptr + row, mask=used, other=0)
     column = tl.arange(0, BLOCK_D)
     query_mask = used[:, None] & (column < D)[None, :]
@@ -215,5 +215,5 @@ def merge_kernel(
         values = tl.load(pointers, mask=valid[:, None] & (column < D)[None, :], other=0.0)
         weighted += tl.sum(weight[:, None] * values, axis=0)
     row = (tl.load(roots_ptr + request) + node).to(tl.int64)
-    output_ptr += row * output_stride_row + head * output_stride_head
+    output_ptr += row * output_stride_row + head.to(tl.int64) * output_stride_head
     tl.store(output_ptr + column, (weighted / denominator).to(output_ptr.dtype.element_ty), mask=column < D)

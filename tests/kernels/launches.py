@@ -1,0 +1,277 @@
+"""Every kernel launch of every public function, recorded on meta tensors, without a GPU.
+
+The functions are called with their kernels replaced by recorders, so that what is compiled from this is exactly what
+would be launched.
+"""
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import vllm_ctc_spec.kernels
+from vllm_ctc_spec.kernels import (
+    collapse,
+    ctc_transform,
+    frame_stats,
+    kv_compaction,
+    prefix_chain,
+    prefix_search_best_first,
+    tree_attention,
+    tree_layout,
+    tree_walk,
+)
+
+from vllm_ctc_spec.config import default_tree_width
+
+VOCABULARY = 151_936
+BATCH = 64
+LARGE_VOCABULARY, LARGE_BATCH = 256_000, 1024
+TREE_NODES = (16, 64)  # a usual tree and the largest
+
+
+class Launch(NamedTuple):
+    kernel: triton.JITFunction
+    args: tuple
+    options: dict
+    is_default: bool  # of a drafter and of trees as they come without options
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: triton.JITFunction, calls: list[tuple]) -> None:
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: tuple):
+        return lambda *args, **options: self.calls.append((self.kernel, args, options))
+
+
+def kernel_modules() -> list:
+    names = [module.name for module in pkgutil.iter_modules(vllm_ctc_spec.kernels.__path__)]
+    return [importlib.import_module(f"vllm_ctc_spec.kernels.{name}") for name in names]
+
+
+def launched_kernels() -> set[str]:
+    """The names of what is launched anywhere in `kernels/`, `name[grid](...)`."""
+    return {
+        node.func.value.id
+        for module in kernel_modules()
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name)
+    }
+
+
+def recorded_calls(architecture: int) -> list[tuple]:
+    """The list to which all calls of kernels go from now on, as on a GPU of this compute capability, 90 for 9.0."""
+    calls: list[tuple] = []
+    launched = launched_kernels()
+    for module in kernel_modules():
+        for name, value in list(vars(module).items()):
+            kernel = value.kernel if isinstance(value, Recorder) else value
+            if isinstance(kernel, triton.JITFunction) and name in launched:
+                setattr(module, name, Recorder(kernel, calls))
+    tree_attention._compute_capability = lambda device: architecture // 10
+    return calls
+
+
+def record_launches(architecture: int) -> list[Launch]:
+    """Distinct launches, those of default shapes first."""
+    calls = recorded_calls(architecture)
+    default_shapes()
+    num_default = len(calls)
+    other_chains()
+    other_transforms()
+    other_searches()
+    other_trees()
+    launches: dict[tuple, Launch] = {}
+    for number, (kernel, args, options) in enumerate(calls):
+        dtypes = tuple(arg.dtype if isinstance(arg, torch.Tensor) else None for arg in args)
+        launch = Launch(kernel, args, options, number < num_default)
+        launches.setdefault((kernel.__name__, dtypes, tuple(options.items())), launch)
+    return list(launches.values())
+
+
+def arguments_beyond_int32() -> list[str]:
+    """What holds 2^31 elements or more at the largest shapes that are to work."""
+    calls = recorded_calls(90)
+    largest_shapes()
+    return sorted(
+        {
+            f"{kernel.__name__} {name}"
+            for kernel, args, _ in calls
+            for name, arg in zip(kernel.arg_names, args, strict=False)
+            if isinstance(arg, torch.Tensor) and arg.numel() >= 2**31
+        }
+    )
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def chain(
+    num_frames: int,
+    dtype: torch.dtype,
+    rank: int,
+    sampled: bool,
+    steps: bool = False,
+    num_labels: int = 16,
+    batch: int = BATCH,
+    num_tokens: int = VOCABULARY,
+) -> None:
+    markov = (empty(num_tokens, rank, dtype=dtype), empty(num_tokens, rank, dtype=dtype)) if rank else None
+    slots = empty(batch, dtype=torch.int64)
+    draft_logits = empty(batch, num_labels, num_tokens)
+    sampling = prefix_chain.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
+    frames = empty(batch, num_frames)
+    logits = empty(batch, num_frames, num_tokens, dtype=dtype)
+    transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
+    prefix_chain.prefix_chain_triton(logits, frames, frames, slots, num_labels, markov, sampling, transitions)
+
+
+def transform(
+    num_frames: int, num_nodes: int, width: int, dtype: torch.dtype, chains: bool, batch: int = BATCH
+) -> None:
+    logits, frames = empty(batch, num_frames, VOCABULARY, dtype=dtype), empty(batch, num_frames)
+    chain_only = empty(batch, dtype=torch.bool) if chains else None
+    anchor = empty(batch, dtype=torch.int64)
+    ctc_transform.ctc_transform_triton(logits, frames, frames, anchor, num_nodes, width, 8, chain_only)
+
+
+def search(
+    num_frames: int,
+    num_nodes: int,
+    dtype: torch.dtype,
+    rank: int,
+    chains: bool = False,
+    steps: bool = False,
+    width: int | None = None,
+    batch: int = BATCH,
+    num_tokens: int = VOCABULARY,
+) -> None:
+    logits, frames = empty(batch, num_frames, num_tokens, dtype=dtype), empty(batch, num_frames)
+    markov = (empty(num_tokens, rank, dtype=dtype),) * 2 if rank else None
+    chain_only = empty(batch, dtype=torch.bool) if chains else None
+    anchor = empty(batch, dtype=torch.int64)
+    transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
+    prefix_search_best_first.prefix_search_triton(
+        logits, frames, frames, anchor, num_nodes, width or default_tree_width(num_nodes), 8, markov, chain_only,
+        transitions,
+    )  # fmt: skip
+
+
+def verification(num_nodes: int, batch: int = BATCH) -> None:
+    """What happens to a tree before and after the target's forward."""
+    width = 1 + num_nodes
+    table, words = empty(batch, width, dtype=torch.int32), empty(batch, width, dtype=torch.int64)
+    rows = empty(128 * batch, dtype=torch.int64)
+    slots, starts = empty(batch, dtype=torch.int32), empty(batch + 1, dtype=torch.int32)
+    tree_layout.tree_layout_triton(rows, starts, starts, slots, table, words, rows, rows, starts, starts)
+    tree_walk.tree_walk_triton(rows, rows, table, slots, starts)
+    compaction(torch.bfloat16, width, batch)
+
+
+def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
+    caches = kv_compaction.CachePointers([empty(1024, 8, 16, 256, dtype=dtype)] * 32)
+    slots = empty(batch, dtype=torch.int32)
+    path = empty(batch, width, dtype=torch.int32)
+    kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), slots, path, slots)
+
+
+def attention(
+    head_size: int, dtype: torch.dtype, group: int, requests: int = BATCH, max_rows: int = 65, num_blocks: int = 1024
+) -> None:
+    keys, values = empty(num_blocks, 8, 16, 2 * head_size, dtype=dtype).transpose(1, 2).split(head_size, -1)
+    query = empty(8192, 8 * group, head_size, dtype=dtype)
+    blocks, slots = empty(requests, 512, dtype=torch.int32), empty(requests, dtype=torch.int32)
+    words = empty(8192, dtype=torch.int64)
+    tree_attention.tree_attention_triton(
+        query, keys, values, query, blocks, slots, slots, slots, words, head_size**-0.5, max_rows
+    )
+
+
+def default_shapes() -> None:
+    """12 frames, the trainer's default, and the 24 frames of learned transitions, 16-bit weights, a head of rank 64;
+    chains of 8 labels, greedy and sampled; trees; attention of heads of 128 in groups of 4, for many requests, and for
+    one, whose context is split."""
+    collapse.collapse_triton(empty(BATCH, 12, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 8)
+    for num_frames, steps in ((12, False), (24, True)):
+        frame_stats.frame_stats_triton(empty(BATCH, num_frames, VOCABULARY, dtype=torch.bfloat16))
+        for sampled in (False, True):
+            chain(num_frames, torch.bfloat16, 64, sampled, steps, num_labels=8)
+        for num_nodes in TREE_NODES:
+            search(num_frames, num_nodes, torch.bfloat16, rank=64, chains=True, steps=steps)
+    transform(12, 16, default_tree_width(16), torch.bfloat16, chains=True)
+    for num_nodes in TREE_NODES:
+        verification(num_nodes)
+        for requests in (1, BATCH):
+            attention(128, torch.bfloat16, group=4, requests=requests, max_rows=1 + num_nodes)
+
+
+def largest_shapes() -> None:
+    """1024 requests, 24 frames, chains of 24 labels and trees of 64 nodes over 256 000 tokens; more frames and
+    candidates than that where they are of another kernel; 2M positions of the cache."""
+    large = {"batch": LARGE_BATCH, "num_tokens": LARGE_VOCABULARY}
+    collapse.collapse_triton(
+        empty(LARGE_BATCH, 64, dtype=torch.int64), LARGE_VOCABULARY, empty(LARGE_BATCH, dtype=torch.int64), 64
+    )
+    frame_stats.frame_stats_triton(empty(LARGE_BATCH, 24, LARGE_VOCABULARY, dtype=torch.bfloat16))
+    chain(24, torch.bfloat16, 256, sampled=True, steps=True, num_labels=24, **large)
+    search(64, 64, torch.bfloat16, 256, chains=True, steps=True, width=128, **large)
+    transform(64, 64, 64, torch.bfloat16, chains=True, batch=LARGE_BATCH)
+    verification(64, LARGE_BATCH)
+    attention(128, torch.bfloat16, group=4, requests=LARGE_BATCH, num_blocks=2**17)
+    attention(128, torch.bfloat16, group=4, requests=1, num_blocks=2**17)
+
+
+def other_chains() -> None:
+    collapse.collapse_triton(empty(BATCH, 32, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 16)
+    frame_stats.frame_stats_triton(empty(BATCH, 12, VOCABULARY))
+    chain(12, torch.bfloat16, rank=0, sampled=False)
+    chain(12, torch.float32, rank=64, sampled=False)
+    chain(32, torch.float16, rank=0, sampled=True)
+    chain(32, torch.float32, rank=256, sampled=True)
+    chain(1, torch.bfloat16, rank=5, sampled=True)
+    chain(12, torch.bfloat16, rank=0, sampled=False, steps=True)
+    chain(64, torch.float32, rank=0, sampled=True, steps=True)
+    chain(1, torch.float16, rank=0, sampled=False, steps=True)
+
+
+def other_transforms() -> None:
+    """The largest tree, one of no power of two, and the smallest one."""
+    transform(12, 64, default_tree_width(64), torch.bfloat16, chains=True)
+    transform(12, 33, 9, torch.float16, chains=False)
+    transform(64, 64, 64, torch.float32, chains=True)
+    transform(1, 1, 1, torch.bfloat16, chains=False)
+
+
+def other_searches() -> None:
+    """Without a head, of other dtypes, the largest ones, and the smallest ones."""
+    search(12, 16, torch.bfloat16, rank=0)
+    search(12, 16, torch.float32, rank=64, chains=True)
+    search(12, 64, torch.float32, rank=256)
+    search(32, 64, torch.float32, rank=256)
+    search(64, 64, torch.float32, rank=64)
+    search(64, 64, torch.float32, rank=64, width=128)
+    search(1, 1, torch.bfloat16, rank=5)
+    search(12, 16, torch.bfloat16, rank=0, steps=True)
+    search(64, 64, torch.float32, rank=64, steps=True)
+    search(64, 1, torch.bfloat16, rank=0, steps=True)
+    search(1, 1, torch.bfloat16, rank=5, steps=True)
+
+
+def other_trees() -> None:
+    """Other sizes of heads and of elements."""
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        compaction(dtype, 65)
+    for head_size in (64, 80, 192):
+        attention(head_size, torch.bfloat16, group=4)
+    attention(256, torch.bfloat16, group=4, requests=1, max_rows=17)
+    attention(128, torch.float16, group=8, requests=1)
+    attention(128, torch.float16, group=1, requests=1, max_rows=17)
+    for head_size in (64, 128, 256):
+        attention(head_size, torch.float32, group=4, requests=1)
