@@ -197,8 +197,8 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
 
 
 # Rows per step up to which verifying more of them brings more than it costs. CPU: measured with the embedded pair
-# (benchmarks/results/latency_model.md). GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight and a
-# step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or 295
+# (benchmarks/results/latency_model.md). GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight and
+# a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or 295
 # (3.35 TB/s, H100).
 TREE_ROWS = {"cpu": 36, "cuda": 256}
 
