@@ -1,8 +1,10 @@
 """A fake `vllm` command beside the Python that runs the benchmark, and what is left of it afterwards."""
 
 import json
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -35,6 +37,14 @@ class FakeVllm:
                 assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", server["port"])) != 0
+
+
+@pytest.fixture(autouse=True)
+def heeds_interrupts() -> Iterator[None]:
+    """A script starts what it runs in the background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
