@@ -223,7 +223,9 @@ def collect(results: Sequence[dict]) -> Lengths:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """Mean over seeds, and half the range."""
+    """Mean over seeds, and half the range where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
 
 
