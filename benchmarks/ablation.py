@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from pair import RESULTS, TARGET
-from report import processor
+from record import processor
 from torch import Tensor
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform

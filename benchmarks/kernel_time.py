@@ -12,7 +12,6 @@ transformers imports if it finds one.
 """
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from kernel_cases import SERVED, SMALL, Case, Shape, cases
+from record import processor, write_record
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -139,8 +139,7 @@ def to_markdown(run: dict, rows: list[Row]) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
-    return f"{names[0].partition(': ')[2] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -174,12 +173,7 @@ def main(argv: list[str]) -> int:
         "triton": triton.__version__,
         "python": platform.python_version(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": run, "rows": [asdict(row) for row in rows]}
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = to_markdown(run, rows)
-    args.output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    write_record(args.output, {"run": run, "rows": [asdict(row) for row in rows]}, to_markdown(run, rows))
     return 0
 
 

@@ -29,6 +29,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import psutil
 from pair import DRAFTER, RESULTS, TARGET, existing
 from random_pair import LOAD_FORMAT, SHAPES, make_pair, register_load_format
+from record import write_record
 from report import describe_run
 from server import on_cpu
 from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
@@ -293,12 +294,8 @@ def main(argv: list[str]) -> int:
     record["suggested_tree_rows"] = suggest_tree_rows(
         steps, {draft: length for draft, length in lengths.items() if draft in next(iter(steps.values()))}
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = to_markdown(record["run"], steps, lengths)
-    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_record(args.output, record, to_markdown(record["run"], steps, lengths))
     plot(args.output.with_suffix(".png"), steps, lengths, record["run"]["gpu"] or record["run"]["cpu"])
-    print(text)
     return 0
 
 

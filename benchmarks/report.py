@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from record import processor
 from server import on_cpu
 
 MACHINE = ("vllm", "torch", "vllm_ctc_spec", "python", "cpu", "cores", "gpu")
@@ -136,11 +137,6 @@ def summarize_group(group: list[Measurement]) -> Row:
         same_output=min(same) if same else None,
         requests=first.requests,
     )  # fmt: skip
-
-
-def processor() -> str:
-    match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return match.group(1) if match else platform.processor()
 
 
 def gpu() -> str:

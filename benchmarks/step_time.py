@@ -8,7 +8,6 @@ gets slower or faster favours none. Medians over all decoding steps. Writes OUTP
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import psutil
 from client import read_questions
 from pair import DRAFTER, PROMPTS, RESULTS, TARGET, V2_RUNNER, ctc_config, existing
+from record import write_record
 from report import describe_run
 from server import on_cpu
 from tqdm import tqdm
@@ -230,12 +230,7 @@ def main(argv: list[str]) -> int:
     run = describe_run(
         "step_time.py", argv, busy, prompts=args.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": run, "steps_ms": by_size}
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = to_markdown(run, by_size)
-    args.output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    write_record(args.output, {"run": run, "steps_ms": by_size}, to_markdown(run, by_size))
     return 0
 
 
