@@ -15,6 +15,8 @@ VLLM_GPU := vllm>=0.32,<0.34
 QUIETLY := | { grep -vE '^(Requirement already satisfied|Ignoring |Looking in )' || true; }
 # `make DEVICE=cpu ...` ignores a GPU that is there.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# Processes of the tests, whole files each. On a GPU one: an engine claims nearly all of its memory.
+TEST_PROCESSES ?= $(if $(filter gpu,$(DEVICE)),0,2)
 
 .PHONY: help install test demo serve bench lint lock
 
@@ -24,7 +26,7 @@ help:  ## list the targets
 install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the plugin into .venv
 
 test: install  ## run the tests (pass options with ARGS="-k name")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 demo: install  ## serve the small target with and without its CTC drafter and compare
 	$(BIN)/python benchmarks/demo.py $(ARGS)

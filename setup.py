@@ -28,7 +28,7 @@ setup(
     extras_require={
         "bench": ["matplotlib"],
         "ray": ["ray[data,train]"],
-        "test": ["pytest>=8", "pytest-timeout"],
+        "test": ["hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist"],
         "train": ["tensorboard"],
     },
     entry_points={
