@@ -32,12 +32,32 @@ def prefix_search_triton(
         raise ValueError("prefix_search needs logits that are contiguous in the vocabulary")
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
         raise ValueError("prefix_search needs contiguous Markov weights [V, r]")
-    batch, num_frames, num_tokens = logits.shape
-    device = logits.device
-    width = min(width, num_tokens)
-    # In the order of tokens duplicates are neighbours, and a lower place means a lower token.
-    tokens = logits.topk(width, dim=2, sorted=False).indices.flatten(1).sort(dim=1).values
-    num_candidates = tokens.shape[1]
+    width = min(width, logits.shape[2])
+    candidates = best_tokens(logits, width)
+    return search_candidates(
+        candidates, width, logits, log_label, log_blank, anchor, num_nodes, depth, markov, chain_only, transitions
+    )
+
+
+def best_tokens(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, T * width] int64, ascending: duplicates are neighbours, and a lower place means a lower token."""
+    return logits.topk(width, dim=2, sorted=False).indices.flatten(1).sort(dim=1).values
+
+
+def search_candidates(
+    tokens: torch.Tensor,  # [B, T * width] int64, from `best_tokens`
+    width: int,
+    logits: torch.Tensor,
+    log_label: torch.Tensor,
+    log_blank: torch.Tensor,
+    anchor: torch.Tensor,
+    num_nodes: int,
+    depth: int,
+    markov: tuple[torch.Tensor, torch.Tensor] | None,
+    chain_only: torch.Tensor | None,
+    transitions: torch.Tensor | None,
+) -> DraftTree:
+    (batch, num_frames, num_tokens), num_candidates, device = logits.shape, tokens.shape[1], logits.device
     log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

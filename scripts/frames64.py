@@ -1,0 +1,159 @@
+"""Random frames as a trained drafter gives them, and what fp64 says of chains and trees that were drafted from them."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
+from vllm_ctc_spec.kernels.prefix_chain import ChainSampling
+from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
+
+from vllm_ctc_spec import ctc
+from vllm_ctc_spec.draft_tree import DraftTree
+
+LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
+ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less
+Head = tuple[torch.Tensor, torch.Tensor]
+
+
+class Row(NamedTuple):
+    """The frames of one request in fp64."""
+
+    log_probs: torch.Tensor  # [T, V + 1]
+    log_transitions: torch.Tensor | None  # [1 + T, T]
+
+    def root(self) -> ctc.Prefix | ctc.TransitionPrefix:
+        return ctc.root_prefix(self.log_probs, self.log_transitions)
+
+
+class Frames(NamedTuple):
+    logits: torch.Tensor  # [B, T, V]
+    log_label: torch.Tensor  # [B, T] fp32
+    log_blank: torch.Tensor  # [B, T] fp32
+    transitions: torch.Tensor | None  # [B, 1 + T, T] fp32
+
+    def to(self, device: torch.device) -> "Frames":
+        return Frames(*(None if x is None else x.to(device) for x in self))
+
+    def row(self, row: int) -> Row:
+        logits, log_label, log_blank = (x[row].double() for x in self[:3])
+        log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(ctc.NEG)
+        if self.transitions is None:
+            return Row(log_probs, None)
+        return Row(log_probs, self.transitions[row].double().log().clamp_min(ctc.NEG))
+
+
+def random_frames(
+    vocabulary: int, num_frames: int, batch: int, dtype: torch.dtype, generator: torch.Generator, transitions: bool
+) -> Frames:
+    """A few tokens carry a frame, neighbours share them, over a heavy tail; so that labels repeat, too."""
+    logits = torch.randn(batch, num_frames, vocabulary, generator=generator) * 2
+    peaks = torch.randint(vocabulary, (batch, num_frames, 6), generator=generator)
+    peaks[:, 1:, :2] = peaks[:, :-1, 2:4]
+    logits.scatter_add_(2, peaks, 6 + 10 * torch.rand(peaks.shape, generator=generator))
+    logits = logits.to(dtype)
+    odds = torch.randn(batch, num_frames, generator=generator) * 1.5 - 0.7
+    between = None
+    if transitions:
+        odds = torch.full_like(odds, -torch.inf)
+        between = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
+        behind = torch.ones_like(between, dtype=torch.bool).tril(-1)
+        between = torch.softmax(between.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
+    log_label = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
+    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), between)
+
+
+def bias_of(head: Head, last: int, tokens: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    return head[1][tokens].double() @ head[0][last].double()
+
+
+def conditionals(row: Row, labels: list[int], head: Head, anchor: int) -> Iterator[torch.Tensor]:
+    """log q(v | labels[:k]) plus the head's bias `[V]` in fp64, for k = 0..len(labels)."""
+    prefix, last = row.root(), anchor
+    for label in [*labels, None]:
+        yield prefix.conditional(row.log_probs) + bias_of(head, last)
+        if label is not None:
+            prefix, last = prefix.extend(row.log_probs, label), label
+
+
+def chain_gap(row: Row, labels: list[int], num_labels: int, head: Head, anchor: int) -> float:
+    """How far the worst label is below the best of its step, or how much a chain that ended has left."""
+    gap = 0.0
+    for scores, label in zip(conditionals(row, labels, head, anchor), [*labels, None]):
+        if label is not None:
+            gap = max(gap, (scores.max() - scores[label]).item())
+        elif len(labels) < num_labels and scores.max() > ENDED:
+            return torch.inf
+    return gap
+
+
+def sampled_rows(
+    frames: Frames,
+    labels: torch.Tensor,
+    lengths: torch.Tensor,
+    head: Head,
+    anchor: torch.Tensor,
+    sampling: ChainSampling,
+) -> Iterator[float]:
+    """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
+    score, with its noise, is below the best."""
+    for b in range(labels.shape[0]):
+        chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.slots[b])
+        temperature = sampling.temperature[slot].double()
+        for k, exact in enumerate(conditionals(frames.row(b), chain, head, int(anchor[b]))):
+            if k == len(chain):
+                break
+            law = sampling.draft_logits[slot, k].double()
+            got, wanted = law.log_softmax(-1), exact.log_softmax(-1)
+            yield (got - wanted)[wanted > -27.6].abs().max().item()
+            position = sampling.positions[b : b + 1] + k
+            noise = gumbel_noise_reference(sampling.seeds[slot : slot + 1], position, len(law))[0].double()
+            scores = law / temperature + noise
+            yield (scores.max() - scores[chain[k]]).item()
+
+
+def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int, head: Head) -> float:
+    """How far the tree of request b is from the best one that consists of `tokens`: the worst error of a score, and how
+    far the best child that is not in the tree is above the worst node that is.
+
+    Sorted, prefix-closed and without such a child, a tree is the best of its size.
+    """
+    rest = torch.ones(row.log_probs.shape[1] - 1, dtype=torch.bool, device=tokens.device)
+    rest[tokens] = False
+    log_rest = row.log_probs[:, :-1].masked_fill(~rest, ctc.NEG).logsumexp(1).cpu()  # [T], mass outside of them
+    reduced = torch.cat([row.log_probs[:, tokens], row.log_probs[:, -1:]], 1).cpu()
+    transitions = None if row.log_transitions is None else row.log_transitions.cpu()
+    column = {token: place for place, token in enumerate(tokens.tolist())}
+    parents, scores, used = tree.parents[b].tolist(), tree.scores[b].tolist(), int(tree.num_nodes[b])
+    drafted, depths = tree.tokens[b].tolist(), tree.depths[b].tolist()
+    children: dict[int, set[int]] = {node: set() for node in range(1 + used)}
+    for node in range(1, 1 + used):
+        children[parents[node]].add(column[drafted[node]])
+    full = used + 1 == len(parents)
+    least = scores[used] if full else -60.0  # of a tree with room left: no child with any mass was left out
+    prefixes, exact, error = {0: ctc.root_prefix(reduced, transitions)}, {0: 0.0}, 0.0
+    laws: dict[int, torch.Tensor] = {}
+    for node in range(1 + used):
+        if node:
+            parent, place = parents[node], column[drafted[node]]
+            exact[node] = exact[parent] + laws[parent][place].item()
+            error = max(error, abs(exact[node] - scores[node]))
+            prefixes[node] = prefixes[parent].extend(reduced, place)
+        if depths[node] < depth:
+            laws[node] = normalised(prefixes[node], reduced, log_rest, bias_of(head, drafted[node], tokens).cpu())
+            left = laws[node].clone()
+            left[list(children[node])] = -torch.inf
+            error = max(error, exact[node] + left.max().item() - least)
+    return error
+
+
+def normalised(
+    prefix: ctc.Prefix | ctc.TransitionPrefix, reduced: torch.Tensor, log_rest: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """log q over the candidates; the bias of all other tokens is 0 by definition, and what has no mass is no child."""
+    weight = prefix.phi if isinstance(prefix, ctc.TransitionPrefix) else prefix.emission_weights()[0]
+    outside = torch.logsumexp(log_rest + weight, 0) - prefix.log_prob
+    conditional = prefix.conditional(reduced)
+    scores = (conditional + bias).masked_fill(conditional < LOG_IMPOSSIBLE, -torch.inf)
+    return scores - torch.cat([scores, outside[None]]).logsumexp(0)
