@@ -117,16 +117,17 @@ def foreign(name: str, folder: Path) -> Method:
     """A row of another method's checkpoint. vLLM wants the number of tokens of all but DSpark, which has its own."""
     config = json.loads((existing(folder) / "config.json").read_text(encoding="utf-8"))
     tokens = config.get("block_size", 0) - 1 if name == "dflash" else EAGLE3_TOKENS  # a block begins with the anchor
+    env = {} if name == "eagle3" else V2_RUNNER  # on a CPU EAGLE-3 runs on V1 alone, and the others on V2
     if "speculators_config" in config:
         tokens = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     elif name == "dspark":
-        return Method(name, {"method": name, "model": str(folder)})
+        return Method(name, {"method": name, "model": str(folder)}, env)
     if tokens < 1:
         raise SystemExit(
             f"error: {folder}/config.json names no block_size: give the row as --speculative-config "
             f'\'{name}={{"method": "{name}", "model": ..., "num_speculative_tokens": ...}}\'.'
         )
-    return Method(name, {"method": name, "model": str(folder), "num_speculative_tokens": tokens})
+    return Method(name, {"method": name, "model": str(folder), "num_speculative_tokens": tokens}, env)
 
 
 def named_config(text: str) -> Method:

@@ -81,6 +81,15 @@ def test_other_drafters_are_rows_with_their_own_number_of_tokens(rows, tmp_path)
         rows("--dflash", folders["eagle3"])
 
 
+def test_the_runner_of_other_drafters(pair, tmp_path):
+    words = [word for name in methods.FOREIGN for word in (f"--{name}", checkpoint(tmp_path / name, block_size=8))]
+    chosen, _ = methods.chosen(serve.parse(["--drafter", str(pair[1]), "--methods", "ngram", *words]))
+    assert {row.name: dict(row.env) for row in chosen if row.env} == {
+        "dflash": methods.V2_RUNNER,
+        "dspark": methods.V2_RUNNER,
+    }
+
+
 def test_any_configuration_can_be_a_row(rows):
     found, _ = rows("--methods", "ngram", "--speculative-config", 'long={"method": "ngram", "prompt_lookup_max": 9}')
     assert found["long"] == {"method": "ngram", "prompt_lookup_max": 9}

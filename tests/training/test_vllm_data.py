@@ -139,6 +139,8 @@ def test_hidden_states_are_those_that_the_drafter_reads(folder, rows_file, confi
 
 def test_layers_that_the_target_lacks_are_refused(config):
     refused(dataclasses.replace(config, hidden_states=True, aux_layers=(2, 4)), "--aux-layers must be between 1 and 3")
+    with pytest.raises(TrainingError, match="add those, or leave it out"):
+        dataclasses.replace(config, hidden_states=False, aux_layers=(2,))
 
 
 def test_hidden_states_in_an_engine_that_would_never_write_them_are_refused(config, generate):

@@ -55,6 +55,8 @@ class DataConfig:
             raise TrainingError(f"--temperature must be 0 (greedy) or more, not {self.temperature}.")
         if not 0 <= self.seed < 2**32:
             raise TrainingError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}.")
+        if self.aux_layers and not self.hidden_states:
+            raise TrainingError("--aux-layers says which --hidden-states are stored: add those, or leave it out.")
 
 
 @dataclasses.dataclass(frozen=True)
