@@ -85,8 +85,13 @@ def prefix_chain(
     single SM; so the host launches a static sequence of 1 + 2 N kernels (no value of a tensor is read on the host, so
     a CUDA graph can hold it) and each sweep spreads over the vocabulary.
     """
+    frames = logits, log_label, log_blank, anchor
+    if logits.is_cpu and sampling is None:
+        from vllm_ctc_spec.kernels.prefix_chain_loops import greedy_chain  # numba is for a CPU only
+
+        return greedy_chain(*frames, num_labels, markov, transitions)
     run = prefix_chain_triton if logits.is_cuda else prefix_chain_reference
-    return run(logits, log_label, log_blank, anchor, num_labels, markov, sampling, transitions)
+    return run(*frames, num_labels, markov, sampling, transitions)
 
 
 def prefix_chain_reference(

@@ -69,9 +69,9 @@ def best_first(
         ancestors[node] = ancestors[parent] | (np.int64(1) << (node - 1))
         weight = b[parent] if column == columns[parent] else w[parent]
         if len(transitions):
-            _extend_along(p[:, column], transitions, weight, w[node], b[node])
+            extend_along(p[:, column], transitions, weight, w[node], b[node])
         else:
-            _extend(p[:, column], p_blank, weight, w[node], b[node])
+            extend(p[:, column], p_blank, weight, w[node], b[node])
         children[parent, column] = -np.inf
         best_column[parent], best[parent] = _largest(children[parent])
     return columns[1 : node + 1]
@@ -81,7 +81,7 @@ def best_first(
 def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_complete, score, out):
     """Writes `score + log q` of every candidate [U]; -inf or NaN where there is no child."""
     out[:] = 0
-    _add_products(p, w, out)
+    add_products(p, w, out)
     if last >= 0:
         repeat = np.float32(0)
         for t in range(len(w)):
@@ -98,7 +98,7 @@ def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_comple
         out[u] = np.log(out[u]) if out[u] > IMPOSSIBLE else -np.inf
     normaliser = np.float32(0)
     if has_head:
-        _add_products(outer, inner, out)
+        add_products(outer, inner, out)
         rest = total - mass
         largest = np.max(out)
         if not is_complete and not rest <= 0:  # what is not a number makes all scores so
@@ -113,7 +113,7 @@ def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_comple
 
 
 @compiled
-def _add_products(rows, factors, out):
+def add_products(rows, factors, out):
     """out += factors @ rows: [K, U] and [K] to [U]."""
     for k in range(len(factors)):
         row, factor = rows[k], factors[k]
@@ -132,7 +132,7 @@ def _largest(values):
 
 
 @compiled
-def _extend(p, p_blank, weight, w, b):
+def extend(p, p_blank, weight, w, b):
     """Writes the state behind a label: p [T] its probabilities, weight [T] the mass before its first emission."""
     total = np.float32(0)
     for t in range(len(p)):
@@ -146,7 +146,7 @@ def _extend(p, p_blank, weight, w, b):
 
 
 @compiled
-def _extend_along(p, transitions, weight, w, b):
+def extend_along(p, transitions, weight, w, b):
     """The same with transitions between frames."""
     total = np.float32(0)
     for t in range(len(p)):
