@@ -1,6 +1,12 @@
 """Environment of every test run; set before anything imports torch or vLLM, and overridable from outside."""
 
 import os
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+
+from . import compatibility
 
 QUIET_CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # on a shared machine two spinning OpenMP threads are many times slower than one
@@ -18,3 +24,41 @@ QUIET_CPU_ENVIRONMENT = {
 
 for name, value in QUIET_CPU_ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+
+# The same examples in every run. Nothing is kept between runs: a failure prints the example.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(params=[pytest.param(1, id="few"), pytest.param(20, id="many", marks=pytest.mark.slow)])
+def examples(request) -> Callable[[int], settings]:
+    """examples(n): settings of a property, with n examples by default and twenty times as many with `-m slow`."""
+    return lambda number: settings(max_examples=number * request.param)
+
+
+FEATURES = pytest.StashKey[dict[str, compatibility.Feature]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write README's table of features from the tests' marks"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k deselect
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[FEATURES] = compatibility.features(items)
+    if config.getoption("--write-compatibility"):
+        if not compatibility.is_everything(config):
+            raise pytest.UsageError("--write-compatibility needs all tests: name no files.")
+        table = compatibility.table(config.stash[FEATURES])
+        text = compatibility.README.read_text(encoding="utf-8")
+        compatibility.README.write_text(compatibility.with_table(text, table), encoding="utf-8")
+
+
+@pytest.fixture
+def collected_features(pytestconfig) -> dict[str, compatibility.Feature]:
+    """What all tests together mark; a run of some tests skips."""
+    if not compatibility.is_everything(pytestconfig):
+        pytest.skip("only a part of the tests was collected")
+    return pytestconfig.stash[FEATURES]

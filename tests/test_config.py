@@ -41,7 +41,7 @@ def test_round_trip(tmp_path):
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"aux_hidden_state_layer_ids": (2, 1)}, "increasing"),
         ({"aux_hidden_state_layer_ids": (1, 5)}, "1 to 4"),
-        ({"hidden_size": 0}, "hidden_size must be a positive integer"),
+        ({"hidden_size": 0}, "hidden_size must be 1 to 1048576, a whole number, not 0"),
     ],
 )
 def test_contradictory_shapes_are_refused(change, message):
@@ -65,7 +65,7 @@ def edit(raw, path, value):
         (("architectures",), ["Other"], "contradicts"),
         (("speculators_model_type",), "eagle3", "not a CTC drafter"),
         (("speculators_config", "proposal_methods"), [], "lacks or garbles"),
-        (("num_frames",), "six", "lacks or garbles"),
+        (("num_frames",), "six", "num_frames must be 1 to 64, a whole number, not 'six'"),
     ],
 )
 def test_unknown_and_contradictory_fields_are_refused(tmp_path, path, value, message):

@@ -57,7 +57,7 @@ def test_weights_of_another_configuration_are_refused(drafter, weights, tmp_path
     with pytest.raises(DrafterConfigError, match=r"markov_head.embedding.weight is \[50, 8\], expected \[50, 4\]"):
         CTCDrafter.load(tmp_path, *weights)
     dataclasses.replace(CONFIG, markov_rank=0).save(tmp_path)
-    with pytest.raises(DrafterConfigError, match="markov_head.embedding.weight is .* expected none"):
+    with pytest.raises(DrafterConfigError, match="markov_head.embedding.weight.* is .* expected none"):
         CTCDrafter.load(tmp_path, *weights)
 
 

@@ -9,6 +9,7 @@ contradictory one is refused with a sentence, never ignored.
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ DRAFTER_SUBFOLDER = "ctc_drafter"
 
 ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
+MAX_CONFIG_BYTES = 2**20  # a real one has two thousand
+MAX_LAYERS = 64
+MAX_SIZE = 2**20  # of one dimension of a weight: no vocabulary or layer is larger, and no product of three overflows
 MAX_FRAMES = 64
 MAX_NODES = 64  # of a tree: a row's ancestors are one 64-bit word, without the anchor, which every row sees
 LATTICES = ("ctc", "transitions", "slots")
@@ -30,6 +34,25 @@ MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 NUM_AUX_LAYERS = 5
+
+
+LIMITS = {
+    "hidden_size": (1, MAX_SIZE),
+    "vocab_size": (1, MAX_SIZE),
+    "target_num_layers": (1, MAX_SIZE),
+    "num_frames": (1, MAX_FRAMES),
+    "num_labels": (1, MAX_FRAMES),
+    "transition_rank": (0, MAX_SIZE),
+    "markov_rank": (0, MAX_SIZE),
+    "tree_nodes": (0, MAX_NODES),
+    "num_layers": (1, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_SIZE),
+    "num_key_value_heads": (1, MAX_SIZE),
+    "head_dim": (1, MAX_SIZE),
+    "intermediate_size": (1, MAX_SIZE),
+    "max_position_embeddings": (1, 2**31 - 1),
+}
+FLOAT_LIMITS = {"rms_norm_eps": (1e-30, 1), "rope_theta": (1, 1e12)}
 
 
 class DrafterConfigError(ValueError):
@@ -67,47 +90,58 @@ class DrafterConfig:
     target_architecture: str = "LlamaForCausalLM"
 
     def __post_init__(self) -> None:
-        if not self.intermediate_size:
+        if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", self.hidden_size * 8 // 3)
-        object.__setattr__(self, "aux_hidden_state_layer_ids", tuple(self.aux_hidden_state_layer_ids))
-        positive = ("hidden_size", "vocab_size", "target_num_layers", "num_layers", "num_attention_heads",
-                    "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings")  # fmt: skip
-        for name in positive:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+        for name, (smallest, largest) in LIMITS.items():
+            _check_integer(name, getattr(self, name), smallest, largest)
+        for name, (smallest, largest) in FLOAT_LIMITS.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not smallest <= value <= largest:
                 raise DrafterConfigError(
-                    f"CTC drafter: {name} must be a positive integer, not {getattr(self, name)!r}."
+                    f"CTC drafter: {name} must be a number from {smallest:g} to {largest:g}, not {shown(value)}."
                 )
-        if not 1 <= self.num_frames <= MAX_FRAMES:
-            raise DrafterConfigError(f"CTC drafter: num_frames must be 1 to {MAX_FRAMES}, not {self.num_frames}.")
-        if not 1 <= self.num_labels <= self.num_frames:
+        for name in ("target", "target_architecture"):
+            if type(getattr(self, name)) is not str:
+                raise DrafterConfigError(f"CTC drafter: {name} must be a string, not {shown(getattr(self, name))}.")
+        if self.num_labels > self.num_frames:
             raise DrafterConfigError(
                 f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
                 f"{self.num_frames} labels; lower num_labels or raise num_frames."
             )
         if self.lattice not in LATTICES:
             raise DrafterConfigError(
-                f"CTC drafter: lattice must be one of {', '.join(LATTICES)}, not {self.lattice!r}."
+                f"CTC drafter: lattice must be one of {', '.join(LATTICES)}, not {shown(self.lattice)}."
             )
-        if self.transition_rank < 0 or (self.transition_rank > 0) != (self.lattice == "transitions"):
+        if (self.transition_rank > 0) != (self.lattice == "transitions"):
             raise DrafterConfigError(
                 f"CTC drafter: transition_rank is {self.transition_rank}, but it must be more than 0 with lattice "
                 "'transitions' and 0 with the others."
             )
-        if not 0 <= self.tree_nodes <= MAX_NODES:
-            raise DrafterConfigError(
-                f"CTC drafter: tree_nodes must be 0 (a chain) to {MAX_NODES}, not {self.tree_nodes}."
-            )
-        if self.markov_rank < 0:
-            raise DrafterConfigError(f"CTC drafter: markov_rank must be 0 (no head) or more, not {self.markov_rank}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DrafterConfigError(
                 f"CTC drafter: {self.num_attention_heads} attention heads cannot share "
                 f"{self.num_key_value_heads} key/value heads; make one divide the other."
             )
-        ids = self.aux_hidden_state_layer_ids
-        if not ids or any(a >= b for a, b in zip(ids, ids[1:])) or ids[0] < 1 or ids[-1] > self.target_num_layers:
+        if self.head_dim % 2:
             raise DrafterConfigError(
-                f"CTC drafter: aux_hidden_state_layer_ids {list(ids)} must be increasing numbers from 1 to "
+                f"CTC drafter: head_dim must be even, not {self.head_dim}, because rotary embeddings turn pairs."
+            )
+        self._check_layer_ids()
+
+    def _check_layer_ids(self) -> None:
+        ids = self.aux_hidden_state_layer_ids
+        if type(ids) is list:
+            object.__setattr__(self, "aux_hidden_state_layer_ids", tuple(ids))
+        are_integers = type(ids) in (list, tuple) and all(type(layer) is int for layer in ids)
+        if (
+            not are_integers
+            or not ids
+            or any(a >= b for a, b in zip(ids, ids[1:]))
+            or ids[0] < 1
+            or ids[-1] > self.target_num_layers
+        ):
+            raise DrafterConfigError(
+                f"CTC drafter: aux_hidden_state_layer_ids {shown(ids)} must be increasing numbers from 1 to "
                 f"{self.target_num_layers}, the target's layers."
             )
 
@@ -142,8 +176,8 @@ class DrafterConfig:
             if mine != theirs:
                 raise DrafterConfigError(
                     f"The CTC drafter was trained for a target with {what} {mine}, but this target has {theirs}; "
-                    f"serve it with its own target{f' ({self.target})' if self.target else ''} or train a drafter "
-                    "for this one with `vllm-ctc train`."
+                    f"serve it with its own target{f' ({shown(self.target)})' if self.target else ''} or train a "
+                    "drafter for this one with `vllm-ctc train`."
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,9 +218,10 @@ class DrafterConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "DrafterConfig":
         """Inverse of `to_dict`; refuses unknown, missing and contradictory fields (DrafterConfigError)."""
-        if raw.get("speculators_model_type") != SPECULATORS_TYPE:
+        kind = raw.get("speculators_model_type") if isinstance(raw, Mapping) else None
+        if kind != SPECULATORS_TYPE:
             raise DrafterConfigError(
-                f"This is not a CTC drafter: speculators_model_type is {raw.get('speculators_model_type')!r}, "
+                f"This is not a CTC drafter: speculators_model_type is {shown(kind)}, "
                 f"expected {SPECULATORS_TYPE!r}; give the folder that `vllm-ctc train` wrote."
             )
         try:
@@ -229,42 +264,89 @@ class DrafterConfig:
     def load(cls, folder: str | Path) -> "DrafterConfig":
         """Read and check `folder`; also that its weights file is there (DrafterConfigError)."""
         folder = Path(folder)
-        path = folder / CONFIG_NAME
-        if not path.is_file():
-            raise DrafterConfigError(
-                f"No CTC drafter at {folder}: {CONFIG_NAME} is missing; give the folder that `vllm-ctc train` wrote."
-            )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = cls.from_dict(_read_json(folder / CONFIG_NAME))
+            has_weights = (folder / WEIGHTS_NAME).is_file()
+            if has_weights:
+                (folder / WEIGHTS_NAME).open("rb").close()  # safetensors would not say that it may not read it
+        except OSError as error:
             raise DrafterConfigError(
-                f"{path} is not valid JSON ({error}); train the drafter again or restore the file."
+                f"The CTC drafter at {folder} cannot be read ({error.strerror}); make its files readable to this user."
             ) from error
-        config = cls.from_dict(raw)
-        if not (folder / WEIGHTS_NAME).is_file():
+        if not has_weights:
             raise DrafterConfigError(
                 f"The CTC drafter at {folder} has no {WEIGHTS_NAME}; train it again or restore the file."
             )
         return config
 
 
+_abridged = reprlib.Repr()
+_abridged.maxstring = _abridged.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value of a file that may hold anything, for a sentence: one line, abridged."""
+    return _abridged.repr(value)
+
+
+def _check_integer(name: str, value: Any, smallest: int, largest: int) -> None:
+    if type(value) is not int or not smallest <= value <= largest:  # a truth value is an int to isinstance
+        raise DrafterConfigError(
+            f"CTC drafter: {name} must be {smallest} to {largest}, a whole number, not {shown(value)}."
+        )
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a configuration that may be anything (DrafterConfigError, OSError)."""
+    if not path.is_file():
+        raise DrafterConfigError(
+            f"No CTC drafter at {path.parent}: {path.name} is missing; give the folder that `vllm-ctc train` wrote."
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise DrafterConfigError(
+            f"{path} has more than {MAX_CONFIG_BYTES} bytes, far more than a CTC drafter's configuration; "
+            "restore the file."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DrafterConfigError(
+            f"{path} is not valid JSON ({error}); train the drafter again or restore the file."
+        ) from error
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two values they take."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the field {shown(name)} stands there twice")
+        fields[name] = value
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def _refuse_differences(given: Any, known: Any, where: str) -> None:
     """Every leaf of `given` must be what `known` would write: refuses unknown and contradictory fields alike."""
     if isinstance(known, dict):
         if not isinstance(given, Mapping):
-            raise DrafterConfigError(f"The CTC drafter's {CONFIG_NAME}: {where} must be an object, not {given!r}.")
+            raise DrafterConfigError(f"The CTC drafter's {CONFIG_NAME}: {where} must be an object, not {shown(given)}.")
         for key, value in given.items():
             path = f"{where}.{key}" if where else key
             if key not in known:
                 raise DrafterConfigError(
-                    f"The CTC drafter's {CONFIG_NAME} has an unknown field {path!r}; "
+                    f"The CTC drafter's {CONFIG_NAME} has an unknown field {shown(path)}; "
                     "remove it or upgrade vllm-ctc-spec."
                 )
             _refuse_differences(value, known[key], path)
-    elif given != known:
+    elif type(given) is not type(known) or given != known:  # 0 == False, 1.0 == 1
         raise DrafterConfigError(
-            f"The CTC drafter's {CONFIG_NAME} says {where} = {given!r}, which contradicts the rest "
-            f"({known!r} expected); restore the file."
+            f"The CTC drafter's {CONFIG_NAME} says {where} = {shown(given)}, which contradicts the rest "
+            f"({shown(known)} expected); restore the file."
         )
 
 
@@ -318,17 +400,20 @@ class ServingOptions:
         for name in given:
             if name not in names:
                 known = ", ".join(f"ctc_{n}" for n in names)
-                raise DrafterConfigError(f"Unknown speculative option 'ctc_{name}'; the CTC options are: {known}.")
+                raise DrafterConfigError(
+                    f"Unknown speculative option {shown(f'ctc_{name}')}; the CTC options are: {known}."
+                )
         return cls(**given)
 
     def for_drafter(self, drafter: DrafterConfig, speculative: Mapping[str, Any]) -> "ServingOptions":
         """The same with the checkpoint's defaults, checked against it and vLLM's own options (DrafterConfigError)."""
         draft = self.draft or ("tree" if drafter.tree_nodes else "chain")
         if draft not in DRAFTS:
-            raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {draft!r}.")
+            raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {shown(draft)}.")
         if self.search not in SEARCHES[draft]:
             raise DrafterConfigError(
-                f"ctc_search must be one of {', '.join(SEARCHES[draft])} with ctc_draft {draft!r}, not {self.search!r}."
+                f"ctc_search must be one of {', '.join(SEARCHES[draft])} with ctc_draft {draft!r}, "
+                f"not {shown(self.search)}."
             )
         if self.search != "prefix" and drafter.lattice != "ctc":
             raise DrafterConfigError(
@@ -351,7 +436,7 @@ class ServingOptions:
             if draft == "chain":
                 raise DrafterConfigError(f"ctc_{name} is an option of trees; remove it or set ctc_draft to 'tree'.")
             if type(value) is not int or not 1 <= value <= largest:  # a truth value is an int to isinstance
-                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {value!r}.")
+                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {shown(value)}.")
         return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
 
     def check_budget(self, budget: Any, drafter: DrafterConfig) -> int:
@@ -365,8 +450,8 @@ class ServingOptions:
             return default
         if type(budget) is not int or not 1 <= budget <= largest:
             raise DrafterConfigError(
-                f"num_speculative_tokens is {budget!r}, but {what.format(largest)}; choose a number in that range or "
-                f"leave it out for {default}."
+                f"num_speculative_tokens is {shown(budget)}, but {what.format(largest)}; choose a number in that range "
+                f"or leave it out for {default}."
             )
         return budget
 

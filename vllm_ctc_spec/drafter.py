@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError
+from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError, shown
 from vllm_ctc_spec.ctc import NEG, slot_transitions, transition_log_probs
 
 INIT_STD = 0.02
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
 
 
 class Lattice(NamedTuple):
@@ -278,25 +279,60 @@ class CTCDrafter(nn.Module):
 
 
 def check_weights(folder: str | Path, config: DrafterConfig) -> None:
-    """Refuse a weights file whose names or shapes are not this configuration's (DrafterConfigError).
+    """Refuse weights that are not this configuration's: names, shapes, types, numbers (DrafterConfigError).
 
-    Reads the file's header only, so that it can run before anything large is loaded.
+    It runs before anything large is loaded. Names and shapes come from the file's header, so that a file that does not
+    fit is refused before its values are read; these are read once, out of the file's pages.
     """
     path = Path(folder) / WEIGHTS_NAME
+    _refuse_other_weights(path)
     with torch.device("meta"):
         table = torch.empty(config.vocab_size, config.hidden_size)
         expected = {name: list(tensor.shape) for name, tensor in CTCDrafter(config, table, table).state_dict().items()}
     try:
         with safe_open(path, framework="pt") as file:
-            given = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+            given = {name: file.get_slice(name) for name in file.keys()}
+            _refuse_other_shapes(path, expected, {name: weight.get_shape() for name, weight in given.items()})
+            for name, weight in given.items():
+                _refuse_broken_numbers(path, name, weight.get_dtype(), file)
     except (SafetensorError, OSError) as error:
         raise DrafterConfigError(
-            f"The CTC drafter's weights {path} are damaged ({error}); train it again or restore the file."
+            f"The CTC drafter's weights {path} are damaged ({' '.join(str(error).split())}); "
+            "train it again or restore the file."
         ) from error
+
+
+def _refuse_other_weights(path: Path) -> None:
+    """vLLM would load these files too, or in place of ours, or take ours for quantised (its default_loader.py)."""
+    patterns = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json")
+    others = sorted(file.name for pattern in patterns for file in path.parent.glob(pattern) if file.name != path.name)
+    if others:
+        raise DrafterConfigError(
+            f"The CTC drafter at {path.parent} has {shown(others[0])} beside {path.name}, which vLLM would read too; "
+            "move it to another folder."
+        )
+
+
+def _refuse_other_shapes(path: Path, expected: dict[str, list[int]], given: dict[str, list[int]]) -> None:
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise DrafterConfigError(
-                f"The CTC drafter's weights {path} do not fit its configuration: {name} is "
-                f"{given.get(name, 'missing')}, expected {expected.get(name, 'none')}; "
+                f"The CTC drafter's weights {path} do not fit its configuration: "
+                f"{name if name in expected else shown(name)} is "
+                f"{shown(given[name]) if name in given else 'missing'}, expected {expected.get(name, 'none')}; "
                 "train it again or restore the file."
             )
+
+
+def _refuse_broken_numbers(path: Path, name: str, dtype: str, file: safe_open) -> None:
+    if dtype not in FLOATS:
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} have the wrong type: {name} is {dtype}, expected one of "
+            f"{', '.join(FLOATS)}; train it again or restore the file."
+        )
+    lowest, highest = file.get_tensor(name).aminmax()  # NaN comes out of it, and nothing is copied
+    if not (lowest.isfinite() and highest.isfinite()):
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} are broken: {name} holds infinities or values that are not numbers; "
+            "train it again or restore the file."
+        )
