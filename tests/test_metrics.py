@@ -1,7 +1,9 @@
-"""The draft meter against a count on the host, and its file against Prometheus' own reader."""
+"""The draft meter against a count on the host, its file against Prometheus' own reader, and its one warning."""
 
 import random
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,9 +19,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def meter(tmp_path, monkeypatch) -> metrics.DraftMeter:
+def meter(tmp_path, monkeypatch) -> Iterator[metrics.DraftMeter]:
     monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
-    return metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), SLOTS, LABELS, FRAMES, CPU)
+    meter = metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), SLOTS, LABELS, FRAMES, CPU)
+    yield meter
+    wait_for_timers()
+
+
+def wait_for_timers() -> None:
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
 
 
 def exposed(folder) -> dict[str, float]:
@@ -76,7 +86,7 @@ def test_trees_count_as_what_was_scheduled_of_them(meter):
         meter.observe(torch.tensor([slots[i] for i in order], dtype=torch.int32), torch.tensor(logits).int())
         for i, rows in zip(order, logits):
             total += torch.tensor(count(parents[i], rows - 1, most[i]))
-    assert total[3] > 20 and torch.equal(meter.totals, total)
+    assert total[3] > 20 and torch.equal(meter.totals[:4], total)
 
 
 def test_chains_count_as_what_was_scheduled_of_them(meter):
@@ -88,7 +98,7 @@ def test_chains_count_as_what_was_scheduled_of_them(meter):
         meter.record_chain(slot, torch.tensor([length], dtype=torch.int32))
         meter.observe(slot.int(), torch.tensor([rows]).int())
         total += torch.tensor(count(random_tree(rng, length, chain=True), rows - 1))
-    assert total[3] > 20 and torch.equal(meter.totals, total)
+    assert total[3] > 20 and torch.equal(meter.totals[:4], total)
 
 
 def test_padding_rows_of_a_batch_reach_no_request(meter):
@@ -108,7 +118,55 @@ def test_the_last_step_is_published_without_another_one(meter, tmp_path):
         meter.observe(slot, torch.tensor([1 + LABELS]))
         wait_until(lambda steps=steps: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == steps)
         expected = {"drafts": 1, "draft_nodes": 4, "draft_labels": 4, "stopped_drafts": 1, "draft_frames": FRAMES}
+        expected["broken_frames"] = 0
         assert exposed(tmp_path) == {f"vllm_ctc_spec:{name}_total": steps * each for name, each in expected.items()}
+
+
+def frames(broken: list[tuple[int, int, float]]) -> torch.Tensor:
+    """log_label of two requests, with (request, frame, value) in place of numbers."""
+    log_label = torch.full((2, FRAMES), -3.0)
+    for request, frame, value in broken:
+        log_label[request, frame] = value
+    return log_label
+
+
+def test_broken_frames_are_counted_where_a_draft_is_verified(meter):
+    slots, lengths = torch.tensor([3, 1]), torch.tensor([2, 2], dtype=torch.int32)
+    nan, inf = float("nan"), float("inf")
+    transitions = torch.zeros(2, 1 + FRAMES, FRAMES)
+    transitions[1, 4, [5, 6]] = nan
+    for log_label, steps, logits, counted in (
+        (frames([]), None, [2, 2], 0),
+        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), None, [2, 1 + LABELS], 3),
+        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), None, [1, 2], 1),  # no draft of the first was scheduled
+        (frames([(0, 0, nan), (1, 5, nan)]), transitions, [2, 2], 3),
+        (frames([]), None, [2, 2], 0),
+    ):
+        before = int(meter.totals[metrics.BROKEN])
+        meter.record_frames(slots, log_label, steps)
+        meter.record_chain(slots, lengths)
+        meter.observe(slots.int(), torch.tensor(logits).int())
+        assert meter.totals[metrics.BROKEN] - before == counted
+        assert meter.totals[1] > 0
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(metrics.logger, "propagate", True)
+    monkeypatch.setattr(metrics.logger.parent, "propagate", True)
+    if not with_file:
+        meter._counter_file = None
+    slots, lengths = torch.tensor([0, 1]), torch.tensor([0, 0], dtype=torch.int32)
+    for step, broken in enumerate(([], [(0, 2, float("nan"))], [(1, 2, float("nan"))])):
+        meter.record_frames(slots, frames(broken), None)
+        meter.record_chain(slots, lengths)
+        meter.observe(slots, torch.tensor([2, 2]))
+        wait_for_timers()
+        assert len(caplog.messages) == min(step, 1)
+    (text,) = caplog.messages
+    assert "emits frames that are not numbers (1 so far)" in text and text.endswith(".") and "\n" not in text
+    if with_file:
+        assert exposed(tmp_path)["vllm_ctc_spec:broken_frames_total"] == 2
 
 
 def test_engines_keep_their_labels_and_workers_of_one_engine_add_up(tmp_path):

@@ -2,7 +2,8 @@
 
 vLLM's scheduler counts what it schedules and what is accepted (vllm/v1/spec_decode/metrics.py). How much of a draft
 the drafter filled is known on the device only, so it is counted there, by tensor operations of fixed shape, and copied
-out once a second by a thread of its own: the step that drafts never waits for it.
+out once a second by a thread of its own: the step that drafts never waits for it. The same thread says, once, when
+frames are not numbers: their drafts are rejected, so that nothing but the speed shows it.
 
 From the worker's process to the API server's it goes the way of Prometheus' own multiprocess mode
 (prometheus_client/multiprocess.py): a small memory-mapped file, which is read when somebody asks for `/metrics`. With
@@ -11,6 +12,7 @@ are; with one, `folder` gives Prometheus' collector a second folder. docs/metric
 """
 
 import functools
+import logging
 import os
 import tempfile
 import threading
@@ -23,14 +25,18 @@ from torch import Tensor
 
 from vllm_ctc_spec.draft_tree import DraftTree
 
+logger = logging.getLogger("vllm.ctc_spec")
+
 COUNTERS = {
     "vllm_ctc_spec:drafts": "Drafts that the target verified.",
     "vllm_ctc_spec:draft_nodes": "Nodes of verified trees, or labels of verified chains, padding not counted.",
     "vllm_ctc_spec:draft_labels": "Labels on the longest path of verified drafts.",
     "vllm_ctc_spec:stopped_drafts": "Verified drafts that the drafter ended before the tokens scheduled for them.",
+    "vllm_ctc_spec:broken_frames": "Frames of verified drafts that were not numbers: the drafter is broken.",
     "vllm_ctc_spec:draft_frames": "Frames from which verified drafts were made.",
 }
 """As Prometheus names them: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
+BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
 LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
 FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
 PUBLISH_SECONDS = 1.0
@@ -69,10 +75,12 @@ class DraftMeter:
     still in its prefill) does not count, and one of which fewer rows are scheduled counts as those rows.
 
     A draft leaves in its request slot what it would count as for each number of scheduled tokens; the verification
-    picks one and adds it up.
+    picks one and adds it up. Without a file the counts serve to find broken frames only.
     """
 
-    def __init__(self, file: CounterFile, num_slots: int, num_labels: int, num_frames: int, device: torch.device):
+    def __init__(
+        self, file: CounterFile | None, num_slots: int, num_labels: int, num_frames: int, device: torch.device
+    ):
         self._counter_file = file
         self._num_frames = num_frames
         self._rows = torch.arange(1 + num_labels, dtype=torch.int32, device=device)
@@ -89,16 +97,25 @@ class DraftMeter:
         self._drafting_stream: torch.cuda.Stream | None = None
         self._timer: threading.Timer | None = None
         self._publishing = threading.Lock()
+        self._warned = False
+
+    def record_frames(self, slots: Tensor, log_label: Tensor, transitions: Tensor | None) -> None:
+        """Frames, as the kernels take them, of drafts for the request slots [B]. Fixed shapes, as below."""
+        broken = ~log_label.isfinite()  # [B, T]
+        if transitions is not None:
+            broken |= transitions.isnan().any(1)
+        self._by_num_drafted[slots, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]
 
     def record_chain(self, slots: Tensor, lengths: Tensor) -> None:
         """Chains of `lengths` [B] for the request slots [B]. Fixed shapes: part of the drafter's CUDA graph."""
-        self._by_num_drafted[slots] = self._chains[lengths]
+        self._by_num_drafted[slots, :, :BROKEN] = self._chains[lengths]
 
     def record_tree(self, slots: Tensor, tree: DraftTree, most: Tensor) -> None:
         """Trees of at most `most` [B] nodes, for the request slots [B]. Fixed shapes, as above."""
         nodes = (tree.parents >= 0).cumsum(1, dtype=torch.int32)
         labels = tree.depths.cummax(1).values
-        self._by_num_drafted[slots] = self._figures(nodes, labels, torch.minimum(most[:, None], self._rows))
+        figures = self._figures(nodes, labels, torch.minimum(most[:, None], self._rows))
+        self._by_num_drafted[slots, :, :BROKEN] = figures
 
     def _figures(self, nodes: Tensor, labels: Tensor, budget: Tensor) -> Tensor:
         """[B, 1 + N, 4] int32: the counts, for each number of scheduled tokens."""
@@ -128,4 +145,12 @@ class DraftMeter:
                     copied.record()
                 copied.synchronize()
             counts = self._host.tolist()
-            self._counter_file.write([*counts, counts[0] * self._num_frames])
+            if counts[BROKEN] and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The CTC drafter emits frames that are not numbers (%d so far): the target rejects their drafts, "
+                    "so that output stays right and speed is lost; train the drafter again or serve it as float32.",
+                    counts[BROKEN],
+                )
+            if self._counter_file is not None:
+                self._counter_file.write([*counts, counts[0] * self._num_frames])

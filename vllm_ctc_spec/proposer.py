@@ -53,15 +53,16 @@ class CTCProposer(DFlashSpeculator):
         self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
 
     def _make_meter(self, vllm_config: VllmConfig) -> metrics.DraftMeter | None:
-        """None where statistics are off or the API server is on another machine, and on all but the first of the ranks
-        that draft the same (vllm/distributed/parallel_state.py: those of one pipeline stage are neighbours)."""
+        """None on all but the first of the ranks that draft the same (vllm/distributed/parallel_state.py: those of one
+        pipeline stage are neighbours). Without a file where statistics are off or the API server is on another machine.
+        """
         folder = getattr(vllm_config.observability_config, metrics.FOLDER, None)
         parallel = vllm_config.parallel_config
         drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
-        if folder is None or not os.path.isdir(folder) or not drafts_first:
+        if not drafts_first:
             return None
         labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index)
-        file = metrics.CounterFile(folder, labels)
+        file = metrics.CounterFile(folder, labels) if folder is not None and os.path.isdir(folder) else None
         return metrics.DraftMeter(file, self.max_num_reqs, self.num_labels, self.num_frames, self.device)
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -142,6 +143,8 @@ class CTCProposer(DFlashSpeculator):
         log_label, log_blank, transitions = lattice.for_kernels(logsumexp)
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
+        if self.meter is not None:
+            self.meter.record_frames(requests, log_label, transitions)
         if self.trees is not None:
             tree = self._search_tree(logits, log_label, log_blank, anchor, requests, transitions)
             self.trees.store(requests, tree)

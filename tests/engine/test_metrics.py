@@ -224,7 +224,8 @@ def test_batches_with_chains_among_trees(engine, demo_pair, monkeypatch):
     llm.generate(prompts, sampling, use_tqdm=False)
     counted = dict(zip(metrics.COUNTERS, (on_host.proposer.meter.totals - before).tolist()))
     assert {name.removeprefix("vllm_ctc_spec:"): value for name, value in counted.items()} == {
-        name: on_host.counts[name] for name in ("drafts", "draft_nodes", "draft_labels", "stopped_drafts")
+        name: on_host.counts[name]
+        for name in ("drafts", "draft_nodes", "draft_labels", "stopped_drafts", "broken_frames")
     }
     assert on_host.counts["draft_nodes"] < 16 * on_host.counts["drafts"]
 
