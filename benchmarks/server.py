@@ -34,6 +34,7 @@ CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 LINES_SHOWN_ON_FAILURE = 30
+PORT_TAKEN = "Address already in use"
 PROGRESS_LINE_SECONDS = 15  # where there is no terminal to animate
 # A proxy from the environment must never stand between a benchmark and its own machine.
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -194,6 +195,8 @@ class Server(Endpoint):
             while not self._healthy():
                 elapsed = time.monotonic() - started
                 if self.process.poll() is not None:
+                    if PORT_TAKEN in "\n".join(self.last_lines(LINES_SHOWN_ON_FAILURE)):
+                        raise StartupError(f"{self.label}: another program has taken port {self.port}; start it again.")
                     raise StartupError(self._failure(f"ended with status {self.process.returncode}"))
                 if elapsed > self.startup_seconds:
                     raise StartupError(self._failure(f"was not healthy after {elapsed:.0f} s"))
@@ -211,9 +214,14 @@ class Server(Endpoint):
     def _healthy(self) -> bool:
         try:
             with LOCAL.open(f"{self.base_url}/health", timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+                return response.status == 200 and self._listens()
+        except (urllib.error.URLError, ConnectionError, TimeoutError, psutil.NoSuchProcess):
             return False
+
+    def _listens(self) -> bool:
+        """Whether the port is our server's: a program that took it since it was found free would answer as well."""
+        connections = [c for process in self.processes() for c in process.net_connections("tcp")]
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in connections)
 
     def last_lines(self, count: int) -> list[str]:
         text = self.log_path.read_text(encoding="utf-8", errors="replace")

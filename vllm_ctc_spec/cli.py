@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import functools
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,6 +230,14 @@ def run_eval(args: argparse.Namespace) -> None:
     print(evaluate(config, args.json))
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds the stack as Ctrl-C does: vLLM's and Ray's processes would outlive this one otherwise."""
+
+
+def terminate(*_: object) -> None:
+    raise Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-ctc", description="CTC drafters for vLLM's speculative decoding.")
     parser.set_defaults(after_interrupt="the same command continues")
@@ -237,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_data(commands)
     add_eval(commands)
     args = parser.parse_args(argv)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         args.run(args)
     except (TrainingError, DrafterConfigError) as error:
@@ -247,9 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vllm-ctc: the disk is full ({error}); {args.after_interrupt}.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"vllm-ctc: interrupted; {args.after_interrupt}.", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -4,11 +4,14 @@ import json
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+import server as server_module
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 
@@ -29,12 +32,16 @@ class FakeVllm:
         """The bodies of all requests, by server."""
         return [json.loads(line) for file in self.folder.glob("*.requests") for line in file.read_text().splitlines()]
 
-    def assert_gone(self) -> None:
-        """No process and no listening socket of any server is left."""
+    def assert_no_process(self) -> None:
         assert self.started
         for server in self.started:
             for pid in server["processes"]:
                 assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    def assert_gone(self) -> None:
+        """No process and no listening socket of any server is left."""
+        self.assert_no_process()
+        for server in self.started:
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", server["port"])) != 0
 
@@ -59,6 +66,25 @@ def fake_vllm(tmp_path, monkeypatch) -> FakeVllm:
     monkeypatch.setenv("FAKE_RECORD", str(record))
     monkeypatch.setattr(sys, "executable", str(command.parent / "python"))
     return FakeVllm(record)
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def occupied_port(monkeypatch) -> Iterator[int]:
+    """The port that every server is given, which another program took after it was found free."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setattr(server_module, "free_port", lambda: other.server_port)
+        yield other.server_port
+        other.shutdown()
 
 
 @pytest.fixture

@@ -52,6 +52,15 @@ def test_fails_when_a_server_does_not_start(pair, monkeypatch, capsys):
     assert "out of cheese" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [[], ["--serve"]], ids=["demo", "serve"])
+def test_a_port_that_somebody_else_took_is_one_sentence(occupied_port, pair, monkeypatch, capsys, arguments):
+    assert run(pair, monkeypatch, *arguments) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(
+        f"error: server with CTC drafter: another program has taken port {occupied_port}; start it again."
+    )
+
+
 def test_a_missing_pair_is_named(pair, monkeypatch):
     (pair[1] / "config.json").unlink()
     with pytest.raises(SystemExit, match="drafter: config.json is missing"):

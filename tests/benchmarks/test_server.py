@@ -116,6 +116,14 @@ def test_a_server_that_never_gets_healthy_is_stopped(fake_vllm, tmp_path, monkey
     fake_vllm.assert_gone()
 
 
+def test_a_port_that_somebody_else_took_is_named_and_not_asked(fake_vllm, occupied_port, tmp_path):
+    """The other program answers as a healthy server would."""
+    with pytest.raises(StartupError) as failure, make(tmp_path, label="small server"):
+        pytest.fail("another program was taken for the server")
+    assert str(failure.value) == f"small server: another program has taken port {occupied_port}; start it again."
+    fake_vllm.assert_no_process()
+
+
 def test_an_interrupt_while_starting_stops_the_server(fake_vllm, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_BEHAVIOUR", "hang")
 

@@ -3,12 +3,17 @@
 import dataclasses
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
 import vllm
+from vllm.v1.engine import core_client
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_ctc_spec import cpu, plugin
 from vllm_ctc_spec.training import dataset, target, vllm_data
@@ -172,7 +177,7 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
 
 def test_engine_options_reach_vllm(config, monkeypatch):
     asked = []
-    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options))
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options) or Mock())
     Engine(EngineConfig(config.target, "bfloat16", 64, 40, 4, 0, tensor_parallel_size=2))
     assert {"dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 2}.items() <= asked[0].items()
 
@@ -269,6 +274,24 @@ def test_an_engine_that_fails_is_one_sentence(config, engine, generate, monkeypa
     with pytest.raises(TrainingError, match=r"failed while .*\(RuntimeError: Unsupported CPU attention\)"):
         make_dataset(config, False, generate)
     assert not config.output.exists()
+
+
+def test_an_engine_that_is_killed_ends_the_waiting_for_it():
+    """vLLM's client waits in a queue, into which nobody else would put anything."""
+
+    class Client(core_client.SyncMPClient):
+        def __init__(self):
+            self.killed, self.outputs_queue = threading.Event(), queue.Queue()
+            self.resources = Mock()
+            self.resources.engine_manager.monitor_engine_liveness = self.killed.wait
+
+    client = Client()
+    vllm_data._report_death(client)
+    with pytest.raises(queue.Empty):
+        client.outputs_queue.get(timeout=0.1)
+    client.killed.set()
+    with pytest.raises(EngineDeadError):
+        client.get_output()
 
 
 def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -96,7 +98,7 @@ class Progress:
         path = work / CHECKPOINT_NAME
         if not path.is_file():
             return
-        state = torch.load(path, map_location="cpu")
+        state = read_checkpoint(path)
         set_state_dict(
             self.drafter,
             self.optimizers,
@@ -106,6 +108,21 @@ class Progress:
         )
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A damaged one is refused (TrainingError): torch writes checksums, and does not compare them when it reads."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu")
+    except Exception as error:  # of any kind: what damage makes of an archive
+        raise TrainingError(
+            f"The checkpoint {path} is damaged ({type(error).__name__}: {error}); restore it from a copy, or start the "
+            "run again with --overwrite."
+        ) from error
 
 
 def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -151,7 +151,7 @@ def write_responses(
 ) -> None:
     """Generate the shards that the folder lacks, in which nothing changes before the first one is there."""
     replace = check_folder(folder, settings, overwrite)
-    missing = [shard for shard in shards if replace or not shard.path(folder).is_file()]
+    missing = [shard for shard in shards if replace or not _is_whole(shard.path(folder), len(shard.prompts))]
     for shard, responses in _with_progress("responses", shards, missing, respond):
         if replace or not (folder / SETTINGS_NAME).is_file():
             _claim(folder, settings)
@@ -160,6 +160,11 @@ def write_responses(
         rows = [{"prompt": p, "response": r} for p, r in zip(shard.prompts, responses, strict=True)]
         with new_file(shard.path(folder)) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Whether the shard has all of its lines; a damaged disk may have cut it."""
+    return path.is_file() and path.read_bytes().count(b"\n") == num_rows
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -239,11 +244,12 @@ def open_dataset(
 
 
 def _stored_layers(path: Path) -> tuple[int, ...] | None:
-    """Layers whose hidden states are in this file; None without a file."""
-    if not path.is_file():
+    """Layers whose hidden states are in this file; None without a file, or with a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return tuple(json.loads(file.metadata()[LAYERS_NAME]))
+    except (FileNotFoundError, SafetensorError):
         return None
-    with safe_open(path, "pt") as file:
-        return tuple(json.loads(file.metadata()[LAYERS_NAME]))
 
 
 def _check_stored_layers(examples: Sequence[Example], layer_ids: tuple[int, ...]) -> None:

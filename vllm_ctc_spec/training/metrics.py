@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vllm_ctc_spec.training.settings import write_atomically, writing
+
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
@@ -18,25 +20,27 @@ class MetricsLog:
     """Continues behind `last_step`: later entries are of steps that a resumed run will repeat."""
 
     def __init__(self, work: Path, last_step: int):
-        path = work / LOG_NAME
+        self._path = path = work / LOG_NAME
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(work / TENSORBOARD_NAME, last_step)
 
     def write(self, entry: dict[str, float]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in entry.items():
                 if name != "step":
                     self._board.add_scalar(name, value, entry["step"])
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
+        with writing(self._path):  # what a full disk did not take is tried once more here
+            self._file.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from types import ModuleType
@@ -32,12 +33,14 @@ def ray_cluster(address: str | None, num_cpus: int | None = None) -> Iterator[Mo
         import ray
     except ImportError as error:
         raise TrainingError(f"Ray cannot be imported ({error}): pip install 'vllm-ctc-spec[ray]'.") from error
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(logging_level="ERROR", log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         where = f"No Ray cluster answers at --ray-address {address}" if address else "Ray cannot start on this machine"
         raise TrainingError(f"{where} ({reason}).") from error
+    signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process, and not what it has started
     try:
         yield ray
     finally:

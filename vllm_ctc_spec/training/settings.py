@@ -174,17 +174,24 @@ def new_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends well, and vanishes when it does not (TrainingError)."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # what safetensors makes of an OSError
-        raise TrainingError(
-            f"{path.name} cannot be written to {path.parent} ({error}); when there is room, the same command "
-            "continues."
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, or does not answer, is a TrainingError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # what safetensors makes of an OSError
+        raise TrainingError(
+            f"{path.name} cannot be written to {path.parent} ({error}); when there is room, the same command continues."
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -200,7 +207,10 @@ def differing_settings(path: Path, settings: dict) -> list[str]:
     """`--name then -> now` for each setting in which the recorded run at `path` differs; empty if there is none."""
     if not path.is_file():
         return []
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged ({error}); restore it from a copy, or use another folder.") from error
     settings = json.loads(json.dumps(settings))  # as it would be read back: a tuple is a list there
     names = [*settings, *(name for name in recorded if name not in settings)]
     return [

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Engine:
                 f"vLLM cannot serve the target at {config.target} ({_reason(error)}); try `vllm serve {config.target} "
                 f"--dtype {config.dtype}`, which says more."
             ) from error
+        _report_death(self._llm.llm_engine.engine_core)
 
     def responses(self, shard: Shard) -> Responses:
         """One response per prompt, end token included. Sampled ones depend on seed and row alone."""
@@ -135,6 +137,22 @@ class Engine:
     def close(self) -> None:
         """End the engine's process now: the engine that computes hidden states needs its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _report_death(client: Any) -> None:
+    """Let an engine that is killed end the waiting for its output with an error. vLLM's synchronous client sees that
+    the process is gone, and goes on waiting (vllm/v1/engine/core_client.py, `SyncMPClient.get_output`)."""
+    from vllm.v1.engine.core_client import SyncMPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if not isinstance(client, SyncMPClient):  # the engine is in this process
+        return
+
+    def watch() -> None:
+        client.resources.engine_manager.monitor_engine_liveness()
+        client.outputs_queue.put_nowait(EngineDeadError())
+
+    threading.Thread(target=watch, daemon=True, name="engine-watch").start()
 
 
 def _reason(error: Exception) -> str:
