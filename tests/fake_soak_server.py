@@ -3,7 +3,7 @@
     wrong    every 20th answer has another second token
     hang     every 20th request is never answered
     leak     a KV block stays in use
-    falls    a counter starts again from 0 now and then
+    falls    a counter loses most of what it has counted
     fails    every 20th request ends with status 500
     idle     no drafted token is accepted
     accepts  what vLLM refuses
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             return self.reply({"data": [{"id": "fake", "max_model_len": 1024}]})
-        counted = 0 if FAULT == "falls" and done % 7 == 3 else done
+        counted = done // 10 if FAULT == "falls" and done > 30 else done
         samples = {
             "vllm:kv_cache_usage_perc": 0.02 if FAULT == "leak" and done > 30 else 0,
             "vllm:num_requests_running": 0,

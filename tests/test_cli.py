@@ -254,8 +254,10 @@ def data_asked(monkeypatch):
 
 
 def test_help_loads_no_torch():
-    code = "import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['train', '--help'])\n" \
+    code = (
+        "import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['train', '--help'])\n"
         "finally: assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -267,8 +269,14 @@ def test_data_defaults(data_asked, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 7), ("temperature", 0.5), ("seed", 9), ("held_out", 3), ("dtype", "bfloat16"),
-     ("tensor_parallel_size", 2)],
+    [
+        ("max_new_tokens", 7),
+        ("temperature", 0.5),
+        ("seed", 9),
+        ("held_out", 3),
+        ("dtype", "bfloat16"),
+        ("tensor_parallel_size", 2),
+    ],
 )
 def test_data_options_reach_the_settings(data_asked, name, value):
     assert cli.main([*DATA, "--" + name.replace("_", "-"), str(value)]) == 0

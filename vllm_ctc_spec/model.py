@@ -6,11 +6,17 @@ paged cache and runs 1 + T query slots a request; here the T slots after the anc
 and the frames carry, beside the target's logits, what their lattice needs.
 """
 
+import copy
+
 import torch
 from torch import nn
 from vllm import _custom_ops as ops
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM, DFlashQwen3Model
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
+from vllm.model_executor.models.qwen3_dflash import (
+    DFlashQwen3DecoderLayer,
+    DFlashQwen3ForCausalLM,
+    DFlashQwen3Model,
+)
 
 from vllm_ctc_spec.config import DrafterConfigError
 from vllm_ctc_spec.drafter import Frames, TransitionHead, read_lattice
@@ -25,7 +31,18 @@ class MarkovTables(nn.Module):
         self.output = nn.Linear(rank, vocab_size, bias=False)
 
 
+class CTCDraftLayer(DFlashQwen3DecoderLayer):
+    """Sees the whole context, as in training. vLLM's attention has the target's window where a layer names none."""
+
+    def __init__(self, vllm_config: VllmConfig, *, cache_config: CacheConfig, **others):
+        cache_config = copy.copy(cache_config)
+        cache_config.sliding_window = None
+        super().__init__(vllm_config, cache_config=cache_config, **others)
+
+
 class CTCDraftInner(DFlashQwen3Model):
+    decoder_layer_cls = CTCDraftLayer
+
     def __init__(self, *, vllm_config: VllmConfig, start_layer_id: int = 0, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix)
         config = self.config

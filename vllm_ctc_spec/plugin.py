@@ -35,6 +35,7 @@ from vllm_ctc_spec.config import (
     DrafterConfig,
     DrafterConfigError,
     ServingOptions,
+    shown,
     tree_schedule,
 )
 from vllm_ctc_spec.drafter import check_weights
@@ -161,8 +162,8 @@ def _resolving(original: Callable) -> Callable:
                 setattr(self, name, value)
         hf_config = config.draft_model_config.hf_config
         hf_config.ctc_options = options
-        # The drafter's rotary table must reach as far as the served context.
-        hf_config.max_position_embeddings = max(drafter.max_position_embeddings, target_model_config.max_model_len)
+        # The drafter's rotary table reaches as far as the served context, and takes no more memory than that.
+        hf_config.max_position_embeddings = target_model_config.max_model_len
         logger.info(
             "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
             speculative["model"], drafter.num_frames, options.draft, speculative["num_speculative_tokens"],
@@ -214,12 +215,16 @@ def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:
     model = speculative.get("model")
     if model is None:
         folder = Path(target) / DRAFTER_SUBFOLDER
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise DrafterConfigError(
                 f'No CTC drafter given: add "model": DRAFTER to --speculative-config, or put the drafter into {folder}.'
             )
         return folder
-    if Path(model).is_dir():
+    if not isinstance(model, str | Path):
+        raise DrafterConfigError(
+            f'"model" in --speculative-config is {shown(model)}; give the folder or the hub name of a CTC drafter.'
+        )
+    if _is_folder(Path(model)):
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -227,9 +232,19 @@ def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=speculative.get("revision")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        name = model if str(model).isprintable() else shown(model)
         raise DrafterConfigError(
-            f"No CTC drafter at {model}: it is neither a folder nor a model that the hub could deliver "
+            f"No CTC drafter at {name}: it is neither a folder nor a model that the hub could deliver "
             f"({type(error).__name__}); give the folder that `vllm-ctc train` wrote."
+        ) from error
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DrafterConfigError(
+            f"The CTC drafter at {path} cannot be read ({error.strerror}); make it readable to this user."
         ) from error
 
 
@@ -270,6 +285,12 @@ def _checking(original: Callable) -> Callable:
             from vllm_ctc_spec.tree.support import check_engine
 
             check_engine(config)
+        from vllm_ctc_spec import cpu
+
+        if cpu.is_needed():
+            from vllm_ctc_spec.cpu import support
+
+            support.check_engine(config)
         scheduler = config.scheduler_config
         slots = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
         fitting = scheduler.max_num_batched_tokens // slots

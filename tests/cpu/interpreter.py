@@ -29,7 +29,6 @@ REAL_MODULES = {"triton": triton, "tl": tl, "tldevice": DEVICE, "libdevice": DEV
 
 
 for name in ("create_masked_load", "create_masked_store"):
-
     original = getattr(InterpreterBuilder, name)
 
     def with_bool_mask(self, *args, _original=original, _mask=1 if "load" in name else 2):

@@ -147,3 +147,23 @@ def test_post_update_num_computed_tokens(agree):
 def test_expand_idx_mapping(agree):
     ours = agree("input_batch.expand_idx_mapping", ints([5, 0, -1, 3]), 9, ints([0, 1, 5, 6, 9]), 4)
     assert ours.result[1].tolist() == [0, 0, 1, 2, 3, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apply_prompt_embeds(agree, dtype):
+    """A request without embeddings, a whole prompt, a chunk in its middle, a mixed prompt that decodes afterwards, and
+    one whose prompt was computed before."""
+    hidden, lengths = 6, ints([0, 5, 9, 3, 4])
+    inputs = torch.randn(20, hidden + 2).to(dtype)[:, :hidden]
+    embeds = [torch.randn(int(n), hidden).to(dtype) for n in lengths]
+    mixed = torch.tensor([0, 1, 0], dtype=torch.uint8)
+    masks = [torch.empty(0, dtype=torch.uint8)] * 3 + [mixed, torch.empty(0, dtype=torch.uint8)]
+    ours = agree(
+        "model_states.prompt_embeds._apply_prompt_embeds_kernel", inputs, inputs.stride(0), embeds, masks, lengths,
+        ints([4, 3, 0, 2, 1]), ints([0, 1, 6, 8, 12, 17]), ints([0, 0, 4, 0, 4]),
+        hidden_size=hidden, TOKEN_BLOCK=16, BLOCK_SIZE=8, grid=(5, 1),
+    )  # fmt: skip
+    rows = ours.args[0]
+    assert torch.equal(rows[1], embeds[3][0]) and torch.equal(rows[2], inputs[2])
+    assert torch.equal(rows[8:12], embeds[2][4:8]) and torch.equal(rows[12:17], embeds[1])
+    assert torch.equal(rows[0], inputs[0]) and torch.equal(rows[4:8], inputs[4:8])

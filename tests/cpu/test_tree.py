@@ -64,9 +64,7 @@ class Batch:
             self.step.roots[r], self.step.num_rows[r] = root, rows
             self.slots.append(slots[before:])
             root += rows
-        self.metadata = SimpleNamespace(
-            seq_lens=torch.tensor(lengths, dtype=torch.int32), block_table=self.block_table
-        )
+        self.metadata = SimpleNamespace(seq_lens=torch.tensor(lengths, dtype=torch.int32), block_table=self.block_table)
 
     def attend(self) -> torch.Tensor:
         output = torch.full_like(self.query, UNWRITTEN)

@@ -14,6 +14,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_ctc_spec import plugin
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 
+from .conftest import DRAFTS
+
 
 def edit_config(folder: Path, **changes) -> None:
     path = folder / CONFIG_NAME
@@ -44,6 +46,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
+WRONG_ROWS = "refused: vLLM would adapt the wrong rows of logits"  # of README's table
 TRAIN_OR_RESTORE = "train it again or restore the file"
 ITS_OWN_TARGET = "serve it with its own target"
 CASES = (
@@ -113,11 +116,6 @@ CASES = (
         options={"ctc_search": "argmax", "draft_sample_method": "probabilistic"},
     ),
     Case(
-        "adaptive verification",
-        ("does not support enable_adaptive_verification", "remove it"),
-        options={"enable_adaptive_verification": True},
-    ),
-    Case(
         "served as dflash",
         ("is a CTC drafter", 'serve it with "method": "ctc"'),
         options={"method": "dflash", "num_speculative_tokens": 4},
@@ -150,13 +148,41 @@ def environment(monkeypatch):
     monkeypatch.setenv(plugin.V2_VARIABLE, "1")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+# Rows of README's table.
+ROWS = {
+    "sampled trees": pytest.mark.feature("sampled drafts", tree="refused: exact without them"),
+    "block verification of trees": pytest.mark.feature("block verification", tree="refused: exact without it"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name.replace(" ", "_"), marks=ROWS.get(case.name, ())) for case in CASES]
+)
 def test_it_is_refused_in_one_sentence(case, tiny_pair, drafter):
     if case.change is not None:
         case.change(drafter)
     text = startup_error(tiny_pair.target, {"method": "ctc", "model": str(drafter), **case.options})
     assert all(words in text for words in case.says), text
     assert is_one_sentence(text), text
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(option, marks=pytest.mark.feature(name, chain="refused", tree="refused"))
+        for option, name in (
+            ("enable_adaptive_verification", "adaptive verification"),
+            ("use_local_argmax_reduction", "local arg-max reduction"),
+            ("use_heterogeneous_vocab", "heterogeneous vocabularies"),
+        )
+    ],
+)
+def test_options_of_vllm_that_no_draft_supports(tiny_pair, option, draft):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), option: True, **DRAFTS[draft]}
+    text = startup_error(tiny_pair.target, speculative)
+    assert f"does not support {option}" in text and "remove it" in text
+    assert is_one_sentence(text)
 
 
 def test_no_drafter_at_all(tiny_pair):
@@ -181,9 +207,11 @@ def test_a_batch_that_no_draft_fits_into(tiny_pair):
     assert is_one_sentence(text)
 
 
+@pytest.mark.feature("LoRA that may change `lm_head`", chain=WRONG_ROWS, tree=WRONG_ROWS)
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("modules", [{}, {"lora_target_modules": ["q_proj", "lm_head"]}], ids=["any", "head"])
-def test_adapters_that_may_change_the_head(tiny_pair, modules):
-    speculative = {"method": "ctc", "model": str(tiny_pair.drafter)}
+def test_adapters_that_may_change_the_head(tiny_pair, modules, draft):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
     text = startup_error(tiny_pair.target, speculative, enable_lora=True, **modules)
     assert "wrong rows of logits" in text and "add --lora-target-modules" in text
     assert is_one_sentence(text)

@@ -128,7 +128,23 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
+# Rows of README's table. Trees give the very samples without drafter (test_features.py).
+ROWS = {
+    "greedy drafts": ("temperature", "`n` > 1"),
+    "greedy drafts, cold, top_k": ("top-k",),
+    "sampled drafts": ("sampled drafts",),
+    "sampled drafts, hot, top_p": ("sampled drafts", "top-p"),
+    "block verification": ("block verification",),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(run, id=name, marks=pytest.mark.feature(*ROWS.get(name, ()), chain="same law"))
+        for name, run in RUNS.items()
+    ],
+)
 def run(request, sampler):
     """(draws, acceptance length, sampling parameters) of one of RUNS."""
     options, parameters = request.param

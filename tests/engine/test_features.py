@@ -103,7 +103,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Rows of README's table.
+ROWS = {
+    "one token": "`max_tokens`",
+    "two tokens": "`max_tokens`",
+    "seven tokens": "`max_tokens`",
+    "stop string": "stop strings",
+    "stop string, kept": "stop strings",
+    "stop token": "stop tokens",
+    "min_tokens": "`min_tokens`",
+    "presence penalty": "penalties",
+    "frequency penalty": "penalties",
+    "repetition penalty": "penalties",
+    "all penalties": "penalties",
+    "bad words": "bad words",
+    "allowed tokens": "allowed tokens",
+    "regex": "structured output: regex",
+    "choice": "structured output: choice",
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=pytest.mark.feature(ROWS[name])) for name, case in CASES.items()]
+)
 def test_greedy_answers_are_those_without_drafter(plain, ctc, usual, usual_tokens, usual_text, case):
     parameters = case(usual_tokens, usual_text)
     expected = answers(ask(plain, **parameters))
@@ -118,6 +140,7 @@ def test_answers_vary_and_drafts_are_accepted_and_rejected_in_these_tests(ctc, u
     assert 1.3 < ctc.acceptance_length < 4
 
 
+@pytest.mark.feature("requests of all kinds in one batch")
 def test_requests_of_all_kinds_share_a_batch(plain, ctc, usual_tokens, usual_text):
     parameters = [
         SamplingParams(**{"temperature": 0, "max_tokens": LENGTH, **case(usual_tokens, usual_text)})
@@ -128,6 +151,7 @@ def test_requests_of_all_kinds_share_a_batch(plain, ctc, usual_tokens, usual_tex
     assert answers(ctc.generate(prompts, parameters, use_tqdm=False)) == expected
 
 
+@pytest.mark.feature("bad words")
 def test_bad_words_that_begin_in_a_draft(plain, ctc, usual_text):
     """Another pair of characters is forbidden to each request; some begin with a draft and end with the next."""
     parameters = [
@@ -151,6 +175,7 @@ def close_logprobs(mine, theirs) -> bool:
     )
 
 
+@pytest.mark.feature("logprobs", "prompt logprobs")
 def test_logprobs_are_those_without_drafter(plain, ctc):
     asked = {"logprobs": 3, "prompt_logprobs": 2, "presence_penalty": 0.7}
     expected, given = ask(plain, **asked), ask(ctc, **asked)
@@ -199,6 +224,7 @@ def test_top_p_admits_the_smallest_sufficient_set(request, drafts):
     assert seen_below_the_best
 
 
+@pytest.mark.feature("seeds", chain="reproducible")
 @pytest.mark.parametrize("drafts", ["ctc_chain", "sampling_ctc", "ctc_tree"])
 def test_a_seed_decides_the_answer_alone_and_among_others(request, drafts):
     llm = request.getfixturevalue(drafts)
@@ -218,9 +244,16 @@ def test_several_samples_of_a_request(request, drafts):
     assert answers(ask(llm, prompts=PROMPTS[:2], temperature=1.0, seed=3, n=3)) == samples
 
 
+@pytest.mark.feature("seeds", "temperature", "top-k", "top-p", "`n` > 1", tree="same tokens")
 @pytest.mark.parametrize(
     "parameters",
-    [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 12}, {"temperature": 1.3, "top_p": 0.9}, PENALISED],
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 12},
+        {"temperature": 1.3, "top_p": 0.9},
+        {"temperature": 1.0, "n": 3},
+        PENALISED,
+    ],
     ids=str,
 )
 def test_with_a_tree_a_seed_gives_the_sample_that_it_gives_without_drafter(plain, ctc_tree, parameters):
@@ -234,6 +267,10 @@ def test_sampled_drafts_leave_greedy_requests_alone(sampling_ctc, usual):
     assert answers(ask(sampling_ctc)) == usual
 
 
+REFUSED = "request refused: by vLLM with any drafter"
+
+
+@pytest.mark.feature("`min_p`, `logit_bias`", chain=REFUSED, tree=REFUSED)
 @pytest.mark.parametrize("parameters", [{"min_p": 0.1}, {"logit_bias": {5: 3.0}}], ids=["min_p", "logit_bias"])
 def test_vllms_own_refusal_arrives(ctc, parameters):
     with pytest.raises(VLLMValidationError, match="min_p and logit_bias.*not yet supported with speculative decoding"):

@@ -69,12 +69,14 @@ def test_other_ways_to_draft(tiny_pair, engine, expected, speculative):
     assert llm.counters["drafts"] > 0
 
 
+@pytest.mark.feature("chunked prefill")
 def test_prefill_in_chunks_beside_decodes(ctc, expected):
     llm = ctc(max_num_batched_tokens=48)
     assert answers(llm, token_prompts(*PROMPT_LENGTHS)) == expected
     assert llm.counters["accepted"] > 0
 
 
+@pytest.mark.feature("prefix caching")
 def test_a_second_run_hits_the_prefix_cache(ctc, expected):
     llm = ctc(enable_prefix_caching=True)
     prompts = token_prompts(*PROMPT_LENGTHS)
@@ -97,6 +99,7 @@ def test_a_second_run_hits_the_prefix_cache(ctc, expected):
     assert llm.counters["hits"] > 3 * BLOCK
 
 
+@pytest.mark.feature("preemption in a small KV cache")
 def test_requests_are_preempted_and_resumed(ctc, expected):
     """Nine blocks hold the longest request, and not all of them."""
     llm = ctc(num_gpu_blocks_override=10)
@@ -104,6 +107,7 @@ def test_requests_are_preempted_and_resumed(ctc, expected):
     assert llm.counters["preemptions"] > 0 and llm.counters["accepted"] > 0
 
 
+@pytest.mark.feature("end of the context (`max_model_len`)")
 @pytest.mark.parametrize("prompt_length", [CONTEXT - 1, CONTEXT - 2, CONTEXT - 3, CONTEXT - 6, CONTEXT - 20])
 def test_the_end_of_the_context(ctc_at_the_end, plain, prompt_length):
     """Frames and drafts would reach beyond it; the answer ends exactly there."""
@@ -123,6 +127,7 @@ def test_requests_at_the_end_of_the_context_do_not_disturb_others(ctc_at_the_end
     assert answers(ctc_at_the_end, prompts) == answers(plain, prompts)
 
 
+@pytest.mark.feature("more requests than `max_num_seqs`")
 def test_more_requests_than_slots(ctc, plain):
     llm = ctc(max_num_seqs=3)
     prompts = token_prompts(*range(5, 25))

@@ -82,6 +82,7 @@ def with_drafter(engine, demo_pair):
     return start
 
 
+@pytest.mark.feature("greedy decoding", "synchronous scheduling")
 @pytest.mark.parametrize("options", DRAFTS.values(), ids=DRAFTS)
 def test_concurrent_requests_are_answered_as_without_drafter(with_drafter, plain, prompts, expected, options):
     llm = with_drafter(options)

@@ -109,6 +109,7 @@ def count_batches(llm: Engine) -> Counter[str]:
     return counters
 
 
+@pytest.mark.feature("asynchronous scheduling")
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_batches_scheduled_before_the_last_results(engine, tiny_pair, plain, requests, expected, asynchronous, draft):
     """Requests come and go in a cache too small for them; then some go on from blocks that these steps wrote."""
@@ -201,6 +202,7 @@ def adapted(with_lora) -> LLM:
     return with_lora(None)
 
 
+@pytest.mark.feature("LoRA on the target")
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's Triton kernels for LoRA refuse float32")
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_lora_adapters_of_the_target(plain, adapted, with_lora, tiny_pair, adapters, requests, expected, draft):
@@ -248,7 +250,13 @@ def pair_of_two_heads(tmp_path_factory) -> Pair:
 @pytest.mark.skipif(
     not current_platform.is_cpu() and torch.cuda.device_count() < 2, reason="two ranks need two GPUs, or none"
 )
-@pytest.mark.parametrize("draft", ["tree", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "draft",
+    [
+        pytest.param("tree", marks=pytest.mark.feature("tensor parallelism", tree="same tokens")),
+        pytest.param("chain", marks=[pytest.mark.slow, pytest.mark.feature("tensor parallelism", chain="same tokens")]),
+    ],
+)
 def test_two_tensor_parallel_ranks(engine, pair_of_two_heads, requests, asynchronous, draft):
     """Two processes, which load the plugin by its entry point; scheduling is asynchronous, as on GPUs by default: here
     it really overlaps with the ranks' work."""

@@ -1,10 +1,15 @@
 """The product as a user starts it: `vllm serve` with the drafter, asked by the openai client."""
 
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server import Server
 from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.tool_parsers.utils import get_json_schema_from_tools
 
 from vllm_ctc_spec import plugin
 
@@ -34,21 +39,28 @@ def server(request, demo_pair, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(engine, demo_pair) -> list[str]:
-    """The same questions, greedy, without drafter and without server."""
+def plain(engine, demo_pair):
+    """answers(**sampling parameters) to the same questions, greedy, without drafter and without server."""
     llm = engine(demo_pair.target, max_model_len=512)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
-    return [output.outputs[0].text for output in outputs]
+
+    def answers(**parameters) -> list[str]:
+        sampling = SamplingParams(**{"temperature": 0, "max_tokens": MAX_TOKENS, **parameters})
+        return [output.outputs[0].text for output in llm.chat(chats, sampling, use_tqdm=False)]
+
+    return answers
+
+
+@pytest.fixture(scope="module")
+def expected(plain) -> list[str]:
+    return plain()
 
 
 def chat(server: Server, question: str, **options):
     return server.client().chat.completions.create(
         model=server.model,
         messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-        **options,
+        **{"temperature": 0, "max_tokens": MAX_TOKENS, **options},
     )
 
 
@@ -57,12 +69,14 @@ def test_the_log_says_what_drafts(server, demo_pair):
     assert f"CTC drafter {demo_pair.drafter} (served as dflash)" in log and f"{BUDGET} speculative tokens" in log
 
 
+@pytest.mark.feature("chat completions")
 def test_a_chat(server, expected):
     answer = chat(server, QUESTIONS[0])
     assert answer.choices[0].message.content == expected[0]
     assert answer.usage.completion_tokens <= MAX_TOKENS
 
 
+@pytest.mark.feature("streaming")
 def test_a_streamed_chat_brings_several_tokens_at_once(server, expected):
     chunks = list(chat(server, QUESTIONS[1], stream=True, extra_body={"return_token_ids": True}))
     deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
@@ -77,6 +91,61 @@ def test_concurrent_requests(server, expected):
     assert [answer.choices[0].message.content for answer in answers] == expected
 
 
+TOOL = {
+    "name": "order",
+    "parameters": {
+        "type": "object",
+        "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "fruit": {"enum": ["plum", "egg"]}},
+        "required": ["count", "fruit"],
+        "additionalProperties": False,
+    },
+}
+NAMED = {"type": "function", "function": {"name": TOOL["name"]}}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param("required", marks=pytest.mark.feature("tool calls (`tool_choice` required)")),
+        pytest.param(NAMED, marks=pytest.mark.feature("tool calls (`tool_choice` named)"), id="named"),
+    ],
+)
+def test_a_tool_is_called(server, plain, choice):
+    """vLLM makes structured output of it: of the tool's arguments, or of a list of calls."""
+    tools = [{"type": "function", "function": TOOL}]
+    schema = TOOL["parameters"]
+    if choice == "required":
+        schema = get_json_schema_from_tools(choice, [ChatCompletionToolsParam(**tool) for tool in tools], False)
+    wanted = plain(structured_outputs=StructuredOutputsParams(json=schema), max_tokens=120)
+    assert len(set(wanted)) > 1
+    for question, text in zip(QUESTIONS, wanted):
+        answer = chat(server, question, tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=120)
+        (call,) = answer.choices[0].message.tool_calls
+        arguments = json.loads(text)[0]["parameters"] if choice == "required" else json.loads(text)
+        assert (call.function.name, json.loads(call.function.arguments)) == (TOOL["name"], arguments)
+
+
+@pytest.mark.feature("clients that disconnect in mid-stream")
+def test_a_client_that_goes_away_in_mid_stream(server, expected):
+    """Its request ends at once, and the server goes on."""
+    most = 480
+    before = server.metrics()["vllm:generation_tokens_total"]
+    stream = server.client().completions.create(
+        model=server.model, prompt="A farmer has", max_tokens=most, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert [chunk.choices[0].text for chunk, _ in zip(stream, range(3))]
+    stream.close()
+    deadline = time.monotonic() + 20
+    while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    after = server.metrics()
+    assert after["vllm:num_requests_running"] == 0
+    assert 0 < after["vllm:generation_tokens_total"] - before < most
+    assert chat(server, QUESTIONS[0]).choices[0].message.content == expected[0]
+
+
+@pytest.mark.feature("seeds", chain="reproducible")
 def test_a_sampled_completion_obeys_its_seed(server):
     ask = {
         "model": server.model,

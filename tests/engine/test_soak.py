@@ -73,6 +73,7 @@ def serve(llm, requests: list) -> tuple[dict[int, object], set[int]]:
     return answers, aborted
 
 
+@pytest.mark.feature("aborts in mid-stream", "preemption in a small KV cache", "prefix caching")
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_every_answer_is_the_plain_one(engine, tiny_pair, plain, requests, expected, draft):
     speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}

@@ -89,6 +89,7 @@ def model_runner(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+@pytest.mark.feature("greedy decoding", "seeds", "temperature", "top-k", "top-p", tree="same tokens")
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_output_is_token_identical(oracle, plain, prompts, parameters, expected, budget):
     llm = oracle(budget)
@@ -129,6 +130,7 @@ def test_every_part_is_needed(oracle, plain, prompts, parameters, expected, monk
     assert len(differences(plain, parameters[some], expected[some], given)) > 3
 
 
+@pytest.mark.feature("chunked prefill", tree="same tokens")
 def test_chunks_of_prompts_share_steps_with_trees(oracle, plain, prompts, parameters, expected):
     """Prompts in pieces of at most 64 rows beside tree rows: the stock implementation and ours take turns."""
     llm = oracle(16, max_num_batched_tokens=64, enable_chunked_prefill=True, max_num_seqs=3)
@@ -138,6 +140,7 @@ def test_chunks_of_prompts_share_steps_with_trees(oracle, plain, prompts, parame
     assert llm.acceptance_length > 1.2
 
 
+@pytest.mark.feature("prefix caching", tree="same tokens")
 def test_blocks_that_trees_wrote_are_hit_by_later_requests(oracle, plain, prompts, expected):
     """A follow-up begins with a prompt and its answer: its blocks were written by prefill and by compacted trees."""
     llm = oracle(16)

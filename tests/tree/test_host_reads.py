@@ -168,4 +168,3 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
     assert step.rows_in_path_order(num_tokens).shape == (num_tokens,)
     proposer.meter.observe(slots.long(), num_sampled)
     assert {"_tree_layout_kernel", "_tree_walk_kernel"} <= set(launched)
-

@@ -35,34 +35,50 @@ def configuration(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{name: SimpleNamespace(**fields) for name, fields in parts.items()}, **whole)
 
 
+OTHER_RANKS = "other ranks do not learn the accepted path"
+NO_SEQUENCE = "a tree's rows are no sequence"
+TOO_EARLY = "rows are read before the accepted path is known"
+HISTORY = "rows are judged by the rows before them"
+WINDOW = "windows and biases count rows, not depths"
+
+
+def case(change: dict, what: str, why: str):
+    return pytest.param(change, what, id=str(change), marks=pytest.mark.feature(what, tree=f"refused: {why}"))
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel_config__use_ubatching": True}, "microbatches"),
-        ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
-        ({"kv_transfer_config": object()}, "KV connectors"),
-        ({"aux_output_config__enabled": True}, "auxiliary outputs"),
-        ({"watermark_config": object()}, "watermarks"),
-        ({"model_config__logits_processors": ["a.b"]}, "custom logits processors"),
-        ({"model_config__return_sampling_mask": True}, "sampling masks"),
-        ({"model_config__enable_trace_replay": True}, "trace replay"),
-        ({"cache_config__cache_dtype": "fp8"}, "a quantised KV cache"),
-        ({"cache_config__kv_sharing_fast_prefill": True}, "KV-sharing fast prefill"),
-        ({"model_config__use_mla": True}, "MLA targets"),
-        ({"model_config__is_hybrid": True}, "hybrid and recurrent targets"),
-        ({"model_config__is_attention_free": True}, "hybrid and recurrent targets"),
-        ({"model_config__is_encoder_decoder": True}, "encoder-decoder targets"),
-        ({"model_config__is_diffusion": True}, "diffusion targets"),
-        ({"model_config__uses_mrope": True}, "multimodal rotary positions"),
-        ({"model_config__uses_alibi": True}, "ALiBi"),
-        ({"model_config__hf_text_config": SimpleNamespace(sliding_window=512)}, "sliding-window targets"),
-        ({"model_config__hf_text_config": SimpleNamespace(attention_chunk_size=512)}, "sliding-window targets"),
-        (
+        case({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism", OTHER_RANKS),
+        case({"parallel_config__decode_context_parallel_size": 2}, "context parallelism", OTHER_RANKS),
+        case({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism", OTHER_RANKS),
+        case({"parallel_config__use_ubatching": True}, "microbatches", "a step has one layout of trees"),
+        case({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling", OTHER_RANKS),
+        case({"kv_transfer_config": object()}, "KV connectors", TOO_EARLY),
+        case({"aux_output_config__enabled": True}, "auxiliary outputs", NO_SEQUENCE),
+        case({"watermark_config": object()}, "watermarks", HISTORY),
+        case({"model_config__logits_processors": ["a.b"]}, "custom logits processors", HISTORY),
+        case({"model_config__return_sampling_mask": True}, "sampling masks", NO_SEQUENCE),
+        case({"model_config__enable_trace_replay": True}, "trace replay", NO_SEQUENCE),
+        case({"cache_config__cache_dtype": "fp8"}, "quantised KV cache", "tree attention reads the model's dtype"),
+        case({"cache_config__kv_sharing_fast_prefill": True}, "KV-sharing fast prefill", TOO_EARLY),
+        case({"model_config__use_mla": True}, "MLA targets", "their attention has no tree kernel"),
+        case({"model_config__is_hybrid": True}, "hybrid and recurrent targets", NO_SEQUENCE),
+        case({"model_config__is_attention_free": True}, "hybrid and recurrent targets", NO_SEQUENCE),
+        case({"model_config__is_encoder_decoder": True}, "encoder-decoder targets", NO_SEQUENCE),
+        case({"model_config__is_diffusion": True}, "diffusion targets", NO_SEQUENCE),
+        case({"model_config__uses_mrope": True}, "targets with multimodal rotary positions", NO_SEQUENCE),
+        case({"model_config__uses_alibi": True}, "targets with ALiBi", WINDOW),
+        case({"model_config__hf_text_config": SimpleNamespace(sliding_window=512)}, "sliding-window targets", WINDOW),
+        case(
+            {"model_config__hf_text_config": SimpleNamespace(attention_chunk_size=512)},
+            "sliding-window targets",
+            WINDOW,
+        ),
+        case(
             {"model_config__hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])},
             "sliding-window targets",
+            WINDOW,
         ),
         ({"speculative_config__draft_sample_method": "probabilistic"}, "sampled drafts"),
         ({"speculative_config__rejection_sample_method": "block"}, "rejection_sample_method"),
@@ -74,6 +90,7 @@ def test_an_engine_that_trees_cannot_serve(change, what):
         check_engine(configuration(**change))
 
 
+@pytest.mark.feature("batch invariance", tree="refused: tree kernels are not batch-invariant")
 def test_batch_invariance(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(DrafterConfigError, match="trees do not work with batch invariance"):
@@ -91,9 +108,7 @@ def layer(
     window: int | None = None, mm_prefix: bool = False, **implementation,
 ) -> SimpleNamespace:  # fmt: skip
     fields = {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 0, **implementation}
-    attn_backend = SimpleNamespace(
-        get_name=lambda: backend, forward_includes_kv_cache_update=writes_in_forward
-    )
+    attn_backend = SimpleNamespace(get_name=lambda: backend, forward_includes_kv_cache_update=writes_in_forward)
     return SimpleNamespace(
         attn_backend=attn_backend, impl=SimpleNamespace(**fields), dtype=torch.bfloat16, kv_cache_torch_dtype=cache,
         sliding_window=window, use_mm_prefix=mm_prefix,
@@ -103,13 +118,27 @@ def layer(
 @pytest.mark.parametrize(
     ("unfit", "what"),
     [
-        (layer("FLASHINFER"), "the attention backend FLASHINFER"),
+        pytest.param(
+            layer("FLASHINFER"),
+            "the attention backend FLASHINFER",
+            marks=pytest.mark.feature(
+                "attention backends other than FLASH_ATTN, TRITON_ATTN and CPU_ATTN", tree="refused: no tree kernel"
+            ),
+        ),
         (layer(writes_in_forward=True), "the attention backend FLASH_ATTN"),
         (layer(cache=torch.uint8), "a KV cache of torch.uint8 under a model of torch.bfloat16"),
         (layer(window=512), "sliding windows"),
         (layer(mm_prefix=True), "bidirectional prefixes"),
-        (layer(sinks=object()), "attention sinks"),
-        (layer(logits_soft_cap=30.0), "attention soft caps"),
+        pytest.param(
+            layer(sinks=object()),
+            "attention sinks",
+            marks=pytest.mark.feature("targets with attention sinks", tree="refused: the tree kernel has none"),
+        ),
+        pytest.param(
+            layer(logits_soft_cap=30.0),
+            "attention soft caps",
+            marks=pytest.mark.feature("targets with attention soft caps", tree="refused: the tree kernel has none"),
+        ),
         (layer(alibi_slopes=[0.5]), "ALiBi"),
     ],
     ids=["backend", "cache update", "cache dtype", "window", "prefix", "sinks", "soft cap", "ALiBi"],

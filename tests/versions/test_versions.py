@@ -117,6 +117,8 @@ from vllm import Config
 import vllm.run
 
 class Mine(Config):
+    inner = None
+
     def size(self):
         self.own = self.rank
         return super().size() + self.own + self.gone
@@ -154,7 +156,8 @@ def test_touches_are_found_in_source(small):
         "vllm.run": "module",
         "vllm.run.start": f"def start(config: Config, wait=True) {found.names['vllm.run.start'][-10:]}",
     }
-    assert found.of_kind("subclass") == ["vllm.Config"] and found.of_kind("override") == ["Config.size"]
+    assert found.of_kind("subclass") == ["vllm.Config"]
+    assert found.of_kind("override") == ["Config.inner", "Config.size"] and set(found.overriding) == {"Config.size"}
     assert found.of_kind("patch") == ["vllm.run.start"]
 
 

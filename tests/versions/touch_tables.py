@@ -22,6 +22,8 @@ VARIABLES = {
     "cpu.tree.attend_tree_rows.attn_metadata": "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata",
     "cpu.tree._tree_rows.attn_metadata": "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata",
     "cpu.tree.check_layout.layer": "vllm.model_executor.layers.attention.Attention",
+    "cpu.support.c": "vllm.config.VllmConfig",
+    "model.__init__.cache_config": "vllm.config.CacheConfig",
     "tree.attention.use_tree_attention.layer": "vllm.model_executor.layers.attention.Attention",
     "tree.attention._with_trees.stock": "type:vllm.v1.attention.backend.AttentionImpl",
     "tree.attention.attend_tree_rows.implementation": "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",

@@ -92,10 +92,11 @@ class Touches(ast.NodeVisitor):
         for name, _ in bases:
             self.record(name, "subclass")
             cls = self.source.find(name)
-            for method in (n for n in node.body if isinstance(n, Function)):
-                if self.source.member(cls, method.name) is not None:
-                    self.record(f"{name}.{method.name}", "override")
-                    self.found.overriding[f"{cls.node.name}.{method.name}"] = method.args
+            for attribute, statement in ((n, s) for s in node.body for n in names_of(s)):
+                if self.source.member(cls, attribute) is not None:
+                    self.record(f"{name}.{attribute}", "override")
+                    if isinstance(statement, Function):
+                        self.found.overriding[f"{cls.node.name}.{attribute}"] = statement.args
         if bases:
             own = {n.name for n in node.body if isinstance(n, Function)}
             own |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
@@ -213,6 +214,14 @@ class Touches(ast.NodeVisitor):
     def instance_of(self, definition: Definition) -> tuple[str, bool] | None:
         cls = self.source.type_of(definition)
         return (f"{cls.module}.{cls.node.name}", True) if cls is not None else None
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """What a statement of a class's body gives a value."""
+    if isinstance(statement, Function):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def is_property(function: ast.FunctionDef) -> bool:

@@ -202,3 +202,22 @@ def expand_idx_mapping(
     first, last = int(bounds[0]), int(bounds[-1])
     expanded[first:last] = np.repeat(requests, counts)
     local_pos[first:last] = np.arange(first, last) - np.repeat(bounds[:-1], counts)
+
+
+def apply_prompt_embeds(
+    inputs_embeds_ptr, inputs_embeds_stride, embeds_ptrs_ptr, mask_ptrs_ptr, embeds_lens_ptr, idx_mapping_ptr,
+    query_start_loc_ptr, num_computed_tokens_ptr, hidden_size, TOKEN_BLOCK, BLOCK_SIZE,
+):  # fmt: skip
+    """Rows of a prompt that the user gave as embeddings, at raw addresses, over those of its token ids; a mask, where
+    there is one, marks rows that stay as they are."""
+    row_bytes = hidden_size * inputs_embeds_ptr.itemsize
+    starts, lengths, computed = arrays(query_start_loc_ptr, embeds_lens_ptr, num_computed_tokens_ptr)
+    sources, masks = embeds_ptrs_ptr.tolist(), mask_ptrs_ptr.tolist()
+    for row, request in enumerate(idx_mapping_ptr.tolist()):
+        first = int(computed[request])
+        target = inputs_embeds_ptr.data_ptr() + int(starts[row]) * inputs_embeds_stride * inputs_embeds_ptr.itemsize
+        for k in range(min(int(starts[row + 1] - starts[row]), int(lengths[request]) - first)):
+            if masks[request] and ctypes.c_int8.from_address(masks[request] + first + k).value:
+                continue
+            offset = k * inputs_embeds_stride * inputs_embeds_ptr.itemsize
+            ctypes.memmove(target + offset, sources[request] + (first + k) * row_bytes, row_bytes)

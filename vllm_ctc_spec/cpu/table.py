@@ -37,6 +37,9 @@ KERNELS: dict[str, dict[Callable, str]] = {
         batch.post_update_num_computed_tokens: "dfc42d622c63",
         batch.expand_idx_mapping: "ee5c589d9bb7",
     },
+    "model_states.prompt_embeds": {
+        batch.apply_prompt_embeds: "dc7da0046748",
+    },
     "sample.gumbel": {
         sampling.gumbel_sample: "213c631fd4bd",
         sampling.temperature: "9281caa2d413",

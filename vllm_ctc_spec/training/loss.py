@@ -77,9 +77,7 @@ def log_labels(lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Ten
     return LogLabels(torch.where(counted, log_q, zero), torch.where(counted, given_going_on, zero), counted)
 
 
-def prefix_loss(
-    lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Tensor, decay: float = DECAY
-) -> RowLoss:
+def prefix_loss(lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Tensor, decay: float = DECAY) -> RowLoss:
     """`- sum_k omega_k log q(y_k | y_<k)`, the drafter's exact conditionals."""
     law = log_labels(lattice, scores, labels, valid)
     return RowLoss(-(position_weights(law.counted, decay) * law.log_q).sum(1), law.counted)
@@ -95,9 +93,7 @@ def log_continuation(lattice: Lattice, forward: LabelForward, log_before: Tensor
     return torch.log(-torch.expm1(gap))
 
 
-def biased_log_mass(
-    forward: LabelForward, holds_label: Tensor | None, scores: LabelScores, counted: Tensor
-) -> Tensor:
+def biased_log_mass(forward: LabelForward, holds_label: Tensor | None, scores: LabelScores, counted: Tensor) -> Tensor:
     """log sum_v P(y_<k, v) exp(bias_k(v)), `[N, U]`.
 
     The sum over the vocabulary is in the scores already, sum_t w_k[t] (sum_v p_t(v) exp(bias_k(v))), without the
