@@ -151,9 +151,9 @@ def test_broken_frames_are_counted_where_a_draft_is_verified(meter):
 
 
 @pytest.mark.parametrize("with_file", [True, False])
-def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(metrics.logger, "propagate", True)
-    monkeypatch.setattr(metrics.logger.parent, "propagate", True)
+def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: said.append(text % values))
     if not with_file:
         meter._counter_file = None
     slots, lengths = torch.tensor([0, 1]), torch.tensor([0, 0], dtype=torch.int32)
@@ -162,8 +162,8 @@ def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, ca
         meter.record_chain(slots, lengths)
         meter.observe(slots, torch.tensor([2, 2]))
         wait_for_timers()
-        assert len(caplog.messages) == min(step, 1)
-    (text,) = caplog.messages
+        assert len(said) == min(step, 1)
+    (text,) = said
     assert "emits frames that are not numbers (1 so far)" in text and text.endswith(".") and "\n" not in text
     if with_file:
         assert exposed(tmp_path)["vllm_ctc_spec:broken_frames_total"] == 2

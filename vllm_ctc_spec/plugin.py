@@ -274,6 +274,12 @@ def _checking(original: Callable) -> Callable:
                 "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
                 "fall back to V1 (see its warning above); remove that option."
             )
+        if config.parallel_config.pipeline_parallel_size > 1:
+            # vLLM silently leaves the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
+            raise DrafterConfigError(
+                "The CTC drafter runs on a pipeline's last stage and shares the target's embedding, which is on the "
+                "first; use --tensor-parallel-size in place of --pipeline-parallel-size."
+            )
         lora = config.lora_config
         if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
             # LoraState.make_lora_inputs maps one row of logits a request, not 1 + N (vLLM 0.32 and 0.33).

@@ -46,7 +46,8 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-WRONG_ROWS = "refused: vLLM would adapt the wrong rows of logits"  # of README's table
+NO_EMBEDDING = "refused: the last stage drafts and has no embedding"  # of README's table, as the next
+WRONG_ROWS = "refused: vLLM would adapt the wrong rows of logits"
 TRAIN_OR_RESTORE = "train it again or restore the file"
 ITS_OWN_TARGET = "serve it with its own target"
 CASES = (
@@ -207,12 +208,22 @@ def test_a_batch_that_no_draft_fits_into(tiny_pair):
     assert is_one_sentence(text)
 
 
+@pytest.mark.feature("pipeline parallelism", chain=NO_EMBEDDING, tree=NO_EMBEDDING)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_stages_of_a_pipeline(tiny_pair, draft):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
+    stages = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    text = startup_error(tiny_pair.target, speculative, **stages)
+    assert "shares the target's embedding" in text and "use --tensor-parallel-size" in text
+    assert is_one_sentence(text)
+
+
 @pytest.mark.feature("LoRA that may change `lm_head`", chain=WRONG_ROWS, tree=WRONG_ROWS)
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("modules", [{}, {"lora_target_modules": ["q_proj", "lm_head"]}], ids=["any", "head"])
 def test_adapters_that_may_change_the_head(tiny_pair, modules, draft):
     speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
-    text = startup_error(tiny_pair.target, speculative, enable_lora=True, **modules)
+    text = startup_error(tiny_pair.target, speculative, max_num_seqs=8, enable_lora=True, **modules)
     assert "wrong rows of logits" in text and "add --lora-target-modules" in text
     assert is_one_sentence(text)
 

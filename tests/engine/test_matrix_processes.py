@@ -1,15 +1,13 @@
 """Engines of several processes, and engines whose weights change while they run."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from vllm import SamplingParams
 from vllm.platforms import current_platform
 
 from .conftest import DRAFTS, Pair, save_target
-from .test_metrics import scrape, start_server
+from .test_metrics import scrape_when_complete, start_server
 from .ties import differences
 
 PROMPTS = ["Tom has 3 apples.", "?", "12 + 30 =", "Once there were seven dwarfs", "abcabcabcabcabc", "A farmer has"]
@@ -31,27 +29,6 @@ def expected(plain):
 
 
 @pytest.mark.slow
-@pytest.mark.feature("pipeline parallelism", chain="same tokens")
-@pytest.mark.skipif(
-    not current_platform.is_cpu() and torch.cuda.device_count() < 2, reason="two stages need two GPUs, or none"
-)
-def test_two_pipeline_stages(engine, tiny_pair, plain, expected):
-    """The first stage has the embedding, the last one the head and the drafter. About 30 s."""
-    llm = engine(
-        tiny_pair.target, drafting(tiny_pair, "chain"), pipeline_parallel_size=2, distributed_executor_backend="mp"
-    )
-    given = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert differences(plain, [GREEDY] * len(PROMPTS), expected, given) == []
-
-    def look(worker) -> tuple:  # a nested function: it travels by value
-        return os.getpid(), type(worker.model_runner.speculator).__name__
-
-    processes, drafters = zip(*llm.collective_rpc(look))
-    assert len({*processes, os.getpid()}) == 3 and drafters[1] == "CTCProposer"
-    assert llm.counters["accepted"] > 20
-
-
-@pytest.mark.slow
 @pytest.mark.feature("data parallelism")
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_two_data_parallel_engines(tiny_pair, plain, expected, tmp_path, draft):
@@ -68,9 +45,10 @@ def test_two_data_parallel_engines(tiny_pair, plain, expected, tmp_path, draft):
 
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(ask, PROMPTS * 4))
-        sums = scrape(server)
+        sums = scrape_when_complete(server)
     assert answers == [output.outputs[0].text for output in expected] * 4
-    assert all(sums[f"vllm:spec_decode_num_accepted_tokens_total of engine {number}"] > 0 for number in "01")
+    assert all(sums[f"vllm_ctc_spec:drafts_total of engine {number}"] > 0 for number in "01")
+    assert sums["vllm:spec_decode_num_accepted_tokens_total"] > 100
 
 
 @pytest.mark.feature("weights reloaded (`reload_weights`)")

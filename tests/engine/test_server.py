@@ -1,15 +1,11 @@
 """The product as a user starts it: `vllm serve` with the drafter, asked by the openai client."""
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server import Server
 from vllm import SamplingParams
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
-from vllm.sampling_params import StructuredOutputsParams
-from vllm.tool_parsers.utils import get_json_schema_from_tools
 
 from vllm_ctc_spec import plugin
 
@@ -89,40 +85,6 @@ def test_concurrent_requests(server, expected):
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         answers = list(pool.map(lambda question: chat(server, question), QUESTIONS))
     assert [answer.choices[0].message.content for answer in answers] == expected
-
-
-TOOL = {
-    "name": "order",
-    "parameters": {
-        "type": "object",
-        "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "fruit": {"enum": ["plum", "egg"]}},
-        "required": ["count", "fruit"],
-        "additionalProperties": False,
-    },
-}
-NAMED = {"type": "function", "function": {"name": TOOL["name"]}}
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        pytest.param("required", marks=pytest.mark.feature("tool calls (`tool_choice` required)")),
-        pytest.param(NAMED, marks=pytest.mark.feature("tool calls (`tool_choice` named)"), id="named"),
-    ],
-)
-def test_a_tool_is_called(server, plain, choice):
-    """vLLM makes structured output of it: of the tool's arguments, or of a list of calls."""
-    tools = [{"type": "function", "function": TOOL}]
-    schema = TOOL["parameters"]
-    if choice == "required":
-        schema = get_json_schema_from_tools(choice, [ChatCompletionToolsParam(**tool) for tool in tools], False)
-    wanted = plain(structured_outputs=StructuredOutputsParams(json=schema), max_tokens=120)
-    assert len(set(wanted)) > 1
-    for question, text in zip(QUESTIONS, wanted):
-        answer = chat(server, question, tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=120)
-        (call,) = answer.choices[0].message.tool_calls
-        arguments = json.loads(text)[0]["parameters"] if choice == "required" else json.loads(text)
-        assert (call.function.name, json.loads(call.function.arguments)) == (TOOL["name"], arguments)
 
 
 @pytest.mark.feature("clients that disconnect in mid-stream")

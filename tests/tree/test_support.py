@@ -13,8 +13,8 @@ def configuration(**changes) -> SimpleNamespace:
     """A configuration that trees can serve, with `part__field=value` changed."""
     parts = {
         "parallel_config": dict(
-            pipeline_parallel_size=1, prefill_context_parallel_size=1, decode_context_parallel_size=1,
-            use_ubatching=False, enable_batch_sharded_sampling=None,
+            prefill_context_parallel_size=1, decode_context_parallel_size=1, use_ubatching=False,
+            enable_batch_sharded_sampling=None,
         ),
         "model_config": dict(
             logits_processors=None, return_sampling_mask=False, enable_trace_replay=False, use_mla=False,
@@ -49,7 +49,6 @@ def case(change: dict, what: str, why: str):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        case({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism", OTHER_RANKS),
         case({"parallel_config__decode_context_parallel_size": 2}, "context parallelism", OTHER_RANKS),
         case({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism", OTHER_RANKS),
         case({"parallel_config__use_ubatching": True}, "microbatches", "a step has one layout of trees"),

@@ -11,7 +11,6 @@ from vllm_ctc_spec.config import DrafterConfigError
 # A row's condition on vLLM's configuration, and what has it. Trees need rows that are no sequence to be harmless
 # between forward and sampling: recurrent state, layer-wise saves and other ranks' bookkeeping see them too early.
 REFUSED: tuple[tuple[str, Callable[[VllmConfig], Any]], ...] = (
-    ("pipeline parallelism", lambda c: c.parallel_config.pipeline_parallel_size > 1),
     ("context parallelism", lambda c: c.parallel_config.prefill_context_parallel_size > 1
         or c.parallel_config.decode_context_parallel_size > 1),
     ("microbatches (--enable-dbo)", lambda c: c.parallel_config.use_ubatching),
