@@ -16,8 +16,9 @@ from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
-from vllm_ctc_spec.config import DrafterConfig, default_tree_width
+from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.options import default_tree_width
 from vllm_ctc_spec.tree.state import TreeTable
 
 PART = "graphs"

@@ -16,7 +16,7 @@ from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_trito
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.config import default_tree_width
+from vllm_ctc_spec.options import default_tree_width
 
 PART = "kernels"
 # Triton's interpreter multiplies matrices of bf16 as if they were integers.

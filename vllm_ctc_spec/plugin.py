@@ -30,15 +30,13 @@ from vllm_ctc_spec import metrics
 from vllm_ctc_spec.config import (
     ARCHITECTURE,
     DRAFTER_SUBFOLDER,
-    SCHEDULE,
     SPECULATORS_TYPE,
     DrafterConfig,
     DrafterConfigError,
-    ServingOptions,
     shown,
-    tree_schedule,
 )
 from vllm_ctc_spec.drafter import check_weights
+from vllm_ctc_spec.options import SCHEDULE, ServingOptions, tree_schedule
 
 logger = logging.getLogger("vllm.ctc_spec")
 

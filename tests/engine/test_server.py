@@ -1,11 +1,15 @@
 """The product as a user starts it: `vllm serve` with the drafter, asked by the openai client."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server import Server
 from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.tool_parsers.utils import get_json_schema_from_tools
 
 from vllm_ctc_spec import plugin
 
@@ -17,6 +21,9 @@ QUESTIONS = (
     "Lena has $50. She buys 3 books for $9 each. How much money does she have left?",
 )
 MAX_TOKENS = 48
+# White space between JSON's parts would be all that this target writes there.
+STRUCTURED = {"backend": "xgrammar", "disable_any_whitespace": True}
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
 
 
 @pytest.fixture(scope="module", params=["chain", "tree"])
@@ -29,7 +36,8 @@ def server(request, demo_pair, tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         for name in (plugin.V2_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
             environment.delenv(name, raising=False)
-        starting = Server(demo_pair.target, drafter, log_path=log_path, extra_args=("--max-model-len", "512"))
+        args = ("--max-model-len", "512", *TOOLS, "--structured-outputs-config", json.dumps(STRUCTURED))
+        starting = Server(demo_pair.target, drafter, log_path=log_path, extra_args=args)
     with starting as running:
         yield running
 
@@ -37,7 +45,7 @@ def server(request, demo_pair, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(engine, demo_pair):
     """answers(**sampling parameters) to the same questions, greedy, without drafter and without server."""
-    llm = engine(demo_pair.target, max_model_len=512)
+    llm = engine(demo_pair.target, max_model_len=512, structured_outputs_config=STRUCTURED)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
     def answers(**parameters) -> list[str]:
@@ -85,6 +93,39 @@ def test_concurrent_requests(server, expected):
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         answers = list(pool.map(lambda question: chat(server, question), QUESTIONS))
     assert [answer.choices[0].message.content for answer in answers] == expected
+
+
+TOOL = {
+    "name": "order",
+    "parameters": {
+        "type": "object",
+        "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "what": {"enum": ["plums", "eggs"]}},
+        "required": ["count", "what"],
+        "additionalProperties": False,
+    },
+}
+NAMED = {"type": "function", "function": {"name": TOOL["name"]}}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param("required", marks=pytest.mark.feature("tool calls (`tool_choice` required)")),
+        pytest.param(NAMED, marks=pytest.mark.feature("tool calls (`tool_choice` named)"), id="named"),
+    ],
+)
+def test_a_tool_is_called(server, plain, choice):
+    """vLLM makes structured output of it: of the tool's arguments, or of a list of calls."""
+    tools = [{"type": "function", "function": TOOL}]
+    schema = TOOL["parameters"]
+    if choice == "required":
+        schema = get_json_schema_from_tools(choice, [ChatCompletionToolsParam(**tool) for tool in tools], False)
+    wanted = plain(structured_outputs=StructuredOutputsParams(json=schema), max_tokens=120)
+    for question, text in zip(QUESTIONS, wanted):
+        answer = chat(server, question, tools=tools, tool_choice=choice, parallel_tool_calls=False, max_tokens=120)
+        (call,) = answer.choices[0].message.tool_calls
+        arguments = json.loads(text)[0]["parameters"] if choice == "required" else json.loads(text)
+        assert (call.function.name, json.loads(call.function.arguments)) == (TOOL["name"], arguments)
 
 
 @pytest.mark.feature("clients that disconnect in mid-stream")

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME, ServingOptions
+from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
+from vllm_ctc_spec.options import ServingOptions
 
 NOBODY = 65534
 

@@ -25,7 +25,7 @@ from vllm_ctc_spec.kernels import (
     tree_walk,
 )
 
-from vllm_ctc_spec.config import default_tree_width
+from vllm_ctc_spec.options import default_tree_width
 
 VOCABULARY = 151_936
 BATCH = 64

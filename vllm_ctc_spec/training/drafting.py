@@ -5,11 +5,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.config import default_tree_width
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
+from vllm_ctc_spec.options import default_tree_width
 from vllm_ctc_spec.training.batches import Batch
 from vllm_ctc_spec.training.loss import log_labels
 from vllm_ctc_spec.training.vocabulary import label_scores
