@@ -69,7 +69,7 @@ def prefix_chain(
         anchor: [B] int64, the token before the first label.
         num_labels: N, any relation to T.
         markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
-        sampling: None for greedy, or `ChainSampling`, contiguous (draft_logits in V). `draft_logits[slot, k]` receives
+        sampling: None for greedy, or `ChainSampling` (draft_logits contiguous in V). `draft_logits[slot, k]` receives
             `ell` before the temperature, so that the law of label k is exactly
             `softmax(draft_logits[slot, k] / temperature)`; past the end it is the one-hot row of the fill token (0
             there, -inf elsewhere). Inert rows (slot -1) write nothing there and their labels are arbitrary token ids.
@@ -225,7 +225,8 @@ def prefix_chain_triton(
     w_in, w_out = (None, None) if markov is None else markov
     draft = (None,) * 5 + (0, 0)
     if sampling is not None:
-        draft = (*sampling, sampling.draft_logits.stride(0), sampling.draft_logits.stride(1))
+        *of_rows, draft_logits = sampling
+        draft = (*(x.contiguous() for x in of_rows), draft_logits, draft_logits.stride(0), draft_logits.stride(1))
 
     root_kernel[(batch,)](
         log_blank, transitions, anchor.contiguous(), state, last, lengths, T=num_frames, BLOCK_T=block_t, num_warps=1

@@ -10,7 +10,7 @@ from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
@@ -22,8 +22,10 @@ from vllm_ctc_spec.options import default_tree_width
 from vllm_ctc_spec.tree.state import TreeTable
 
 PART = "graphs"
-VOCABULARY, HIDDEN, CONTEXT, NODES, LABELS = 32_000, 512, 256, 64, 8
+VOCABULARY, HIDDEN, CONTEXT, FRAMES, NODES, LABELS = 32_000, 512, 256, 12, 64, 8
 BATCH_SIZES = {True: (1,), False: (1, 8, 64)}
+
+DRAFTS = ("chain", "sampled chain", "tree")
 
 Step = Callable[[], list[torch.Tensor]]
 
@@ -37,7 +39,7 @@ def check(settings: Settings) -> Iterator[Outcome]:
     for batch in BATCH_SIZES[settings.quick]:
         for lattice in ("ctc", "transitions"):
             inputs = draft_inputs(batch, device)
-            for draft in ("chain", "tree"):
+            for draft in DRAFTS:
                 step = draft_step(lattice, draft, inputs)
                 yield compare(f"{draft}, {lattice}, batch {batch}", step, inputs, partial(draft_inputs, batch, device))
         inputs = verify_inputs(batch, device)
@@ -84,12 +86,13 @@ def warm_up(step: Step) -> None:
 
 
 def draft_inputs(batch: int, device: torch.device) -> list[torch.Tensor]:
-    """Hidden states of five layers, anchors, their positions, request slots, rows that draft chains."""
+    """Hidden states of five layers, anchors, their positions, request slots and seeds, rows that draft chains."""
     return [
         torch.randn(batch, CONTEXT, 5 * HIDDEN, device=device),
         torch.randint(VOCABULARY, (batch, 1), device=device),
         torch.randint(1, CONTEXT, (batch, 1), device=device),
-        torch.randperm(batch, device=device),
+        torch.stack([torch.randperm(batch, device=device)] * FRAMES, 1),  # an entry a frame, as vLLM has them
+        torch.randint(2**60, (batch,), device=device),
         torch.rand(batch, device=device) < 0.3,
     ]
 
@@ -98,14 +101,20 @@ def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
     """The drafter's forward, frames, and chain or tree, as `CTCProposer` has them, with random weights."""
     config = DrafterConfig(
         hidden_size=HIDDEN, vocab_size=VOCABULARY, target_num_layers=5, aux_hidden_state_layer_ids=(1, 2, 3, 4, 5),
-        num_labels=LABELS, lattice=lattice, transition_rank=64 if lattice == "transitions" else 0, markov_rank=64,
+        num_frames=FRAMES, num_labels=LABELS, lattice=lattice, markov_rank=64,
+        transition_rank=64 if lattice == "transitions" else 0,
     )  # fmt: skip
     device = inputs[0].device
     tables = (torch.randn(VOCABULARY, HIDDEN) for _ in range(2))
     drafter = CTCDrafter(config, *tables).to(device).requires_grad_(False)
     torch.nn.init.normal_(drafter.markov_head.output.weight, std=0.1)
-    states, anchors, positions, slots, chain_only = inputs
+    states, anchors, positions, slots_of_frames, seeds, chain_only = inputs
+    slots = slots_of_frames[:, 0]
     table = TreeTable(len(slots), NODES, device)
+    sampling = None
+    if draft == "sampled chain":
+        draft_logits = torch.empty(len(slots), LABELS, VOCABULARY, device=device)
+        sampling = ChainSampling(torch.ones(len(slots), device=device), seeds, positions[:, 0], slots, draft_logits)
 
     @torch.no_grad()
     def step() -> list[torch.Tensor]:
@@ -113,8 +122,9 @@ def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
         logsumexp, _, _ = frame_stats(frames.logits)
         log_label, log_blank, transitions = frames.lattice.for_kernels(logsumexp)
         inputs_of_kernels = frames.logits, log_label, log_blank, anchors[:, 0]
-        if draft == "chain":
-            return list(prefix_chain(*inputs_of_kernels, LABELS, drafter.markov_tables, None, transitions))
+        if draft != "tree":
+            chain = prefix_chain(*inputs_of_kernels, LABELS, drafter.markov_tables, sampling, transitions)
+            return [*chain, *([] if sampling is None else [draft_logits])]
         budget = NODES, default_tree_width(NODES), LABELS
         tree = prefix_search(*inputs_of_kernels, *budget, drafter.markov_tables, chain_only, transitions)
         table.store(slots, tree)

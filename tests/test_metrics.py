@@ -122,6 +122,44 @@ def test_the_last_step_is_published_without_another_one(meter, tmp_path):
         assert exposed(tmp_path) == {f"vllm_ctc_spec:{name}_total": steps * each for name, each in expected.items()}
 
 
+class SlowCopy:
+    """Counts on the host that arrive when the test says so."""
+
+    def __init__(self):
+        self.sent = self.arrived = [0] * len(metrics.COUNTERS)
+
+    def copy_(self, totals: torch.Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self.sent = totals.tolist()
+
+    def tolist(self) -> list[int]:
+        return self.arrived
+
+
+def test_a_copy_that_arrives_late_is_waited_for_without_the_device(meter, tmp_path):
+    """CUDA may not be called by the thread, not even to ask whether a copy is done: vLLM may be capturing graphs."""
+    meter._host = slow = SlowCopy()
+    meter.record_chain(torch.tensor([1]), torch.tensor([4], dtype=torch.int32))
+    meter.observe(torch.tensor([1]), torch.tensor([1 + LABELS]))
+    meter.totals = None
+    time.sleep(5 * metrics.PUBLISH_SECONDS)
+    assert exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == 0
+    slow.arrived = slow.sent
+    wait_until(lambda: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == 1)
+    wait_until(lambda: meter._timer is None)
+
+
+def test_what_was_counted_is_forgotten(meter, tmp_path):
+    slot, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
+    for drafts in (3, 2):
+        for _ in range(drafts):
+            meter.record_chain(slot, lengths)
+            meter.observe(slot, torch.tensor([1 + LABELS]))
+        wait_until(lambda drafts=drafts: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == drafts)
+        meter.reset()
+        wait_until(lambda: exposed(tmp_path)["vllm_ctc_spec:draft_nodes_total"] == 0)
+
+
 def frames(broken: list[tuple[int, int, float]]) -> torch.Tensor:
     """log_label of two requests, with (request, frame, value) in place of numbers."""
     log_label = torch.full((2, FRAMES), -3.0)

@@ -1,9 +1,10 @@
 """What only the worker knows about drafts, on vLLM's `/metrics`: how many rows of a draft are labels, not padding.
 
 vLLM's scheduler counts what it schedules and what is accepted (vllm/v1/spec_decode/metrics.py). How much of a draft
-the drafter filled is known on the device only, so it is counted there, by tensor operations of fixed shape, and copied
-out once a second by a thread of its own: the step that drafts never waits for it. The same thread says, once, when
-frames are not numbers: their drafts are rejected, so that nothing but the speed shows it.
+the drafter filled is known on the device only, so it is counted there, by tensor operations of fixed shape, and every
+step copies the counts out behind itself without waiting. A thread writes down once a second what has arrived. It calls
+nothing of CUDA: while vLLM captures graphs, such a call from any thread spoils the capture. The same thread says, once,
+when frames are not numbers: their drafts are rejected, so that nothing but the speed shows it.
 
 From the worker's process to the API server's it goes the way of Prometheus' own multiprocess mode
 (prometheus_client/multiprocess.py): a small memory-mapped file, which is read when somebody asks for `/metrics`. With
@@ -37,6 +38,7 @@ COUNTERS = {
 }
 """As Prometheus names them: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
 BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
+SEEN = BROKEN + 1  # behind the counts that the device keeps: requests in all verified batches, which the host knows too
 LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
 FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
 PUBLISH_SECONDS = 1.0
@@ -86,15 +88,15 @@ class DraftMeter:
         self._rows = torch.arange(1 + num_labels, dtype=torch.int32, device=device)
         chains = torch.minimum(self._rows[:, None], self._rows)  # labels by length and number of scheduled tokens
         self._chains = self._figures(chains, chains, self._rows)
-        num_counts = len(COUNTERS) - 1
+        num_counts = len(COUNTERS)  # those of the device and SEEN
         # One slot more than vLLM has, for the inert rows of a padded batch, slot -1. Column 0 is for requests without
         # a row of logits, column 1 for those with the anchor's only: both stay 0.
         self._by_num_logits = torch.zeros(num_slots + 1, 2 + num_labels, num_counts, dtype=torch.int32, device=device)
+        self._by_num_logits[..., SEEN] = 1
         self._by_num_drafted = self._by_num_logits[:, 1:]
         self.totals = torch.zeros(num_counts, dtype=torch.int64, device=device)
         self._host = torch.zeros(num_counts, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._drafting_stream: torch.cuda.Stream | None = None
+        self._num_seen = 0  # what the device's SEEN will be when it has done what was asked of it
         self._timer: threading.Timer | None = None
         self._publishing = threading.Lock()
         self._warned = False
@@ -124,27 +126,29 @@ class DraftMeter:
     def observe(self, slots: Tensor, num_logits: Tensor) -> None:
         """The target has verified `num_logits` [R] rows, the anchor's included, of the drafts in `slots` [R]."""
         self.totals += self._by_num_logits[slots, num_logits].sum(0)
+        self._host.copy_(self.totals, non_blocking=True)
+        self._num_seen += slots.shape[0]
+        self._start_timer()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.totals.zero_()
+        self._host.copy_(self.totals, non_blocking=True)
+        self._num_seen = 0
+        self._start_timer()
+
+    def _start_timer(self) -> None:
         if self._timer is None:
-            if self._stream is not None:
-                self._drafting_stream = torch.cuda.current_stream(self._stream.device)
             self._timer = threading.Timer(PUBLISH_SECONDS, self._publish)
             self._timer.daemon = True
             self._timer.start()
 
     def _publish(self) -> None:
-        """In the timer's thread. The timer is cleared first: a step that is too late for this copy starts the next."""
+        """In the timer's thread. The timer is cleared first: a step that is too late for this look starts the next, and
+        so does a copy that has not arrived."""
         self._timer = None
         with self._publishing:
-            if self._stream is None:
-                self._host.copy_(self.totals)
-            else:
-                with torch.cuda.stream(self._stream):
-                    self._stream.wait_stream(self._drafting_stream)
-                    self._host.copy_(self.totals, non_blocking=True)
-                    copied = torch.cuda.Event(blocking=True)  # sleeps, where the default would spin
-                    copied.record()
-                copied.synchronize()
-            counts = self._host.tolist()
+            *counts, seen = self._host.tolist()
             if counts[BROKEN] and not self._warned:
                 self._warned = True
                 logger.warning(
@@ -154,3 +158,5 @@ class DraftMeter:
                 )
             if self._counter_file is not None:
                 self._counter_file.write([*counts, counts[0] * self._num_frames])
+        if seen != self._num_seen:
+            self._start_timer()

@@ -7,6 +7,7 @@ vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: it
 """
 
 import copy
+import itertools
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
@@ -29,11 +31,24 @@ from vllm_ctc_spec.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.tree.state import TreeStep, TreeTable
 
 
+def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
+    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
+    where larger batches verify less."""
+    speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
+    num_drafted = [speculative.num_speculative_tokens] * (1 + max_num_reqs)
+    if speculative.num_speculative_tokens_per_batch_size is not None:
+        num_drafted = build_dynamic_sd_schedule_lookup(
+            speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
+        )
+    return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
+
+
 class CTCProposer(DFlashSpeculator):
     _speculator_name = "CTC"
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         self.num_labels: int = vllm_config.speculative_config.num_speculative_tokens  # N
+        self._most_verified_rows = most_verified_rows(vllm_config)
         super().__init__(vllm_config, device)
         hf_config = self.draft_model_config.hf_config
         self.num_frames: int = hf_config.num_frames  # T
@@ -83,6 +98,14 @@ class CTCProposer(DFlashSpeculator):
         finally:
             self.vllm_config = whole
 
+    def capture(self) -> None:
+        """Whatever the last batch was, a graph drafts. Before it captures, vLLM warms up with steps like real ones
+        (vllm/v1/worker/gpu/warmup.py), which do not count."""
+        self._idle = False
+        super().capture()
+        if self.meter is not None:
+            self.meter.reset()
+
     def propose(
         self,
         input_batch: InputBatch,
@@ -96,8 +119,7 @@ class CTCProposer(DFlashSpeculator):
         """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
         that follows is the case of a chain."""
         if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
-            rows = self.tree_step.rows_in_path_order(input_batch.num_tokens)
-            aux_hidden_states = [states[rows] for states in aux_hidden_states]
+            self.tree_step.put_path_first(aux_hidden_states)
         self._idle = kwargs.get("num_speculative_tokens") == 0
         if self._idle:
             kwargs["is_profile"] = True  # no CUDA graph of the draft, which would be replayed whole (vLLM 0.32)
@@ -108,7 +130,7 @@ class CTCProposer(DFlashSpeculator):
     def observe_verification(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
     ) -> None:
-        """vLLM's hook between a verification and the next draft; not called for its dummy batches."""
+        """vLLM's hook between a verification and the next draft."""
         super().observe_verification(idx_mapping, num_sampled, num_rejected)
         if self.meter is not None:
             self.meter.observe(idx_mapping, num_sampled + num_rejected)
@@ -118,8 +140,8 @@ class CTCProposer(DFlashSpeculator):
         return torch.float32, float("-inf")
 
     def _num_graph_context_tokens(self, num_reqs: int) -> int:
-        # Rows of one full verification, which is 1 + N a request and not 1 + T.
-        return min(num_reqs * (self.num_labels + 1), self.max_num_tokens)
+        # Rows of a verification, not 1 + T a request. vLLM stores what a batch has beyond them outside the graph.
+        return min(self._most_verified_rows[num_reqs], self.max_num_tokens)
 
     def _generate_draft(
         self,

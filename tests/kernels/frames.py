@@ -111,12 +111,13 @@ def markov_head(num_tokens: int, rank: int, scale: float = 0.7) -> tuple[torch.T
 
 
 def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list[float]) -> ChainSampling:
-    """Row b uses slot `batch - 1 - b` of `batch + 1`."""
+    """Row b uses slot `batch - 1 - b` of `batch + 1`. What is told of rows is every third entry of a longer tensor, as
+    vLLM has an entry a frame."""
     return ChainSampling(
         temperature=torch.tensor([*temperature, 1.0])[: batch + 1],
         seeds=torch.arange(batch + 1) * 1_000_003 - 2,
-        positions=torch.arange(batch) * 17 + 2**32 - 3,
-        slots=torch.arange(batch).flip(0),
+        positions=(torch.arange(3 * batch) // 3 * 17 + 2**32 - 3)[::3],
+        slots=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
         draft_logits=torch.full((batch + 1, num_labels, num_tokens), NEVER),
     )
 

@@ -90,7 +90,7 @@ check_graphs.VOCABULARY, check_graphs.HIDDEN, check_graphs.NODES = 300, 64, 16
 for batch in (1, 3):
     for lattice in ("ctc", "transitions"):
         inputs = check_graphs.draft_inputs(batch, torch.device("cpu"))
-        for draft in ("chain", "tree"):
+        for draft in check_graphs.DRAFTS:
             print(draft, [list(x.shape) for x in check_graphs.draft_step(lattice, draft, inputs)()])
     inputs = check_graphs.verify_inputs(batch, torch.device("cpu"))
     rows, requests, sampled, num_sampled, path, *caches = check_graphs.verify_step(inputs)()
@@ -102,7 +102,7 @@ def test_steps_that_a_graph_records(run_script):
     done = run_script(STEPS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("verified True True") == 2
-    assert done.stdout.count("tree [[") == 4 and done.stdout.count("chain [[") == 4
+    assert done.stdout.count("tree [[") == 4 and done.stdout.count("chain [[") == 8
 
 
 BUDGETS = """
@@ -161,10 +161,11 @@ def test_losses_against_fp64(run_script):
 
 @pytest.mark.slow
 def test_trainer_and_engine(run_script, tmp_path):
-    """A training and four engines: two minutes."""
+    """A training and five engines: three minutes."""
     done = run_script("gpu_check.py", "--only", "trainer", "engine", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu_check.json").read_text())
     assert list(outcomes(record, "trainer").values()) == ["ok"] * 5
     engine = outcomes(record, "engine")
-    assert [engine[f"{draft}, eager"] for draft in ("none", "chain", "tree:16", "tree:64")] == ["ok"] * 4
+    ran = {name: status for name, status in engine.items() if "eager" in name}
+    assert len(ran) == 15 and set(ran.values()) == {"ok"}, ran

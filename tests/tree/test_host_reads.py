@@ -62,7 +62,10 @@ def test_a_read_on_the_host_fails_here(read):
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of the kernels that are launched, by the functions that a GPU gets."""
+    """The names of the kernels that are launched, by the functions that a GPU gets.
+
+    A kernel that is not told the strides of a tensor takes it for contiguous.
+    """
     names: list[str] = []
 
     class Recorder:
@@ -70,7 +73,15 @@ def launched(monkeypatch) -> list[str]:
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **options: names.append(self.name)
+            return self.launch
+
+        def launch(self, *args, **options) -> None:
+            names.append(self.name)
+            told = {1, *(arg for arg in args if isinstance(arg, int))}
+            for arg in args:
+                if isinstance(arg, Tensor) and not arg.is_contiguous():
+                    strides = {stride for stride, size in zip(arg.stride(), arg.shape) if size > 1}
+                    assert strides <= told, f"{self.name} is not told the strides {strides} of {arg.shape}"
 
     for found in pkgutil.iter_modules(vllm_ctc_spec.kernels.__path__):
         module = importlib.import_module(f"vllm_ctc_spec.kernels.{found.name}")
@@ -165,6 +176,7 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
     )  # fmt: skip
     step.path, step.num_sampled = sampler._paths[-1], num_sampled
     assert sampled.shape == (REQUESTS, 1 + NODES)
-    assert step.rows_in_path_order(num_tokens).shape == (num_tokens,)
+    step.put_path_first([empty(num_tokens, HIDDEN)])
+    proposer.meter._host = empty(*proposer.meter.totals.shape, dtype=torch.int64)  # a copy that nobody waits for
     proposer.meter.observe(slots.long(), num_sampled)
     assert {"_tree_layout_kernel", "_tree_walk_kernel"} <= set(launched)

@@ -78,10 +78,20 @@ class TreeStep:
             max_rows=1 + num_nodes,
         )
 
-    def rows_in_path_order(self, num_tokens: int) -> Tensor:
-        """[num_tokens] int64: a drafter that reads the rows of the batch in this order sees a chain."""
+    def put_path_first(self, states: list[Tensor]) -> None:
+        """Order the rows of each `[num_tokens, H]`, in place, so that a drafter that reads them sees a chain.
+
+        Row `roots[r] + k` becomes row `roots[r] + path[r, k]` for the accepted k. Only these rows move: a batch may
+        carry thousands of a prefill beside them. Fixed shapes, nothing is read on the host.
+        """
         assert self.path is not None and self.num_sampled is not None
-        return in_path_order(self.roots[: self.num_reqs], self.path, self.num_sampled, num_tokens)
+        root = self.roots[: self.num_reqs].long().unsqueeze(1)
+        offset = torch.arange(self.path.shape[1], device=root.device)
+        accepted = offset < self.num_sampled.unsqueeze(1)
+        # What was not accepted writes the anchor's row over itself.
+        to, source = torch.where(accepted, root + offset, root), torch.where(accepted, root + self.path, root)
+        for rows in states:
+            rows[to] = rows[source]
 
 
 def in_path_order(first: Tensor, path: Tensor, num_sampled: Tensor, num_rows: int) -> Tensor:
