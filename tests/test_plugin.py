@@ -9,6 +9,7 @@ import vllm
 from transformers import LlamaConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu import spec_decode
 
 from vllm_ctc_spec import plugin
@@ -31,15 +32,17 @@ def target(tmp_path_factory) -> str:
 @pytest.fixture
 def unregistered(monkeypatch):
     """vLLM as it is without the plugin, which may then be registered anew; undone after the test."""
+    # Now, or vLLM loads the plugin in the midst of a test, or the runner with what the test has put in place.
+    load_general_plugins()
+    from vllm.v1.worker.gpu import model_runner
+
     lookahead = inspect.getclosurevars(VllmConfig.num_lookahead_tokens.fget).nonlocals.get("original")
     if lookahead is not None:
         monkeypatch.setattr(VllmConfig, "num_lookahead_tokens", lookahead)
     for owner, name in HOOKS:
         monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     monkeypatch.setattr(spec_decode, "init_speculator", inspect.unwrap(spec_decode.init_speculator))
-    runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
-    if runner is not None:
-        monkeypatch.setattr(runner, "init_speculator", spec_decode.init_speculator)
+    monkeypatch.setattr(model_runner, "init_speculator", spec_decode.init_speculator)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.delenv(plugin.V2_VARIABLE, raising=False)
 

@@ -272,6 +272,7 @@ def _checking(original: Callable) -> Callable:
                 "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
                 "fall back to V1 (see its warning above); remove that option."
             )
+        _check_reports_hidden_states(config.model_config)
         if config.parallel_config.pipeline_parallel_size > 1:
             # vLLM silently leaves the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
             raise DrafterConfigError(
@@ -318,6 +319,19 @@ def _checking(original: Callable) -> Callable:
         return config
 
     return create_engine_config
+
+
+def _check_reports_hidden_states(target: Any) -> None:
+    """`target` is vLLM's ModelConfig. vLLM itself asks the loaded model, and ends in a worker."""
+    from vllm.model_executor.model_loader.utils import get_model_cls
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    model = get_model_cls(target)
+    if not supports_eagle3(model):
+        raise DrafterConfigError(
+            f"The CTC drafter reads hidden states of the target's layers, which vLLM's {model.__name__} does not "
+            "report; serve this target without drafter, or one that vLLM supports for EAGLE-3."
+        )
 
 
 def _looking_ahead(original: property) -> property:

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
+from vllm.platforms import current_platform
 
 from vllm_ctc_spec import cpu, plugin
 from vllm_ctc_spec.config import DrafterConfig
@@ -169,6 +171,16 @@ class Engine(LLM):
     def acceptance_length(self) -> float:
         """Tokens per step of a request since the counters were last cleared, the target's own included."""
         return 1 + self.counters["accepted"] / self.counters["drafts"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def classes_inspected_here() -> Iterator[None]:
+    """vLLM looks at a model's class in a process of its own, so as not to initialise CUDA in this one: about eight
+    seconds for each architecture that its cache does not know yet. On a CPU there is no reason to."""
+    with pytest.MonkeyPatch.context() as environment:
+        if current_platform.is_cpu():
+            environment.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from .conftest import DRAFTS
 from .ties import differences
@@ -146,6 +147,44 @@ def test_prompts_of_thousands_of_tokens(engines, draft):
     assert [len(output.outputs[0].token_ids) for output in given] == [60, 20, 60, 60, 60]
 
 
+class Follows(LogitsProcessor):
+    """A request's `step` forbids the token before and favours the one that lies so many places after it, and one more
+    with each position: of a draft, the token before is a draft too."""
+
+    def __init__(self, vllm_config, req_states):
+        self.steps = torch.zeros(req_states.max_num_reqs, dtype=torch.long, device=req_states.device)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        self.steps[req_idx] = (sampling_params.extra_args or {}).get("step", 0)
+        return bool(self.steps[req_idx])
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        steps = self.steps[ctx.expanded_idx_mapping]
+        rows = steps.nonzero().flatten()
+        before = ctx.input_ids[rows].long()
+        logits[rows, before] = float("-inf")
+        logits[rows, (before + steps[rows] + ctx.pos[rows]) % logits.shape[1]] += 4
+        return logits
+
+
+@pytest.mark.feature("custom logits processors", chain="same tokens")
+def test_custom_logits_processors(engine, engines, tiny_pair):
+    """On some requests of a batch, with values of their own."""
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=60, extra_args={"step": step} if step else None)
+        for step in (3, 0, 11, 50, 0)
+    ]
+    usual = engines(None).generate(PROMPTS, parameters, use_tqdm=False)
+    plain = engine(tiny_pair.target, logits_processors=[Follows], max_logprobs=-1)
+    expected = plain.generate(PROMPTS, parameters, use_tqdm=False)
+    changed = [a.outputs[0].text != b.outputs[0].text for a, b in zip(expected, usual, strict=True)]
+    assert changed == [True, False, True, True, False]
+    ctc = engine(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter)}, logits_processors=[Follows])
+    given = ctc.generate(PROMPTS, parameters, use_tqdm=False)
+    assert differences(plain, parameters, expected, given) == []
+    assert ctc.counters["accepted"] > 20
+
+
 REFUSED = "request refused: by vLLM with any drafter"
 
 
@@ -166,3 +205,11 @@ def test_a_request_that_vllm_refuses_fails_alone(engines, draft):
         given.update({output.request_id: output for output in engine.step()})
     answers = [given[str(number)] for number in range(len(PROMPTS))]
     assert differences(plain, [parameters] * len(PROMPTS), expected, answers) == []
+
+
+@pytest.mark.feature("trace replay", chain=REFUSED)
+def test_a_trace_to_replay_is_refused(engines):
+    """Before it is asked whether the engine was started with --enable-trace-replay."""
+    trace = SamplingParams(temperature=0, trace_decode_token_ids=[5, 6, 7])
+    with pytest.raises(ValueError, match="trace_decode_token_ids is not supported with speculative decoding"):
+        engines("chain").llm_engine.add_request("refused", PROMPTS[0], trace)

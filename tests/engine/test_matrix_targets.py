@@ -11,7 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BloomConfig,
     DeepseekV3Config,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PretrainedConfig,
@@ -19,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
+    WhisperConfig,
 )
 from vllm import SamplingParams
 
@@ -92,12 +98,74 @@ def test_sliding_windows(engine, tmp_path, make):
     assert [layer.self_attn.attn.sliding_window for layer in runner.speculator.model.model.layers] == [None, None]
 
 
+@pytest.mark.feature("targets with attention sinks", chain="same tokens")
+def test_attention_sinks(engine, tmp_path):
+    def make(shape: dict) -> PreTrainedModel:
+        return GraniteForCausalLM(GraniteConfig(**shape, attention_sinks=True, attention_multiplier=32**-0.5))
+
+    pair = save_pair(tmp_path, make)
+    tensors = load_file(pair.target / "model.safetensors")
+    sinks = torch.linspace(-2, 5, 8).view(4, 2)  # transformers' model has none
+    tensors.update({f"model.layers.{layer}.self_attn.sinks": row.clone() for layer, row in enumerate(sinks)})
+    save_file(tensors, pair.target / "model.safetensors")
+    llm = answered_as_without_drafter(engine, pair, "chain")
+    assert torch.stack([attention.impl.sinks for attention in attention_of(llm)]).equal(sinks)
+
+
+@pytest.mark.feature("targets with attention soft caps", chain="same tokens")
+def test_attention_soft_caps(engine, tmp_path):
+    def make(shape: dict) -> PreTrainedModel:
+        config = Gemma4TextConfig(
+            **{**shape, "eos_token_id": 1}, layer_types=["full_attention"] * 4, global_head_dim=32,
+            hidden_size_per_layer_input=0, attn_logit_softcapping=2.0,
+        )  # fmt: skip
+        return Gemma4ForCausalLM(config)
+
+    llm = answered_as_without_drafter(engine, save_pair(tmp_path, make), "chain")
+    assert [attention.impl.logits_soft_cap for attention in attention_of(llm)] == [2.0] * 4
+
+
+def attention_of(llm) -> list:
+    """The target's attention layers."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return [layer.self_attn.attn for layer in runner.model.model.layers]
+
+
+REFUSED_BY_VLLM = "not testable on a CPU: vLLM refuses it there"
+
+
+@pytest.mark.feature("targets with ALiBi", chain=REFUSED_BY_VLLM)
+@pytest.mark.skipif(not cpu.is_needed(), reason="other backends have it")
+@pytest.mark.parametrize("draft", [None, "chain"])
+def test_alibi_is_refused_on_a_cpu(engine, tiny_pair, draft):
+    """With a drafter as without, for the one architecture of vLLM's that has ALiBi and reports hidden states: a Step
+    model has a Llama's tensors. Should this fail, it can be tested."""
+    with pytest.raises(ValueError, match="use_alibi_sqrt is not supported by backend CPU_ATTN"):
+        step = {"architectures": ["Step1ForCausalLM"]}
+        engine(tiny_pair.target, draft and drafting(tiny_pair, draft), hf_overrides=step)
+
+
+@pytest.mark.feature(
+    "attention backends other than FLASH_ATTN, TRITON_ATTN and CPU_ATTN",
+    chain="not testable on a CPU: vLLM has one backend there",
+)
+@pytest.mark.skipif(not cpu.is_needed(), reason="there are other backends")
+def test_another_backend_is_not_taken_on_a_cpu(engine, tiny_pair):
+    llm = engine(tiny_pair.target, drafting(tiny_pair, "chain"), attention_backend="FLASHINFER")
+    assert [attention.attn_backend.get_name() for attention in attention_of(llm)] == ["CPU_ATTN"] * 4
+
+
 def latent_attention(shape: dict) -> PretrainedConfig:
     return DeepseekV3Config(**shape, kv_lora_rank=512, architectures=["DeepseekV3ForCausalLM"])
 
 
 def linear_attention(shape: dict) -> PretrainedConfig:
     return Qwen3NextConfig(**shape, architectures=["Qwen3NextForCausalLM"])
+
+
+def rotary_positions_of_three_kinds(shape: dict) -> PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    return Qwen3Config(**shape, rope_parameters=rope, architectures=["Qwen3ForCausalLM"])
 
 
 ON_A_CPU = "not testable on a CPU: refused there"
@@ -109,7 +177,11 @@ ON_A_CPU = "not testable on a CPU: refused there"
     ("make", "what"),
     [
         pytest.param(make, what, marks=pytest.mark.feature(what, chain=ON_A_CPU), id=what)
-        for make, what in ((latent_attention, "MLA targets"), (linear_attention, "hybrid and recurrent targets"))
+        for make, what in (
+            (latent_attention, "MLA targets"),
+            (linear_attention, "hybrid and recurrent targets"),
+            (rotary_positions_of_three_kinds, "targets with multimodal rotary positions"),
+        )
     ],
 )
 def test_targets_without_kernels_on_a_cpu(tiny_pair, tmp_path, monkeypatch, make, what, draft, says):
@@ -118,6 +190,49 @@ def test_targets_without_kernels_on_a_cpu(tiny_pair, tmp_path, monkeypatch, make
     make({**SHAPE, "vocab_size": 98}).save_pretrained(tmp_path)
     text = startup_error(tmp_path, drafting(tiny_pair, draft))
     assert says in text and what in text
+    assert is_one_sentence(text)
+
+
+def without_hidden_states(shape: dict) -> PretrainedConfig:
+    return BloomConfig(**shape, n_layer=4, n_head=2, architectures=["BloomForCausalLM"])
+
+
+def encoder_and_decoder(shape: dict) -> PretrainedConfig:
+    layers = {"encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return WhisperConfig(
+        vocab_size=shape["vocab_size"], d_model=HIDDEN, **layers, max_target_positions=256, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, architectures=["WhisperForConditionalGeneration"],
+    )  # fmt: skip
+
+
+NOT_REPORTED = "refused: vLLM's model does not report them"
+NONE_REPORTS = "refused: none of vLLM's reports hidden states"
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    ("make", "architecture"),
+    [
+        pytest.param(
+            without_hidden_states,
+            "BloomForCausalLM",
+            marks=pytest.mark.feature("targets without auxiliary hidden states", chain=NOT_REPORTED, tree=NOT_REPORTED),
+        ),
+        pytest.param(
+            encoder_and_decoder,
+            "WhisperForConditionalGeneration",
+            marks=pytest.mark.feature("encoder-decoder targets", chain=NONE_REPORTS),
+        ),
+    ],
+    ids=["Bloom", "Whisper"],
+)
+def test_targets_that_do_not_report_hidden_states(tiny_pair, tmp_path, monkeypatch, make, architecture, draft):
+    """Chains would not help them: trees say the same."""
+    monkeypatch.setenv(plugin.V2_VARIABLE, "1")
+    save_tokenizer(tmp_path)
+    make({**SHAPE, "vocab_size": 98}).save_pretrained(tmp_path)
+    text = startup_error(tmp_path, drafting(tiny_pair, draft))
+    assert f"vLLM's {architecture} does not report" in text and "serve this target without drafter" in text
     assert is_one_sentence(text)
 
 
@@ -164,3 +279,11 @@ def test_multimodal_targets_need_torchvision(module):
     """Those of vLLM's multimodal models that report auxiliary hidden states; with and without a drafter."""
     with pytest.raises(ModuleNotFoundError, match="torchvision"):
         importlib.import_module(f"vllm.model_executor.models.{module}")
+
+
+@pytest.mark.feature("diffusion targets", chain=NO_TORCHVISION)
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="there is torchvision: they can be tested")
+def test_diffusion_targets_need_torchvision():
+    """vLLM has one, and it is multimodal; transformers says which of its classes is not there for lack of it."""
+    with pytest.raises(ModuleNotFoundError, match="torchvision|Gemma4Processor"):
+        importlib.import_module("vllm.model_executor.models.diffusion_gemma")
