@@ -1,13 +1,13 @@
 """Stands in for a vLLM server that the soak asks; the first argument is the one thing that is wrong with it, or "".
 
-    wrong    every 20th answer has another second token
-    hang     every 20th request is never answered
+    wrong    every 10th answer has another second token
+    hang     every 10th request is never answered
     leak     a KV block stays in use
     falls    a counter loses most of what it has counted
-    fails    every 20th request ends with status 500
+    fails    every 10th request ends with status 500
     idle     no drafted token is accepted
     accepts  what vLLM refuses
-    cut      every 20th answer lacks its last token
+    cut      every 10th answer lacks its last token
 
 It prints its port.
 """
@@ -52,17 +52,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         global done
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        is_twentieth = next(count) % 20 == 0
+        is_tenth = next(count) % 10 == 0
         if "min_p" in body and FAULT != "accepts":
             return self.reply({"error": "min_p"}, 400)
-        if FAULT == "hang" and is_twentieth:
+        if FAULT == "hang" and is_tenth:
             threading.Event().wait()
-        if FAULT == "fails" and is_twentieth:
+        if FAULT == "fails" and is_tenth:
             return self.reply({"error": "cheese"}, 500)
         tokens = tokens_of(body)
-        if FAULT == "wrong" and is_twentieth and len(tokens) > 1:
+        if FAULT == "wrong" and is_tenth and len(tokens) > 1:
             tokens[1] += 100
-        if FAULT == "cut" and is_twentieth and len(tokens) > 1:
+        if FAULT == "cut" and is_tenth and len(tokens) > 1:
             tokens.pop()
         time.sleep(0.01)
         done += 1
@@ -91,6 +91,7 @@ def kind(name: str) -> str:
 
 
 if __name__ == "__main__":
+    ThreadingHTTPServer.request_queue_size = 128  # of 5, a burst overflows on a busy machine, and clients are reset
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()

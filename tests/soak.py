@@ -14,8 +14,8 @@ penalties and grammars, refused ones, and clients that hang up. Checked are
     counters   never fall; drafts were accepted
     log        has no error (servers that this program started)
 
-Progress and the table go to stderr, the report as JSON to stdout. The exit status is 1 if anything was wrong. The seed
-decides pool and order; --seed repeats a run as far as a network can.
+Progress and the table go to stderr, the report as JSON to stdout, also after Ctrl-C or SIGTERM. The exit status is 1 if
+anything was wrong. The seed decides pool and order; --seed repeats a run as far as a network can.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # behind this folder
 
 from pair import DRAFTER, PROMPTS, TARGET, ctc_config, without_drafter  # noqa: E402
-from server import Endpoint, RunningServer, Server, StartupError, on_cpu, stop_on_sigterm  # noqa: E402
+from server import Endpoint, RunningServer, Server, StartupError, on_cpu  # noqa: E402
 
 URL = "/v1/completions"
 POOL = 120
@@ -74,13 +75,12 @@ class Soak:
         async with client(self.server, hang_seconds) as self.client:
             await self.settle()
             first = self.counters
-            while (now := self.elapsed()) < self.seconds and len(self.report.faults) < MAX_FAULTS:
-                until = min(now + min(SETTLE_SECONDS, self.seconds / 12), self.seconds)
-                while self.elapsed() < until:
-                    await self.phase()
-                    self.progress()
-                await self.settle()
-        self.report.seconds = self.elapsed()
+            try:
+                await self.traffic()
+            finally:  # interrupted, before requests under way take the client's end for the server's fault
+                for task in self.running:
+                    task.cancel()
+                await asyncio.gather(*self.running, return_exceptions=True)
         drafts, accepted = (self.counters.get(name, 0) - first.get(name, 0) for name in (DRAFTS, ACCEPTED))
         self.report.acceptance_length = 1 + accepted / drafts if drafts else 0.0
         if not accepted:
@@ -88,6 +88,14 @@ class Soak:
         growth = self.report.growth_mib()
         if growth is not None and growth > MAX_GROWTH_MIB:
             self.fault(f"the idle server's memory grew by {growth:.0f} MiB, {MAX_GROWTH_MIB:.0f} at most")
+
+    async def traffic(self) -> None:
+        while (now := self.elapsed()) < self.seconds and len(self.report.faults) < MAX_FAULTS:
+            until = min(now + min(SETTLE_SECONDS, self.seconds / 12), self.seconds)
+            while self.elapsed() < until:
+                await self.phase()
+                self.progress()
+            await self.settle()
 
     def body(self, ask: Ask, **more: object) -> dict:
         return {**ask.body, "model": self.server.model, **more}
@@ -100,7 +108,8 @@ class Soak:
         self.bar.write(f"FAULT at {self.report.faults[-1]}", file=sys.stderr)
 
     def progress(self) -> None:
-        self.bar.update(min(self.elapsed(), self.seconds) - self.bar.n)
+        self.report.seconds = self.elapsed()
+        self.bar.update(min(self.report.seconds, self.seconds) - self.bar.n)
         mib = f"{self.report.idle_mib[-1][1]:.0f} MiB" if self.report.idle_mib else ""
         self.bar.set_postfix_str(f"{self.report.answers.total()} answers, {len(self.report.faults)} faults, {mib}")
 
@@ -258,6 +267,12 @@ def soak(args: argparse.Namespace, report: Report, folder: Path) -> None:
             asyncio.run(Soak(server, asks, expected, 60 * args.minutes, report).run(args.hang_seconds, bar))
 
 
+def end_on_signals() -> None:
+    """SIGTERM as Ctrl-C, which asyncio takes where nothing is cut in two. Jobs in the background ignore the latter."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
@@ -273,7 +288,7 @@ def main() -> int:
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(10**6)
     print(f"seed {args.seed}", file=sys.stderr)
-    stop_on_sigterm()
+    end_on_signals()
     report = Report(args.seed, args.base_url or args.draft)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         try:

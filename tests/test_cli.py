@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,10 +45,13 @@ CHANGED = {
     "init": "other", "steps": 7, "batch_size": 3, "accumulate": 2, "anchors": 5, "position_decay": 2.0,
     "optimizer": "adamw", "lr": 0.5, "warmup": 1, "clip": 2.0, "seed": 4, "temperature": 0.7, "max_new_tokens": 11,
     "held_out": 13, "save_every": 17, "eval_every": 19, "dtype": "bf16",
+    "chat_template_kwargs": {"enable_thinking": False},
 }  # fmt: skip
 
 
 def as_typed(value) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -62,9 +66,13 @@ def test_every_setting_has_an_option(name, asked):
 
 def test_a_configuration_file_gives_settings_and_the_command_line_wins(asked, tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('target = "from-file"\ndata = "d"\nlr = 1\naux_layers = [1, 2]\nnum_labels = 4\n')
+    file.write_text(
+        'target = "from-file"\ndata = "d"\nlr = 1\naux_layers = [1, 2]\nnum_labels = 4\n[chat_template_kwargs]\na = 1\n'
+    )
     assert cli.main(["train", "--config", str(file), "--output", "o", "--target", "given", "--num-labels", "5"]) == 0
-    expected = TrainConfig(target="given", data="d", lr=1, aux_layers=(1, 2), num_labels=5)
+    expected = TrainConfig(
+        target="given", data="d", lr=1, aux_layers=(1, 2), num_labels=5, chat_template_kwargs={"a": 1}
+    )
     assert asked[0][0] == expected
 
 
@@ -143,6 +151,15 @@ def test_help_explains_every_option(capsys, monkeypatch):
     assert "(default: 12)" in shown
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_says_that_a_gpu_computes_in_bf16(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.count("(default: bf16 on a GPU, else fp32)") == 1 and "None" not in shown
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -162,6 +179,18 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
     assert "the disk is full" in error and "the same command continues" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_cuda_is_not_started_by_looking_for_it(given, expected, monkeypatch):
+    """Processes that vLLM forks later could not use it."""
+    name, seen = "PYTORCH_NVML_BASED_CUDA_CHECK", []
+    monkeypatch.setenv(name, given or "")  # restored after the test, also if it was not set
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(run, "train", lambda *args: seen.append(os.environ.get(name)) or "done")
+    assert cli.main(REQUIRED) == 0
+    assert seen == [expected]
+
+
 def test_a_run_from_the_command_line(tmp_path, capsys):
     target, rows = make_target(tmp_path / "target"), write_rows(tmp_path / "rows.jsonl")
     small = "--steps 2 --batch-size 2 --anchors 3 --max-new-tokens 12 --num-frames 4 --num-labels 2".split()
@@ -172,6 +201,10 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert "22 prompts for training, 2 held out." in shown
     assert f'"model": "{output}"' in shown
     assert json.loads((output / "config.json").read_text())["num_frames"] == 4
+    arguments = ["--chat-template-kwargs", '{"enable_thinking": false}']
+    assert cli.main([*command, "--output", str(tmp_path / "other"), *arguments]) == 0
+    labels = json.loads((tmp_path / "other" / "work" / "labels" / "settings.json").read_text())
+    assert labels["chat_template_kwargs"] == {"enable_thinking": False}
     assert cli.main([*command, "--lr", "1"]) == 1
     assert "--lr 0.004 -> 1.0" in capsys.readouterr().err
 
@@ -242,6 +275,7 @@ DATA = ["data", "--target", "t", "--prompts", "p", "--output", "o"]
 DATA_DEFAULTS = {
     "target": "t", "prompts": "p", "output": Path("o"), "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
     "held_out": 100, "hidden_states": False, "dtype": "auto", "aux_layers": None, "tensor_parallel_size": 1,
+    "chat_template_kwargs": None,
 }  # fmt: skip
 
 
@@ -276,11 +310,22 @@ def test_data_defaults(data_asked, capsys):
         ("held_out", 3),
         ("dtype", "bfloat16"),
         ("tensor_parallel_size", 2),
+        ("chat_template_kwargs", {"enable_thinking": False}),
     ],
 )
 def test_data_options_reach_the_settings(data_asked, name, value):
-    assert cli.main([*DATA, "--" + name.replace("_", "-"), str(value)]) == 0
+    assert cli.main([*DATA, "--" + name.replace("_", "-"), as_typed(value)]) == 0
     assert data_asked[0][0] == DataConfig(**{**DATA_DEFAULTS, name: value})
+
+
+@pytest.mark.parametrize("text", ["{enable_thinking: false}", "[1]", "false", ""])
+def test_arguments_of_the_chat_template_that_are_no_object(data_asked, capsys, text):
+    with pytest.raises(SystemExit):
+        cli.main([*DATA, "--chat-template-kwargs", text])
+    said = (
+        f"""argument --chat-template-kwargs: {text!r} is not a JSON object, such as '{{"enable_thinking": false}}'."""
+    )
+    assert capsys.readouterr().err.endswith(f"vllm-ctc data: error: {said}\n") and not data_asked
 
 
 def test_data_switches(data_asked):

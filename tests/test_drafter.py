@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from vllm_ctc_spec import drafter as module
 from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import WITHOUT_GROUPED_HEADS, CTCDrafter
 
 CONFIG = DrafterConfig(
     hidden_size=32, vocab_size=50, target_num_layers=4, aux_hidden_state_layer_ids=(1, 2, 3), num_frames=6,
@@ -74,6 +76,22 @@ def test_an_anchor_sees_only_what_is_before_it_and_its_own_block(drafter):
     after = drafter(aux, other, positions).logits
     torch.testing.assert_close(after[0, 0], before[0, 0])
     assert (after[0, 1] - before[0, 1]).abs().max() > 1e-4
+
+
+def test_attention_without_grouped_heads_gives_the_same_frames(drafter, monkeypatch):
+    """As on CUDA, where the fused kernels take a mask or grouped heads."""
+    attention, grouped = F.scaled_dot_product_attention, []
+
+    def watched(*args, enable_gqa, **kwargs):
+        grouped.append(enable_gqa)
+        return attention(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    expected = drafter(*inputs())
+    monkeypatch.setattr(module, "WITHOUT_GROUPED_HEADS", ("cpu",))
+    torch.testing.assert_close(drafter(*inputs()).logits, expected.logits)
+    assert grouped == [True] * 2 + [False] * 2  # two layers each
+    assert "cuda" in WITHOUT_GROUPED_HEADS
 
 
 def test_frames_see_each_other_in_both_directions(drafter):

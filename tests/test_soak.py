@@ -1,8 +1,9 @@
 """`tests/soak.py` finds what is wrong with a server, and nothing wrong with a sound one."""
 
+import contextlib
 import importlib.util
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import psutil
 import pytest
 
@@ -114,14 +116,66 @@ def test_two_minutes_of_the_embedded_pair(draft):
     assert report["compared"] > 50 and report["acceptance_length"] > 2 and report["growth_mib"] is not None
 
 
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(PROGRAM), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(program: subprocess.Popen, number: int) -> dict:
+    """The report that the program prints after the signal."""
+    program.send_signal(number)
+    printed, shown = program.communicate(timeout=60)
+    assert program.returncode == 1, shown
+    report = json.loads(printed.splitlines()[-1])
+    assert report["faults"] == ["interrupted"], shown
+    assert "soak, " in shown and "acceptance length" in shown and "Traceback" not in shown
+    return report
+
+
+@SIGNALS
+def test_a_signal_in_the_midst_of_traffic_ends_in_a_report(number, fake):
+    """Some requests are under way for certain, and their end is no fault of the server's."""
+    url = fake("hang")
+    program = start("--base-url", url, "--reference-url", fake(""), "--minutes", "5")
+    try:
+        deadline = time.monotonic() + 60
+        while counted(url) < 30:
+            assert program.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        report = interrupt(program, number)
+    finally:
+        program.kill()
+        program.wait()
+    assert sum(report["answers"].values()) > 10 and 0 < report["seconds"] < 100
+
+
+def counted(url: str) -> int:
+    """Requests that a fake server has answered."""
+    with httpx.Client(trust_env=False) as client:
+        text = client.get(f"{url}/metrics").text
+    return int(re.search(r"num_drafts_total (\d+)", text)[1])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@SIGNALS
 def test_a_signal_stops_the_servers(number):
     """A server starts, about half a minute, and is gone when the program has ended."""
-    program = subprocess.Popen([sys.executable, str(PROGRAM)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (started := psutil.Process(program.pid).children(recursive=True)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(program.pid, number)
-    assert program.wait(60) not in (0, -number)
-    assert started and not [process for process in started if process.is_running()]
+    program, servers = start(), []
+    try:
+        deadline = time.monotonic() + 60
+        while not servers and time.monotonic() < deadline:
+            time.sleep(0.1)
+            servers = psutil.Process(program.pid).children(recursive=True)
+        report = interrupt(program, number)
+        left = [process for process in servers if process.is_running()]
+    finally:
+        program.kill()
+        program.wait()
+        for process in servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert report["seconds"] == 0 and not report["answers"]
+    assert servers and not left

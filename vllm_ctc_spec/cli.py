@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import errno
 import functools
+import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from vllm_ctc_spec.config import LATTICES, DrafterConfigError
 from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 from vllm_ctc_spec.training.settings import (
     CHOICES,
+    DEFAULT_DTYPE,
     PARALLEL,
     TrainConfig,
     TrainingError,
@@ -41,7 +44,7 @@ TRAIN_HELP = {
     "init": "drafter to take weights from, by name and shape, such as one that --loss ce warmed up",
     "steps": "updates",
     "batch_size": "sequences in a step, of all workers together",
-    "accumulate": "parts of a step, one after the other: the same update in less memory",
+    "accumulate": "parts of a step, one after the other: the same update in less memory; a run may change it",
     "anchors": "random drafting positions per sequence and step",
     "position_decay": "label k weighs exp(-(k - 1) / this) in the loss",
     "optimizer": "muon: for the matrices, and AdamW for the rest; adamw: for everything",
@@ -51,10 +54,12 @@ TRAIN_HELP = {
     "seed": "of the weights, the order and the anchors",
     "temperature": "of the target's responses, 0 = greedy",
     "max_new_tokens": "longest response of the target",
+    "chat_template_kwargs": "arguments of the target's chat template as a JSON object, those that the server will use, "
+    """such as '{"enable_thinking": false}' for Qwen3""",
     "held_out": "last rows of the file that measure acceptance and are never trained on; at most a tenth",
     "save_every": "steps between checkpoints",
     "eval_every": "steps between measurements of the held-out acceptance length; the best one is kept",
-    "dtype": "of the target, and of the drafter's matrix products",
+    "dtype": f"of the target, and of the drafter's matrix products (default: {DEFAULT_DTYPE})",
 }
 
 
@@ -66,7 +71,20 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-ARGUMENT_TYPES = {"aux_layers": whole_numbers, "blank_share": float, "markov_rank": int, "transition_rank": int}
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"""{text!r} is not a JSON object, such as '{{"enable_thinking": false}}'.""")
+    return value
+
+
+ARGUMENT_TYPES = {
+    "aux_layers": whole_numbers, "blank_share": float, "markov_rank": int, "transition_rank": int,
+    "chat_template_kwargs": json_object,
+}  # fmt: skip
 
 
 def add_train(commands) -> None:
@@ -155,6 +173,9 @@ def add_data(commands) -> None:
         default = getattr(TrainConfig, name)
         help_text = "of sampled responses" if name == "seed" else TRAIN_HELP[name]
         parser.add_argument(option(name), type=type(default), default=default, help=help_text)
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, metavar="JSON", help=TRAIN_HELP["chat_template_kwargs"]
+    )
     parser.add_argument("--hidden-states", action="store_true", help="store what a drafter reads of the target too")
     parser.add_argument("--aux-layers", type=whole_numbers, metavar="1,2,3", help=TRAIN_HELP["aux_layers"])
     parser.add_argument(
@@ -205,7 +226,7 @@ def add_eval(commands) -> None:
     kinds = {"nodes": whole_numbers, "dtype": str}
     for name, text in EVAL_HELP.items():
         default = getattr(EvalConfig, name)
-        shown = ",".join(map(str, default)) if name == "nodes" else default
+        shown = {"nodes": ",".join(map(str, EvalConfig.nodes)), "dtype": DEFAULT_DTYPE}.get(name, default)
         parser.add_argument(
             option(name), type=kinds.get(name, int), default=default, choices=CHOICES.get(name),
             help=f"{text} (default: {shown})",
@@ -239,6 +260,9 @@ def terminate(*_: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # As vLLM does when it is imported: without it torch.cuda.is_available() starts CUDA, and the processes that vLLM
+    # forks from this one later could not use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(prog="vllm-ctc", description="CTC drafters for vLLM's speculative decoding.")
     parser.set_defaults(after_interrupt="the same command continues")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

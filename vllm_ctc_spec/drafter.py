@@ -31,7 +31,10 @@ from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError
 from vllm_ctc_spec.ctc import NEG, slot_transitions, transition_log_probs
 
 INIT_STD = 0.02
+WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, and not both
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
+MAX_NUMBER_BYTES = 8  # of the largest of them
+MAX_HEADER_BYTES = 2**20  # of a weights file; a real one has at most a tenth
 
 
 class Lattice(NamedTuple):
@@ -89,7 +92,10 @@ class DraftAttention(nn.Module):
         q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), positions, theta)
         k = rotate(self.k_norm(self._heads(self.k_proj(both))), both_positions, theta)
         v = self._heads(self.v_proj(both))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if hidden.device.type in WITHOUT_GROUPED_HEADS:
+            # Else all scores would be written out: 6 GB and more with contexts of thousands of tokens.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -261,7 +267,7 @@ class CTCDrafter(nn.Module):
     def start_from(self, folder: str | Path) -> None:
         """Take over the weights of another drafter that this one has too, by name and shape: a start for another
         lattice, loss or number of layers (DrafterConfigError if there is none)."""
-        DrafterConfig.load(folder)
+        check_weights(folder, DrafterConfig.load(folder))
         mine = self.state_dict()
         given = load_file(Path(folder) / WEIGHTS_NAME)
         shared = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
@@ -282,7 +288,8 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
     """Refuse weights that are not this configuration's: names, shapes, types, numbers (DrafterConfigError).
 
     It runs before anything large is loaded. Names and shapes come from the file's header, so that a file that does not
-    fit is refused before its values are read; these are read once, out of the file's pages.
+    fit is refused before its values are read; these are read once, out of the file's pages. Sizes come first: reading a
+    header of a hundred megabytes, as large as safetensors allows, takes many seconds and a gigabyte.
     """
     path = Path(folder) / WEIGHTS_NAME
     _refuse_other_weights(path)
@@ -290,6 +297,7 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
         table = torch.empty(config.vocab_size, config.hidden_size)
         expected = {name: list(tensor.shape) for name, tensor in CTCDrafter(config, table, table).state_dict().items()}
     try:
+        _refuse_other_sizes(path, sum(map(math.prod, expected.values())))
         with safe_open(path, framework="pt") as file:
             given = {name: file.get_slice(name) for name in file.keys()}
             _refuse_other_shapes(path, expected, {name: weight.get_shape() for name, weight in given.items()})
@@ -299,6 +307,11 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
         raise DrafterConfigError(
             f"The CTC drafter's weights {path} are damaged ({' '.join(str(error).split())}); "
             "train it again or restore the file."
+        ) from error
+    except RuntimeError as error:  # what torch makes of a file that is larger than the memory
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} cannot be mapped into memory ({' '.join(str(error).split())}); "
+            "use a machine with more memory, or restore the drafter if it should be smaller."
         ) from error
 
 
@@ -311,6 +324,18 @@ def _refuse_other_weights(path: Path) -> None:
             f"The CTC drafter at {path.parent} has {shown(others[0])} beside {path.name}, which vLLM would read too; "
             "move it to another folder."
         )
+
+
+def _refuse_other_sizes(path: Path, numbers: int) -> None:
+    size, most = path.stat().st_size, numbers * MAX_NUMBER_BYTES + MAX_HEADER_BYTES
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    for what, given, allowed in (("header", header, MAX_HEADER_BYTES), ("file", size, most)):
+        if given > allowed:
+            raise DrafterConfigError(
+                f"The CTC drafter's weights {path} are damaged (a {what} of {given} bytes, where this configuration "
+                f"needs {allowed} at most); train it again or restore the file."
+            )
 
 
 def _refuse_other_shapes(path: Path, expected: dict[str, list[int]], given: dict[str, list[int]]) -> None:

@@ -9,13 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import openai
 import psutil
 import pytest
+import server as benchmark_server
 from server import Server
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -24,7 +27,8 @@ from vllm_ctc_spec import plugin
 
 from .conftest import DRAFTS, Pair
 
-SOON = 30  # seconds in which a client hears of it, and the server ends
+SOON = 60  # seconds in which a client hears of it, and the server ends; few of them on an idle machine
+PATIENCE = 15  # seconds of a client that waits in vain
 
 
 @pytest.fixture
@@ -67,29 +71,49 @@ def users_environment(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@contextmanager
+def long_answer(server: Server, seconds: float = SOON) -> Iterator[Future[str]]:
+    """A request under way: its first token is there. The future is how it ended, for a client with so much patience."""
+    client, begun = server.client().with_options(max_retries=0, timeout=seconds), Event()
+
+    def read() -> str:
+        asked = {"model": server.model, "prompt": "A farmer has", "max_tokens": 450, "extra_body": {"ignore_eos": True}}
+        for chunk in client.completions.create(stream=True, **asked):
+            begun.set()
+            ending = chunk.choices[0].finish_reason
+        return ending
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(read)
+        assert begun.wait(SOON)
+        yield answer
+
+
+def short_answer(server: Server) -> str:
+    client = server.client().with_options(max_retries=0, timeout=SOON)
+    asked = {"model": server.model, "prompt": "A farmer has", "max_tokens": 20, "temperature": 0}
+    return client.completions.create(**asked).choices[0].text
+
+
+def left(processes: list[psutil.Process], seconds: float = SOON) -> set[str]:
+    """Names of those that have not ended by then."""
+    alive = psutil.wait_procs(processes, timeout=seconds)[1]
+    return {process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE}
+
+
 def kill_and_see(server: Server, name: str) -> None:
     """SIGKILL for the process of that name in the midst of a request: the client hears of it, so does the next one, and
     the whole server ends by itself."""
-    client = server.client().with_options(max_retries=0, timeout=SOON)
-
-    def long_answer() -> int:
-        stream = client.completions.create(
-            model=server.model, prompt="A farmer has", max_tokens=450, stream=True, extra_body={"ignore_eos": True}
-        )
-        return sum(1 for _ in stream)
-
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(long_answer)
-        time.sleep(0.2)
+    with long_answer(server) as answer:
         processes = server.processes()
         (victim,) = [process for process in processes if process.name() == name]
         victim.kill()
         with pytest.raises(openai.APIError):
-            answer.result(timeout=SOON)
+            answer.result()
     with pytest.raises(openai.APIError):
-        client.completions.create(model=server.model, prompt="A farmer has", max_tokens=1)
+        short_answer(server)
     server.process.wait(timeout=SOON)
-    assert not [p for p in psutil.wait_procs(processes, timeout=SOON)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    assert not left(processes)
     assert "EngineDeadError" in server.log_path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -102,10 +126,49 @@ def test_a_killed_engine_or_worker_ends_the_server_and_the_next_one_serves(demo_
     for victim in ("VLLM::Worker", "VLLM::EngineCore"):
         options = {"log_path": tmp_path / f"{len(said)}.log", "extra_args": ("--max-model-len", "512")}
         with Server(demo_pair.target, drafter, **options) as server:
-            asked = {"model": server.model, "prompt": "A farmer has", "max_tokens": 20, "temperature": 0}
-            said.append(server.client().completions.create(**asked).choices[0].text)
+            said.append(short_answer(server))
             kill_and_see(server, victim)
     assert said[0] and said[0] == said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_signals_to_the_api_server_and_a_new_one_on_its_port(demo_pair, tmp_path, monkeypatch):
+    """Three servers one after the other, about two minutes on an idle machine."""
+    users_environment(monkeypatch)
+    port = benchmark_server.free_port()
+    monkeypatch.setattr(benchmark_server, "free_port", lambda: port)
+    drafter = {"method": "ctc", "model": str(demo_pair.drafter), "ctc_draft": "tree", "num_speculative_tokens": 8}
+
+    def start(name: str, *options: str) -> Server:
+        options = ("--max-model-len", "512", *options)
+        return Server(demo_pair.target, drafter, extra_args=options, log_path=tmp_path / name)
+
+    with start("terminated") as server:
+        said = short_answer(server)
+        with long_answer(server, PATIENCE) as answer:
+            processes = server.processes()
+            server.process.terminate()
+            # vLLM ends the engine without a word to the client, and the API server waits for the client to give up.
+            with pytest.raises(openai.APIError):
+                answer.result()
+        assert server.process.wait(timeout=SOON) == 0 and not left(processes)
+    with start("killed") as server:
+        assert short_answer(server) == said
+        with long_answer(server) as answer:
+            processes = server.processes()
+            server.process.kill()
+            with pytest.raises(openai.APIConnectionError):
+                answer.result(timeout=PATIENCE)
+        assert {"VLLM::EngineCore", "VLLM::Worker"} <= left(processes, PATIENCE)
+        # What is left holds memory, and not the port.
+        with start("drained", "--shutdown-timeout", "60") as server:
+            assert short_answer(server) == said
+            with long_answer(server) as answer:
+                processes = server.processes()
+                server.process.terminate()
+                assert answer.result() == "length"
+            assert server.process.wait(timeout=SOON) == 0 and not left(processes)
 
 
 @pytest.mark.slow

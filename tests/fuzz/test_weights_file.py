@@ -9,7 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from vllm_ctc_spec.config import WEIGHTS_NAME
+from vllm_ctc_spec import drafter
+from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfigError
+from vllm_ctc_spec.drafter import MAX_HEADER_BYTES
 
 from .checkpoints import CONFIG, Checkpoints
 
@@ -159,11 +161,63 @@ def test_values_that_are_not_numbers_in_every_tensor(dtype, value, checkpoints, 
         assert f"{name} holds infinities or values that are not numbers" in text
 
 
-def test_a_header_of_many_tensors_is_read_in_bounded_time(checkpoints):
-    """A hundred thousand empty tensors: refused by name, and the sentence stays short."""
+def empty_tensors(count: int) -> bytes:
+    """A file of nothing else."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    text = json.dumps({f"t{i}": entry for i in range(100_000)}).encode()
-    assert "do not fit its configuration" in refusal(checkpoints, struct.pack("<Q", len(text)) + text)
+    text = json.dumps({f"t{i}": entry for i in range(count)}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_a_header_of_many_tensors_is_read_in_bounded_time(checkpoints):
+    """As many as it may have: refused by name, and the sentence stays short."""
+    content = empty_tensors(14_000)
+    assert 0.8 * MAX_HEADER_BYTES < len(content) < MAX_HEADER_BYTES
+    assert "do not fit its configuration" in refusal(checkpoints, content)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "spaces", "metadata"])
+def test_a_larger_header_is_not_read(kind, checkpoints, monkeypatch):
+    """safetensors allows 100 MB, also of what it then ignores."""
+    size = header_size(checkpoints.weights)
+    fields, data = json.loads(checkpoints.weights[8:size]), checkpoints.weights[size:]
+    metadata = {"__metadata__": {"a": "b" * MAX_HEADER_BYTES}}
+    text = json.dumps({**metadata, **fields} if kind == "metadata" else fields).encode()
+    if kind == "spaces":
+        text += b" " * MAX_HEADER_BYTES
+    content = empty_tensors(20_000) if kind == "tensors" else struct.pack("<Q", len(text)) + text + data
+    monkeypatch.setattr(drafter, "safe_open", None)
+    assert "are damaged (a header of" in refusal(checkpoints, content)
+
+
+@pytest.mark.parametrize("kind", ["behind the end", "a tensor"])
+def test_a_huge_file_is_not_opened(kind, checkpoints, monkeypatch):
+    """It has holes, so that it takes no room on the disk; a sound header may claim all of it."""
+    header = header_size(checkpoints.weights)
+    fields = json.loads(checkpoints.weights[8:header])
+    if kind == "a tensor":
+        fields = {"fc.weight": {"dtype": "F32", "shape": [2**36], "data_offsets": [0, 2**38]}}
+    text = json.dumps(fields).encode()
+    monkeypatch.setattr(drafter, "safe_open", None)
+    with checkpoints.copy() as folder, (folder / WEIGHTS_NAME).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 2**38)
+        assert f"are damaged (a file of {8 + len(text) + 2**38} bytes" in checkpoints.refusal(folder)
+
+
+def test_weights_that_are_larger_than_the_memory(checkpoints, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("unable to mmap 51573648891 bytes from file <w>:\nCannot allocate memory (12)")
+
+    monkeypatch.setattr(drafter, "safe_open", full)
+    text = checkpoints.refusal(checkpoints.sound)
+    assert "cannot be mapped into memory (unable to mmap 51573648891 bytes" in text and "more memory" in text
+
+
+def test_weights_to_start_a_training_from_are_checked_too(checkpoints):
+    with checkpoints.copy() as folder:
+        (folder / WEIGHTS_NAME).write_bytes(checkpoints.weights[:-1])
+        with pytest.raises(DrafterConfigError, match="are damaged"):
+            drafter.CTCDrafter(CONFIG, *checkpoints.tables).start_from(folder)
 
 
 def test_the_weights_are_those_of_the_configuration(tensors):

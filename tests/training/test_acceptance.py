@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_draft
     for size in (4, 16):
         in_tree = lambda drafting, size=size: int(drafting.accepted_in(drafting.tree(size)))  # noqa: E731
         assert measured[size].steps == [loop(in_tree)]
+
+
+def test_the_logits_of_few_anchors_are_there_at_a_time(make_drafter, monkeypatch):
+    """However long the response is."""
+    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", 2)
+    at, logits, most = Drafting.at, [], []
+
+    def watched(*args):
+        most.append(sum(there() is not None for there in logits))
+        drafting = at(*args)
+        logits.append(weakref.ref(drafting.frames.logits))
+        return drafting
+
+    monkeypatch.setattr(Drafting, "at", watched)
+    drafter, features = make_drafter()
+    measure_chain(drafter, features, [EXAMPLE])
+    measure_trees(drafter, features, [EXAMPLE], [4, 16])
+    measure_sampled_chain(drafter, features, [EXAMPLE], lambda example: torch.zeros(9))
+    assert most == [0] * 12  # four parts each
 
 
 def test_sampled_chains_are_accepted_by_the_ratio_of_the_laws(make_drafter):

@@ -1,10 +1,14 @@
 """Which rows become prompts, and which are held out."""
 
+import copy
+import dataclasses
+import datetime
 import json
 
 import pytest
+from transformers.utils import chat_template_utils
 
-from vllm_ctc_spec.training.data import parse_row, read_prompts
+from vllm_ctc_spec.training.data import FIELD_NAMES, PROMPT_FIELDS, encode, parse_row, read_lines, read_prompts
 from vllm_ctc_spec.training.settings import TrainingError
 
 from .tiny import write_rows
@@ -20,6 +24,9 @@ from .tiny import write_rows
         ({"messages": [{"role": "user", "content": "f"}, {"role": "assistant", "content": "g"}]}, ["f"]),
         ({"messages": [{"role": "assistant", "content": "g"}]}, None),
         ({"messages": ["g"]}, None),
+        ({"messages": [{"role": "user", "content": "h"}], "prompt": "i", "question": "j", "turns": ["k"]}, ["h"]),
+        ({"turns": ["l"], "prompt": "m", "question": "n"}, ["l"]),
+        ({"messages": [{"role": "assistant", "content": "o"}], "prompt": "p"}, ["p"]),
         ({"question": "  "}, None),
         ({"turns": []}, None),
         ({"answer": "x"}, None),
@@ -31,8 +38,21 @@ def test_rows(row, contents):
     assert (messages and [m["content"] for m in messages]) == contents
 
 
+def test_the_fields_that_sentences_name_are_those_that_are_read():
+    assert sorted(FIELD_NAMES.split(", ")) == sorted(PROMPT_FIELDS)
+
+
 def test_a_line_that_is_not_json_is_no_row():
     assert parse_row('{"question": "a"') is None
+
+
+def test_rows_end_at_newlines_alone(tmp_path):
+    """The other separators of lines may stand unescaped in JSON's strings."""
+    row = json.dumps({"question": "a\u2028b\u2029c\u0085d\u001ee"}, ensure_ascii=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{row}\r\n\n{row}\n".encode())
+    contents = [parse_row(line)[0]["content"] for line in read_lines(str(path))]
+    assert contents == ["a\u2028b\u2029c\u0085d\x1ee"] * 2
 
 
 def test_prompts_end_where_the_target_answers(target, tmp_path):
@@ -58,6 +78,68 @@ def test_skipped_rows_are_counted_by_reason(target, tmp_path):
     assert (prompts.unusable, prompts.too_long) == (2, 1)
     assert "2 rows skipped: none of the fields question" in prompts.report()
     assert "1 rows skipped: longer" in prompts.report()
+
+
+def with_template(target, template):
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(target, tokenizer=tokenizer)
+
+
+STRICT = (
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate.') }}{% endif %}"
+    "{{ '<u>' + m['content'] }}{% endfor %}"
+)
+
+
+def test_rows_that_the_chat_template_refuses_are_skipped(target, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 5)
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    bad = [[assistant, user], [{**user, "content": None}], [{**user, "content": [{"type": "text", "text": "a"}]}],
+           [{**user, "content": "\ud800"}]]  # fmt: skip
+    with path.open("a") as file:
+        file.writelines(json.dumps({"messages": messages}) + "\n" for messages in bad)
+    prompts = read_prompts(str(path), with_template(target, STRICT), 8, 1)
+    assert (len(prompts.train), len(prompts.held_out), prompts.unusable, len(prompts.refusals)) == (4, 1, 0, 4)
+    reason = "refused by the target's chat template (the first: TemplateError: Roles must alternate)."
+    assert f"; 4 rows skipped: {reason}" in prompts.report()
+    assert encode([[user], *bad], with_template(target, STRICT), 8) == [[1, 4]]
+
+
+def test_a_template_that_refuses_every_row_says_why(target, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    broken = with_template(target, "{{ messages[0].no_such.field }}")
+    with pytest.raises(TrainingError, match="0 usable rows of 3.*3 rows skipped: .*UndefinedError: .*no_such"):
+        read_prompts(str(path), broken, 8, 1)
+
+
+def test_arguments_reach_the_chat_template(target, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    thinking = with_template(target, target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}")
+    plain = read_prompts(str(path), thinking, 8, 1, {"enable_thinking": False})
+    assert plain.train == read_prompts(str(path), target, 8, 1).train
+    found = read_prompts(str(path), thinking, 8, 1, {"enable_thinking": True})
+    assert found.train == [ids + thinking.tokenizer("hm").input_ids for ids in plain.train]
+    assert found.chat_template_kwargs == {"enable_thinking": True}
+    with pytest.raises(TrainingError, match="0 usable rows of 3.*TypeError: .*'tokenize'"):
+        read_prompts(str(path), thinking, 8, 1, {"tokenize": True})
+
+
+def test_prompts_do_not_depend_on_the_day(target, tmp_path, monkeypatch):
+    """Else the next day's run would not continue this day's."""
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + datetime.timedelta(days=1)
+
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    dated = with_template(target, "{{ strftime_now('%A, %d %B %Y') | lower }}" + target.tokenizer.chat_template)
+    today = read_prompts(str(path), dated, 8, 1)
+    assert "thursday" in target.tokenizer.decode(today.train[0]).replace(" ", "")
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert read_prompts(str(path), dated, 8, 1) == today
 
 
 def test_a_file_without_usable_rows_is_refused(target, tmp_path):

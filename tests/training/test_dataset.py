@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vllm_ctc_spec.training import dataset
 from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.dataset import (
     Example,
+    check_room,
     open_dataset,
     plan_shards,
     read_examples,
@@ -254,6 +256,38 @@ def test_states_of_other_layers_are_refused_then_replaced(tmp_path):
         open_dataset(tmp_path, "w", LAYERS)
     add_states(tmp_path)
     open_dataset(tmp_path, "w", LAYERS)
+
+
+def test_hidden_states_that_the_disk_has_no_room_for_are_refused(tmp_path, monkeypatch):
+    """Only what is missing needs room, and what it replaces makes some."""
+    shards, width = plan_shards(PROMPTS, 0.0), WIDTH // len(LAYERS)
+    write(tmp_path)
+    tokens = sum(map(len, [e for part in open_dataset(tmp_path, "w") for e in part]))
+    size, free = tokens * WIDTH * 2, []
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=free[-1]))
+    free.append(size)
+    assert check_room(tmp_path, shards, LAYERS, width).startswith(
+        f"The hidden states of {tokens} tokens after 2 layers"
+    )
+    free.append(size - 1)
+    with pytest.raises(TrainingError, match=f"of {tokens} tokens .* has room for 0.00 GB: use fewer --aux-layers"):
+        check_room(tmp_path, shards, LAYERS, width)
+    add_states(tmp_path)
+    free.append(0)
+    assert "of 0 tokens" in check_room(tmp_path, shards, LAYERS, width)
+    assert check_room(tmp_path, shards, LAYERS[::-1], width)
+    (tmp_path / "train-00001.safetensors").unlink()
+    with pytest.raises(TrainingError, match=f"of {len(PROMPTS.train[0]) * 2 + len(PROMPTS.train[2]) * 2 + 2} tokens"):
+        check_room(tmp_path, shards, LAYERS, width)
+
+
+def test_the_room_is_told_in_gigabytes(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=5 * 10**9))
+    tokens = sum(map(len, [e for part in open_dataset(tmp_path, "w") for e in part]))
+    room = check_room(tmp_path, plan_shards(PROMPTS, 0.0), LAYERS, 10**6)
+    taken = f"The hidden states of {tokens} tokens after 2 layers take {tokens * 4 / 1000:.2f} GB"
+    assert room == f"{taken}; there is room for 5.00 GB."
 
 
 def test_some_of_the_stored_layers_are_enough(tmp_path):

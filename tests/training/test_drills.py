@@ -20,7 +20,7 @@ import torch
 
 from vllm_ctc_spec import plugin
 from vllm_ctc_spec.cli import main
-from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME
+from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
 from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers, write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
@@ -37,12 +37,16 @@ PROGRAM = "import sys; from vllm_ctc_spec.cli import main; sys.exit(main(sys.arg
 CONTINUES = "vllm-ctc: interrupted; the same command continues."
 
 
+def training(target: Path, rows: Path, folder: Path) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    folders = [f"--target={target}", f"--data={rows}", f"--output={folder / 'out'}"]
+    return ["train", *folders, f"--labels={folder / 'labels'}", *options]
+
+
 @pytest.fixture
 def command(target_folder, rows_file, tmp_path) -> list[str]:
     """A small training, whose folder is `tmp_path / "out"`."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    folders = [f"--target={target_folder}", f"--data={rows_file}", f"--output={tmp_path / 'out'}"]
-    return ["train", *folders, f"--labels={tmp_path / 'labels'}", *options]
+    return training(target_folder, rows_file, tmp_path)
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def sentence(capsys) -> str:
     return said
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None
@@ -74,7 +78,7 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def alive(processes: list[psutil.Process], seconds: float = 20) -> list[psutil.Process]:
+def alive(processes: list[psutil.Process], seconds: float = 60) -> list[psutil.Process]:
     """Those that are still there after so long."""
     return psutil.wait_procs(processes, timeout=seconds)[1]
 
@@ -115,6 +119,32 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def interrupt_at(step: int, command: list[str], monkeypatch, capsys) -> str:
+    """What it printed until then."""
+    with monkeypatch.context() as patch:
+        stop_at(step, interrupt, patch)
+        assert main(command) == 130
+    return capsys.readouterr().out
+
+
+def steps_of(work: Path) -> dict[str, int]:
+    """Of the checkpoints that are there, by name."""
+    paths = [work / name for name in (CHECKPOINT_NAME, PREVIOUS_NAME)]
+    return {path.name: torch.load(path)["step"] for path in paths if path.is_file()}
+
+
+def weights(work: Path) -> bytes:
+    return (work.parent / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(target_folder, rows_file, tmp_path_factory) -> bytes:
+    """The weights that `command` ends with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main(training(target_folder, rows_file, folder)) == 0
+    return weights(folder / "out" / "work")
+
+
 # Signals
 
 
@@ -144,11 +174,11 @@ def test_sigterm_in_a_training_with_ray_leaves_no_process_behind(command, work, 
     log = tmp_path / "log"
     process, others = start([*command, "--num-workers=2", "--steps=5000"], log), []
     try:
-        wait_for(lambda: len(log_lines(work)) >= 6, process, 300)
+        wait_for(lambda: len(log_lines(work)) >= 6, process)
         others = descendants(process)
         assert len(others) > 4
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=90) == 128 + signal.SIGTERM
+        assert process.wait(timeout=180) == 128 + signal.SIGTERM
         assert CONTINUES in log.read_text().splitlines()
         assert not alive(others)
     finally:
@@ -186,15 +216,15 @@ def test_data_that_are_killed_while_vllm_generates_continue_with_the_missing_sha
     log = tmp_path / "log"
     process, others = start(["data", *folders, *options], log), []
     try:
-        wait_for(lambda: len(list(output.glob("train-*.jsonl"))) >= 2, process, 300)
+        wait_for(lambda: len(list(output.glob("train-*.jsonl"))) >= 2, process)
         others = descendants(process)
         (engine,) = [p for p in others if p.name() == "VLLM::EngineCore"]
         if drill == "engine killed":
             engine.kill()
         else:
             process.send_signal(signal.Signals[drill])
-        process.wait(timeout=90)
-        left = alive(others, 5 if drill == "SIGKILL" else 20)
+        process.wait(timeout=180)
+        left = alive(others, 5 if drill == "SIGKILL" else 60)
     finally:
         end(process, others)
     lines = log.read_text().splitlines()  # vLLM's own among them, also after ours
@@ -216,17 +246,17 @@ def test_data_that_are_killed_while_vllm_generates_continue_with_the_missing_sha
 # A full disk: writing to /dev/full fails as there, with ENOSPC.
 
 
-def test_a_disk_that_fills_during_a_checkpoint_keeps_the_one_before(command, work, monkeypatch, capsys):
+def test_a_disk_that_fills_during_a_checkpoint_keeps_the_two_before(command, work, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_at(6, lambda: (work / f"{CHECKPOINT_NAME}.tmp").symlink_to("/dev/full"), patch)
+        stop_at(10, lambda: (work / f"{CHECKPOINT_NAME}.tmp").symlink_to("/dev/full"), patch)
         assert main(command) == 1
     said = sentence(capsys)
     assert said.startswith(f"vllm-ctc: {CHECKPOINT_NAME} cannot be written to {work} (")
     assert said.endswith("when there is room, the same command continues.")
-    assert torch.load(work / CHECKPOINT_NAME)["step"] == 4 and not list(work.glob("*.tmp"))
+    assert steps_of(work) == {CHECKPOINT_NAME: 8, PREVIOUS_NAME: 4} and not list(work.glob("*.tmp"))
     before = log_lines(work)
     assert main(command) == 0
-    assert log_lines(work)[:4] == before[:4] and len(log_lines(work)) == 12
+    assert log_lines(work)[:8] == before[:8] and len(log_lines(work)) == 12
 
 
 def test_a_disk_that_is_full_for_the_log_is_a_sentence(command, work, monkeypatch, capsys):
@@ -240,10 +270,7 @@ def test_a_disk_that_is_full_for_the_log_is_a_sentence(command, work, monkeypatc
 
 
 def test_a_disk_that_fills_when_a_run_is_resumed_keeps_the_log(command, work, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(6, interrupt, patch)
-        assert main(command) == 130
-    capsys.readouterr()
+    interrupt_at(6, command, monkeypatch, capsys)
     before = log_lines(work)
     (work / f"{LOG_NAME}.tmp").symlink_to("/dev/full")
     assert main(command) == 1
@@ -270,26 +297,66 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_nothing_starts_from_zero(damage, command, work, monkeypatch, capsys):
+def test_behind_a_damaged_checkpoint_is_the_one_before(damage, command, work, undisturbed, monkeypatch, capsys):
+    interrupt_at(10, command, monkeypatch, capsys)
+    newest, before = work / CHECKPOINT_NAME, log_lines(work)
+    damaged = DAMAGES[damage](newest.read_bytes())
+    newest.write_bytes(damaged)
+    said = interrupt_at(10, command, monkeypatch, capsys)
+    assert f"The checkpoint {newest} is damaged (" in said
+    assert f") and now {DAMAGED_NAME}: steps 5 to 10 are lost, and the run goes on from step 4, the checkpoint" in said
+    # The damaged one has not pushed out the sound one.
+    assert steps_of(work) == {CHECKPOINT_NAME: 8, PREVIOUS_NAME: 4}
+    assert (work / DAMAGED_NAME).read_bytes() == damaged
+    assert main(command) == 0
+    after = log_lines(work)
+    assert [json.loads(line)["step"] for line in after] == list(range(1, 13))
+    assert after[:4] == before[:4] and after[4:10] != before[4:]
+    assert weights(work) == undisturbed and "is damaged" not in capsys.readouterr().out
+
+
+def test_a_crash_while_checkpoints_change_places_leaves_the_one_before(command, work, undisturbed, monkeypatch, capsys):
+    replace = os.replace
+
+    def crash(source, target):
+        if Path(target).name == CHECKPOINT_NAME and (work / PREVIOUS_NAME).exists():
+            raise KeyboardInterrupt
+        replace(source, target)
+
     with monkeypatch.context() as patch:
-        stop_at(6, interrupt, patch)
+        patch.setattr(os, "replace", crash)
         assert main(command) == 130
-    checkpoint, before = work / CHECKPOINT_NAME, log_lines(work)
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(DAMAGES[damage](whole))
-    capsys.readouterr()
+    assert steps_of(work) == {PREVIOUS_NAME: 4} and len(log_lines(work)) == 8
+    before = log_lines(work)
+    assert "is damaged" not in interrupt_at(6, command, monkeypatch, capsys)
+    assert steps_of(work) == {CHECKPOINT_NAME: 4}  # where the others of several workers look
+    assert main(command) == 0
+    assert steps_of(work) == {CHECKPOINT_NAME: 12, PREVIOUS_NAME: 8}
+    assert weights(work) == undisturbed and log_lines(work)[:4] == before[:4]
+
+
+@pytest.mark.parametrize(("step", "there"), [(6, [CHECKPOINT_NAME]), (10, [CHECKPOINT_NAME, PREVIOUS_NAME])])
+def test_if_all_checkpoints_are_damaged_nothing_starts_from_zero(step, there, command, work, monkeypatch, capsys):
+    interrupt_at(step, command, monkeypatch, capsys)
+    newest, before = work / CHECKPOINT_NAME, log_lines(work)
+    whole = newest.read_bytes()
+    damaged = {name: flip_a_bit((work / name).read_bytes()) for name in there}
+    for name, content in damaged.items():
+        (work / name).write_bytes(content)
     assert main(command) == 1
     said = sentence(capsys)
-    assert said.startswith(f"vllm-ctc: The checkpoint {checkpoint} is damaged (")
+    assert said.startswith(f"vllm-ctc: The checkpoint {newest} is damaged (")
     assert said.endswith("restore it from a copy, or start the run again with --overwrite.")
-    assert log_lines(work) == before and checkpoint.read_bytes() == DAMAGES[damage](whole)
-    if damage == "a bit":  # either way out
-        checkpoint.write_bytes(whole)
-        assert main(command) == 0
-        assert log_lines(work)[:4] == before[:4]
-        checkpoint.write_bytes(DAMAGES[damage](whole))
-        assert main([*command, "--overwrite"]) == 0
-        assert len(log_lines(work)) == 12 and log_lines(work)[0] != before[0]
+    assert log_lines(work) == before
+    assert {path.name: path.read_bytes() for path in work.glob("checkpoint*")} == damaged
+    # Either way out.
+    newest.write_bytes(whole)
+    interrupt_at(step, command, monkeypatch, capsys)
+    kept = 4 * (step // 4)
+    assert log_lines(work)[:kept] == before[:kept]
+    (work / DAMAGED_NAME).write_bytes(whole)
+    interrupt_at(2, [*command, "--overwrite"], monkeypatch, capsys)
+    assert not list(work.glob("checkpoint*")) and len(log_lines(work)) == 2
 
 
 def test_damaged_settings_of_a_run_are_named(command, work, capsys):

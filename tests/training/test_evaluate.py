@@ -210,6 +210,16 @@ def test_a_setting_that_is_given_twice_is_measured_once():
     assert (config.nodes, config.temperature) == ((4, 2), (0.0,))
 
 
+def test_a_gpu_that_is_full_is_a_sentence(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB.")
+
+    monkeypatch.setattr(module, "respond", full)
+    with pytest.raises(TrainingError, match=r"Tried to allocate 2.00 GiB\); use --dtype bf16, trees of fewer --nodes"):
+        evaluate(config(), tmp_path / "eval.json")
+    assert not (tmp_path / "eval.json").exists()
+
+
 def test_what_cannot_be_measured_is_refused(config, save_drafter, tmp_path):
     with pytest.raises(DrafterConfigError, match="No CTC drafter at"):
         evaluate(config(drafter=str(tmp_path / "nowhere")))

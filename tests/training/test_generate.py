@@ -7,7 +7,7 @@ import torch
 
 from vllm_ctc_spec.training import dataset, generate
 from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.generate import decode, make_labels
+from vllm_ctc_spec.training.generate import decode, make_labels, sample
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 
 CONFIG = TrainConfig(target="t", data="d", max_new_tokens=12)
@@ -43,12 +43,43 @@ def test_responses_end_at_the_targets_positions(target):
     assert len(decode(target, [prompt], 12)[0]) == target.max_length - len(prompt)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("tokens", "batches"), [(1, 5), (40, 3), (10_000, 1)])
+def test_rows_that_need_too_much_memory_are_split_with_the_same_responses(
+    target, monkeypatch, temperature, tokens, batches
+):
+    def responses():
+        return decode(target, prompts, 12, temperature, torch.Generator().manual_seed(3))
+
+    # One row reaches the last position, which must not end the others.
+    prompts = [*PROMPTS[:4], [1] + [5] * 57 + [3, 2]] if tokens == 1 else PROMPTS
+    expected, sizes, whole = responses(), [], generate._decode_batch
+    monkeypatch.setattr(generate, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(generate, "_decode_batch", lambda t, p, *rest: sizes.append(len(p)) or whole(t, p, *rest))
+    assert responses() == expected
+    assert len(sizes) == batches and sum(sizes) == 5
+
+
+def test_a_long_row_does_not_shorten_the_others(target):
+    """Although it leaves less room behind it in the batch."""
+    target = dataclasses.replace(target, eos_ids=frozenset())
+    responses = decode(target, [PROMPTS[0], [1] + [5] * 57 + [3, 2]], 12)
+    assert [len(response) for response in responses] == [12, target.max_length - 60]
+    assert responses[0] == decode(target, PROMPTS[:1], 12)[0]
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3]).log()
+    dice = torch.tensor([0.0, 0.4999, 0.5001, 0.6999, 0.7001, 1 - 2**-53], dtype=torch.float64)
+    assert sample(logits.expand(6, 5), dice)[:, 0].tolist() == [1, 1, 3, 3, 4, 4]
+
+
 def test_temperature_and_seed_decide_the_samples(target):
-    def sample(seed, temperature=1.0):
+    def responses(seed, temperature=1.0):
         return decode(target, PROMPTS, 12, temperature, torch.Generator().manual_seed(seed))
 
-    assert sample(0) == sample(0) != sample(1)
-    assert sample(0, 1e-4) == decode(target, PROMPTS, 12)
+    assert responses(0) == responses(0) != responses(1)
+    assert responses(0, 1e-4) == decode(target, PROMPTS, 12)
 
 
 def labels(target, folder, overwrite=False, **settings):

@@ -175,11 +175,46 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
     assert {path.suffix for path in config.output.iterdir()} == {".json", ".jsonl"}
 
 
+def test_hidden_states_are_not_begun_without_room(config, generate, monkeypatch, capsys):
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=100))
+    monkeypatch.setattr(vllm_data, "compute_states", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(TrainingError, match="The hidden states of .* tokens after 2 layers take 0.00 GB"):
+        make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
+    train, held_out = opened(config)
+    free = sum(map(len, train + held_out)) * 2 * 32 * 2  # exactly enough for hidden states of width 32
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=free))
+    monkeypatch.setattr(vllm_data, "compute_states", lambda *args, layer_ids: iter(()))
+    make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
+    assert "tokens after 2 layers take 0.00 GB; there is room for 0.00 GB." in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_is_removed(config, generate):
+    make_dataset(config, False, generate)
+    leftover = config.output / "hidden-states-abc.tmp"
+    leftover.mkdir()
+    (leftover / "0-a.safetensors").write_bytes(bytes(100))
+    with pytest.raises(TrainingError, match="other settings"):
+        make_dataset(dataclasses.replace(config, max_new_tokens=5), False, generate)
+    assert leftover.exists()  # of another run
+    make_dataset(config, False, generate)
+    assert not leftover.exists() and len(opened(config)[0]) == 22
+
+
 def test_engine_options_reach_vllm(config, monkeypatch):
     asked = []
     monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options) or Mock())
     Engine(EngineConfig(config.target, "bfloat16", 64, 40, 4, 0, tensor_parallel_size=2))
     assert {"dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 2}.items() <= asked[0].items()
+
+
+def test_vllm_is_imported_before_torch_looks_for_a_gpu(config, monkeypatch):
+    """A worker of Ray did not come through the command line, which sets what the import sets too."""
+    order = []
+    monkeypatch.setattr(vllm_data, "check_vllm", lambda: order.append("vllm"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: order.append("cuda"))
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: Mock())
+    Engine(EngineConfig(config.target, "float32", 64, 40, 4, 0))
+    assert order[:2] == ["vllm", "cuda"]
 
 
 def test_the_engine_has_room_for_these_prompts_and_no_more(config, tmp_path):
@@ -203,6 +238,7 @@ def test_other_settings_are_refused_before_anything_is_generated(config, generat
         ({"temperature": 0.5}, "--temperature 0.0 -> 0.5, --seed None -> 3"),
         ({"max_new_tokens": 5}, "--max-new-tokens 20 -> 5"),
         ({"dtype": "auto"}, "--dtype float32 -> auto"),
+        ({"chat_template_kwargs": {"a": 1}}, "--chat-template-kwargs None -> {'a': 1}"),
         ({"held_out": 1}, "--prompts .*--train-prompts 22 -> 23, --held-out 2 -> 1"),
     ):
         with pytest.raises(TrainingError, match=message):

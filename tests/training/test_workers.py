@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, Progress, RunPaths
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.run import Prepared, prepare, train
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError, WorkerOptions
+from vllm_ctc_spec.training.settings import PARALLEL, TrainConfig, TrainingError, WorkerOptions
+from vllm_ctc_spec.training.workers import Workers
 
 SMALL = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=16, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
@@ -70,7 +71,7 @@ def run_two(jobs: list[tuple[Prepared, str, int]], folder: Path) -> None:
     arguments = [f"file://{folder}/rendezvous", str(folder / "jobs")]
     both = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments]) for rank in range(2)]
     try:
-        assert [process.wait(timeout=300) for process in both] == [0, 0]
+        assert [process.wait(timeout=500) for process in both] == [0, 0]
     finally:
         for process in both:
             process.kill()
@@ -92,8 +93,8 @@ def config(target_folder, rows_file):
 
 @pytest.fixture(scope="module")
 def by_two(config, labels, tmp_path_factory):
-    """Folder of each job's run by two processes, and of one that changes hands: one process, two with shards, two
-    without, and one again."""
+    """Folder of each job's run by two processes, of one that changes hands (one process, two with shards, two without,
+    and one again), and of runs that two processes continue behind a damaged checkpoint."""
     folder = tmp_path_factory.mktemp("two")
     folders = {name: folder / name.replace(" ", "-") for name in JOBS}
     jobs = [
@@ -102,18 +103,30 @@ def by_two(config, labels, tmp_path_factory):
     ]
     folders["changing hands"] = folder / "changing-hands"
     muon = dataclasses.replace(config, optimizer="muon")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        step = Trainer.step
-        patch.setattr(Trainer, "step", lambda self, e: stop() if self.progress.step == 6 else step(self, e))
-        train(muon, paths(folders["changing hands"], labels), overwrite=False)
+    train_until(6, muon, folders["changing hands"], labels)
     jobs.append(job(muon, "fsdp", folders["changing hands"], labels, stop=10))
     jobs.append(job(muon, "ddp", folders["changing hands"], labels, stop=14))
+    for parallel in PARALLEL:
+        folders[f"damaged, {parallel}"] = damaged = folder / f"damaged-{parallel}"
+        train_until(10, config, damaged, labels)
+        (damaged / "work" / CHECKPOINT_NAME).write_bytes(b"")  # of step 8
+        jobs.append(job(config, parallel, damaged, labels))
     run_two(jobs, folder)
     return folders
 
 
-def stop():
-    raise KeyboardInterrupt
+def train_until(last: int, config: TrainConfig, folder: Path, labels: Path) -> None:
+    """By one process, which is interrupted."""
+    step = Trainer.step
+
+    def stopping(self, examples):
+        if self.progress.step == last:
+            raise KeyboardInterrupt
+        return step(self, examples)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", stopping)
+        train(config, paths(folder, labels), overwrite=False)
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
@@ -141,6 +154,25 @@ def test_a_checkpoint_continues_with_any_number_of_workers(by_two, config, label
     train(muon, paths(folder, labels), overwrite=False)
     train(muon, paths(tmp_path, labels), overwrite=False)
     assert_same_run(folder, tmp_path, tolerance({"optimizer": "muon"}))
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_behind_a_damaged_checkpoint_all_workers_go_on_from_the_one_before(parallel, by_two, config, labels, tmp_path):
+    folder = by_two[f"damaged, {parallel}"]
+    assert (folder / "work" / DAMAGED_NAME).is_file()
+    train(config, paths(tmp_path, labels), overwrite=False)
+    assert_same_run(folder, tmp_path, tolerance({}))
+
+
+def test_a_worker_that_sees_another_checkpoint_than_the_main_one_stops(tmp_path):
+    class Second(Workers):
+        def total(self, values, device):
+            return [8.0]
+
+    with pytest.raises(
+        TrainingError, match="checkpoint.pt is of step 0 on .* and of step 8 where the main worker runs"
+    ):
+        Progress(None, []).restore(tmp_path, Second(rank=1, size=2), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("name", "share"), [("ddp", 1.0), ("fsdp", 0.5)])

@@ -10,6 +10,7 @@ label with probability min(1, q(y) / p(y)).
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
 
-ANCHORS_AT_ONCE = 64  # bounds the attention mask, which is quadratic in the anchors of a forward
+ANCHORS_AT_ONCE = 64  # bounds the logits, and the attention mask, which is quadratic in the anchors of a forward
+
+Part = TypeVar("Part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,10 @@ def expected_walk(probability: Tensor) -> float:
 
 
 def draft_everywhere(
-    drafter: CTCDrafter, features: Features, examples: Sequence[Example]
-) -> Iterator[tuple[Example, list[Drafting]]]:
-    """Each example that has anything to draft, and the drafter at all of its anchors."""
+    drafter: CTCDrafter, features: Features, examples: Sequence[Example], measure: Callable[[Drafting], Part]
+) -> Iterator[tuple[Example, list[Part]]]:
+    """Each example that has anything to draft, and what `measure` makes of the drafter at all of its anchors, some at a
+    time: their logits are gone before the next ones come."""
     device, num_labels = drafter.target_head.device, drafter.config.num_labels
     for example in examples:
         there = torch.tensor(anchor_positions(example), dtype=torch.long)[None]
@@ -81,21 +85,18 @@ def draft_everywhere(
         batch = make_batch([example], there, num_labels).to(device)
         states = features([example], batch.token_ids)
         parts = [
-            Drafting.at(drafter, states, batch.anchors_in(slice(start, start + ANCHORS_AT_ONCE)))
+            measure(Drafting.at(drafter, states, batch.anchors_in(slice(start, start + ANCHORS_AT_ONCE))))
             for start in range(0, there.shape[1], ANCHORS_AT_ONCE)
         ]
         yield example, parts
-
-
-Accepted = Callable[[Drafting], Tensor]
 
 
 @torch.no_grad()
 def measure_chain(drafter: CTCDrafter, features: Features, examples: Sequence[Example]) -> Acceptance:
     """Greedy chains of U labels."""
     tokens, steps = [], []
-    for _, parts in draft_everywhere(drafter, features, examples):
-        accepted = torch.cat([part.accepted(part.chain()) for part in parts]).tolist()
+    for _, parts in draft_everywhere(drafter, features, examples, lambda part: part.accepted(part.chain())):
+        accepted = torch.cat(parts).tolist()
         tokens.append(len(accepted))
         steps.append(walk(accepted))
     return Acceptance(tokens, steps)
@@ -109,9 +110,13 @@ def measure_trees(
     candidates, are better than the tree that is served.
     """
     measured: dict[int, Acceptance] = {size: Acceptance([], []) for size in sizes}
-    for _, parts in draft_everywhere(drafter, features, examples):
-        for size in sizes:
-            accepted = torch.cat([part.accepted_in(part.tree(size)) for part in parts]).tolist()
+
+    def depths(part: Drafting) -> list[Tensor]:
+        return [part.accepted_in(part.tree(size)) for size in sizes]
+
+    for _, parts in draft_everywhere(drafter, features, examples, depths):
+        for size, of_size in zip(sizes, zip(*parts)):
+            accepted = torch.cat(of_size).tolist()
             measured[size].tokens.append(len(accepted))
             measured[size].steps.append(walk(accepted))
     return measured
@@ -129,9 +134,8 @@ def measure_sampled_chain(
     target_log_probs: log p of each response token under the target, `[response]`.
     """
     tokens, steps = [], []
-    for example, parts in draft_everywhere(drafter, features, examples):
-        log_q = torch.cat([part.log_q() for part in parts])
-        valid = torch.cat([part.valid for part in parts])
+    for example, parts in draft_everywhere(drafter, features, examples, lambda part: (part.log_q(), part.valid)):
+        log_q, valid = (torch.cat(each) for each in zip(*parts))
         log_p = target_log_probs(example).to(log_q)
         # Label k of anchor i, response token i, is response token i + k.
         place = torch.arange(len(log_q))[:, None] + torch.arange(1, log_q.shape[1] + 1)

@@ -1,6 +1,8 @@
-"""Files of a run: what may be started where, the resumable checkpoint, the log, and the finished drafter."""
+"""Files of a run: what may be started where, the resumable checkpoints, the log, and the finished drafter."""
 
 import dataclasses
+import os
+import platform
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.acceptance import Acceptance
-from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME
+from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME, LogFollower
 from vllm_ctc_spec.training.settings import (
     SETTINGS_NAME,
     TrainConfig,
@@ -22,10 +24,13 @@ from vllm_ctc_spec.training.settings import (
     differing_settings,
     new_file,
     record_settings,
+    writing,
 )
 from vllm_ctc_spec.training.workers import WHOLE, Workers
 
 CHECKPOINT_NAME = "checkpoint.pt"
+PREVIOUS_NAME = "checkpoint-previous.pt"  # the one before
+DAMAGED_NAME = "checkpoint-damaged.pt"  # a newest one that could not be read, for whoever can mend it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class RunPaths:
         """Claim the work folder for this run; `overwrite` forgets the progress of the one before, not its labels."""
         self.work.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for name in (CHECKPOINT_NAME, LOG_NAME):
+            for name in (CHECKPOINT_NAME, PREVIOUS_NAME, DAMAGED_NAME, LOG_NAME):
                 (self.work / name).unlink(missing_ok=True)
             shutil.rmtree(self.work / TENSORBOARD_NAME, ignore_errors=True)
         record_settings(self.work / SETTINGS_NAME, dataclasses.asdict(config))
@@ -82,7 +87,8 @@ class Progress:
             self.best_step, self.best_weights = self.step, weights
 
     def save(self, work: Path, workers: Workers) -> None:
-        """One file with whole weights and states, for any number of processes to continue from; called by all."""
+        """One file with whole weights and states, for any number of processes to continue from; called by all. It is
+        whole before the one before makes room: at every moment a sound checkpoint lies under one of the two names."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=WHOLE)
         if workers.is_main:
@@ -91,14 +97,25 @@ class Progress:
                     torch.save(state, temporary)
                 except RuntimeError as error:  # what torch makes of a full disk
                     raise OSError(error) from error
+                if (work / CHECKPOINT_NAME).is_file():
+                    os.replace(work / CHECKPOINT_NAME, work / PREVIOUS_NAME)
         workers.wait()
 
-    def restore(self, work: Path) -> None:
-        """Continue from the checkpoint, if there is one."""
+    def restore(self, work: Path, workers: Workers, device: torch.device) -> None:
+        """Continue from the newest sound checkpoint, if there is one; called by all. The main process finds it, and the
+        others, who may see the folder through another machine, read after it and must have found the same."""
+        state = recover(work) if workers.is_main else {}
+        (step,) = workers.total([state.get("step", 0)], device)
         path = work / CHECKPOINT_NAME
-        if not path.is_file():
+        if not workers.is_main and path.is_file():
+            state = read_checkpoint(path)
+        if state.get("step", 0) != step:
+            raise TrainingError(
+                f"The checkpoint {path} is of step {state.get('step', 0)} on {platform.node()} and of step {step:.0f} "
+                "where the main worker runs; wait until the machines see the same, and repeat the command."
+            )
+        if not state:
             return
-        state = read_checkpoint(path)
         set_state_dict(
             self.drafter,
             self.optimizers,
@@ -108,6 +125,44 @@ class Progress:
         )
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def recover(work: Path) -> dict[str, Any]:
+    """The newest sound checkpoint, which has `CHECKPOINT_NAME` from here on, so that the next one does not push it out
+    for a damaged one; empty before the first. TrainingError if all that there are, one or two, are damaged."""
+    newest, previous = work / CHECKPOINT_NAME, work / PREVIOUS_NAME
+    errors = []
+    for path in (newest, previous):
+        if not path.is_file():
+            continue
+        try:
+            state = read_checkpoint(path)
+        except TrainingError as error:
+            errors.append(error)
+            continue
+        if path == previous:
+            with writing(newest):
+                if errors:
+                    os.replace(newest, work / DAMAGED_NAME)
+                    print(_loss(errors[0], work, state["step"]))
+                os.replace(previous, newest)
+        return state
+    if errors:
+        raise errors[0]
+    return {}
+
+
+def _loss(damage: TrainingError, work: Path, step: int) -> str:
+    """What a damaged newest checkpoint costs, when the one before is of `step`."""
+    last = max(step + 1, LogFollower(work).last_step)
+    return (
+        f"The checkpoint {work / CHECKPOINT_NAME} is damaged ({_reason(damage.__cause__)}) and now {DAMAGED_NAME}: "
+        f"steps {step + 1} to {last} are lost, and the run goes on from step {step}, the checkpoint before."
+    )
+
+
+def _reason(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -120,8 +175,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu")
     except Exception as error:  # of any kind: what damage makes of an archive
         raise TrainingError(
-            f"The checkpoint {path} is damaged ({type(error).__name__}: {error}); restore it from a copy, or start the "
-            "run again with --overwrite."
+            f"The checkpoint {path} is damaged ({_reason(error)}); restore it from a copy, or start the run again with "
+            "--overwrite."
         ) from error
 
 

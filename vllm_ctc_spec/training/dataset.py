@@ -11,6 +11,7 @@ Every file appears whole or not at all, so that a killed run is continued by mak
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def dataset_settings(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed if temperature else None,
+        "chat_template_kwargs": prompts.chat_template_kwargs,
     }
 
 
@@ -179,10 +181,30 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 def write_states(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...], compute: ComputeStates) -> None:
     """Add the hidden states after these layers to the shards that lack them."""
-    missing = [shard for shard in shards if _stored_layers(shard.path(folder, STATES_SUFFIX)) != layer_ids]
+    missing = _without_states(folder, shards, layer_ids)
     for shard, states in _with_progress("hidden states", shards, missing, compute):
         with new_file(shard.path(folder, STATES_SUFFIX)) as temporary:
             save_file({STATES_NAME: states.bfloat16()}, temporary, {LAYERS_NAME: json.dumps(layer_ids)})
+
+
+def _without_states(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...]) -> list[Shard]:
+    return [shard for shard in shards if _stored_layers(shard.path(folder, STATES_SUFFIX)) != layer_ids]
+
+
+def check_room(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...], hidden_size: int) -> str:
+    """What `write_states` will add, for the user to read; TrainingError if the disk has no room for it."""
+    missing = _without_states(folder, shards, layer_ids)
+    tokens = sum(len(example) for shard in missing for example in read_shard(shard.path(folder)))
+    size = tokens * len(layer_ids) * hidden_size * 2  # bfloat16
+    replaced = [path for shard in missing if (path := shard.path(folder, STATES_SUFFIX)).is_file()]
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in replaced)
+    what = f"hidden states of {tokens} tokens after {len(layer_ids)} layers take {size / 1e9:.2f} GB"
+    if size > free:
+        raise TrainingError(
+            f"The {what}, and {folder} has room for {free / 1e9:.2f} GB: use fewer --aux-layers, fewer prompts or "
+            "another disk, or leave --hidden-states out and let the target run beside the training."
+        )
+    return f"The {what}; there is room for {free / 1e9:.2f} GB."
 
 
 def _with_progress(

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from vllm_ctc_spec.config import MAX_NODES
-from vllm_ctc_spec.training.settings import DTYPES, TrainingError, option
+from vllm_ctc_spec.training.settings import DTYPES, TrainingError, default_dtype, option
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -12,7 +12,8 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Settings that are None follow from `data`: a file of prompts, or a dataset, whose responses are there already."""
+    """Settings that are None follow from `data`: a file of prompts, or a dataset, whose responses are there already;
+    dtype follows from the machine."""
 
     target: str
     drafter: str
@@ -23,9 +24,11 @@ class EvalConfig:
     max_new_tokens: int | None = None
     seed: int = 0
     category: str | None = None
-    dtype: str = "fp32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", default_dtype())
         if self.dtype not in DTYPES:
             raise TrainingError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
         if self.is_dataset:

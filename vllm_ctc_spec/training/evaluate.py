@@ -29,10 +29,11 @@ from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.features import Features, in_process
 from vllm_ctc_spec.training.generate import decode
 from vllm_ctc_spec.training.loop import TORCH_DTYPES
-from vllm_ctc_spec.training.settings import TrainingError, write_atomically
+from vllm_ctc_spec.training.settings import TrainingError, fitting_a_gpu, write_atomically
 from vllm_ctc_spec.training.target import Target, TargetText
 
 PROMPTS_AT_ONCE = 32  # rows of the cache while the target answers
+GPU_LEVERS = "use --dtype bf16, trees of fewer --nodes or responses of fewer --max-new-tokens"
 POSITIONS_AT_ONCE = 128  # rows of logits in fp32: 78 MB with a vocabulary of 152 k
 
 
@@ -93,19 +94,28 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
         rows = read_eval_prompts(config, text)
         report = rows.report()
     print(report)
+    with fitting_a_gpu(GPU_LEVERS):
+        results = _measure_all(config, drafter_config, held_out if config.is_dataset else rows.prompts)
+    if json_path is not None:
+        _write(json_path, config, report, results)
+    return "\n".join([HEADER, *(result.row() for result in results)])
+
+
+def _measure_all(
+    config: EvalConfig, drafter_config: DrafterConfig, given: Sequence[Example] | Sequence[list[int]]
+) -> list[Result]:
+    """given: a dataset's responses, or prompts that the target answers first, once per temperature."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
-    shape = target.model.config
+    shape = target.config.get_text_config()
     drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
     drafter = CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
     features = in_process(target, drafter_config.aux_hidden_state_layer_ids)
     results = []
     for temperature in config.temperature:
-        examples = held_out if config.is_dataset else respond(target, rows.prompts, config, temperature)
+        examples = given if config.is_dataset else respond(target, given, config, temperature)
         results += measure(config, target, drafter, features, examples, temperature)
-    if json_path is not None:
-        _write(json_path, config, report, results)
-    return "\n".join([HEADER, *(result.row() for result in results)])
+    return results
 
 
 def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:

@@ -19,6 +19,7 @@ from vllm_ctc_spec.training.dataset import (
 from vllm_ctc_spec.training.settings import TrainConfig
 from vllm_ctc_spec.training.target import Target
 
+TOKENS_AT_ONCE = 65_536  # of prompts and responses in a batch: 10 GB of cache for an 8B model in bf16, and 5 GB of MLP
 CACHE_BLOCK = 64  # tokens by which a layer's cache grows
 
 
@@ -45,7 +46,6 @@ class BlockLayer(DynamicLayer):
         self.keys, self.values = self._room[:, :, :, : self.get_seq_length()]
 
 
-@torch.no_grad()
 def decode(
     target: Target,
     prompts: Sequence[list[int]],
@@ -53,15 +53,36 @@ def decode(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """The target's responses, end token included; temperature 0 is greedy. Finished rows leave the batch."""
+    """The target's responses, end token included; temperature 0 is greedy.
+
+    A row's response does not depend on the rows that it is decoded with: all dice are thrown before they are split.
+    """
+    dice = torch.rand(
+        (len(prompts), max_new_tokens if temperature else 0),
+        generator=generator, device=target.model.device, dtype=torch.float64,
+    )  # fmt: skip
+    at_once = max(1, TOKENS_AT_ONCE // (max(map(len, prompts)) + max_new_tokens))
+    responses = []
+    for start in range(0, len(prompts), at_once):
+        rows = slice(start, start + at_once)
+        responses += _decode_batch(target, prompts[rows], max_new_tokens, temperature, dice[rows])
+    return responses
+
+
+@torch.no_grad()
+def _decode_batch(
+    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, dice: Tensor
+) -> list[list[int]]:
+    """dice `[B, max_new_tokens]`, for sampling. Finished rows leave the batch."""
     device, width = target.model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = Cache(layer_class_to_replicate=BlockLayer)
     responses: list[list[int]] = [[] for _ in prompts]
+    limits = [min(max_new_tokens, target.max_length - len(p)) for p in prompts]
     rows, running = list(range(len(prompts))), set(range(len(prompts)))
-    for _ in range(min(max_new_tokens, target.max_length - width)):
+    for step in range(max(limits)):
         output = target.model(
             input_ids=ids,
             attention_mask=mask,
@@ -71,18 +92,16 @@ def decode(
             logits_to_keep=1,
         )
         logits = output.logits[:, -1].float()
-        if temperature:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        else:
-            token = logits.argmax(-1, keepdim=True)
+        token = sample(logits / temperature, dice[rows, step]) if temperature else logits.argmax(-1, keepdim=True)
         for row, token_id in zip(rows, token[:, 0].tolist()):
             if row in running:
                 responses[row].append(token_id)
-                if token_id in target.eos_ids:
+                if token_id in target.eos_ids or len(responses[row]) == limits[row]:
                     running.discard(row)
         if not running:
             break
-        ids, positions = token, positions[:, -1:] + 1
+        # Finished rows that are still here may have no position left; what they say is not read.
+        ids, positions = token, (positions[:, -1:] + 1).clamp_max(target.max_length - 1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         if len(running) <= 0.75 * len(rows):
             keep = torch.tensor([i for i, row in enumerate(rows) if row in running], device=device)
@@ -90,6 +109,12 @@ def decode(
             ids, positions, mask = ids[keep], positions[keep], mask[keep]
             cache.batch_select_indices(keep)
     return responses
+
+
+def sample(logits: Tensor, dice: Tensor) -> Tensor:
+    """The tokens `[B, 1]` at which the distribution functions of logits `[B, V]` exceed dice `[B]` in [0, 1)."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    return torch.searchsorted(cumulative, dice[:, None] * cumulative[:, -1:], right=True)
 
 
 def make_labels(

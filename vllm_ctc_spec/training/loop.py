@@ -168,10 +168,10 @@ class Trainer:
         return measure_trees(drafter, self.features, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
 
     def run(self, examples: list[Example], held_out: list[Example], paths: RunPaths) -> None:
-        """Train to the last step, continuing from the checkpoint in the work folder. Files, bar and measurements are
-        the main process's."""
+        """Train to the last step, continuing from the last checkpoint in the work folder. Files, bar and measurements
+        are the main process's."""
         config, progress, is_main = self.config, self.progress, self.workers.is_main
-        progress.restore(paths.work)
+        progress.restore(paths.work, self.workers, self.device)
         batches = epochs(examples, config.batch_size, config.seed, progress.step)
         with (
             MetricsLog(paths.work, progress.step) if is_main else contextlib.nullcontext() as log,

@@ -17,17 +17,26 @@ from typing import Any
 import torch
 
 from vllm_ctc_spec.config import DrafterConfigError
-from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.checkpoint import RunPaths, recover
 from vllm_ctc_spec.training.metrics import LogFollower, StepBar
 from vllm_ctc_spec.training.ray_cluster import ray_cluster
-from vllm_ctc_spec.training.run import Prepared, load_target, prepare, work
-from vllm_ctc_spec.training.settings import SETTINGS_NAME, TrainConfig, TrainingError, WorkerOptions
+from vllm_ctc_spec.training.run import GPU_LEVERS, Prepared, load_target, prepare, work
+from vllm_ctc_spec.training.settings import (
+    SETTINGS_NAME,
+    TrainConfig,
+    TrainingError,
+    WorkerOptions,
+    fitting_a_gpu,
+)
 from vllm_ctc_spec.training.workers import Workers
 
 MAX_FAILURES = 3  # of a run
+# For a worker that waits for another. The main one measures and writes checkpoints alone, which may take longer than
+# Ray's half hour with thousands of long responses; Ray sees a worker that died without it.
+TIMEOUT_SECONDS = 4 * 3600
 POLL_SECONDS = 0.5
 SENTENCES = (TrainingError, DrafterConfigError)  # what the user can do something about, said in a sentence
-PASSING = (RuntimeError, OSError)  # what a lost peer, a full GPU or a storage that does not answer raise
+PASSING = (RuntimeError, OSError)  # what a lost peer or a storage that does not answer raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,9 @@ def train(config: TrainConfig, paths: RunPaths, overwrite: bool, options: Worker
     paths.check(config, overwrite)
     with ray_cluster(options.ray_address, options.num_workers) as ray:
         kind = _device_kind(ray.cluster_resources(), options.num_workers)
-        prepared = prepare(config, paths, overwrite)[0]
+        with fitting_a_gpu(GPU_LEVERS):
+            prepared = prepare(config, paths, overwrite, in_workers=True)[0]
+        recover(paths.work)  # here too, where what it says is seen
         torch.cuda.empty_cache()  # of the target, which a worker on this GPU loads again
         threads = options.threads or max(1, torch.get_num_threads() // options.num_workers)
         job = Job(prepared, options.parallel, threads, os.getcwd())
@@ -74,7 +85,7 @@ def _device_kind(resources: dict[str, float], num_workers: int) -> str:
 def _start(job: Job, num_workers: int, kind: str) -> Future:
     """The report, once the run is through. A thread of its own leaves Ctrl-C to the main one."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.callback import UserCallback
 
     class GiveUp(UserCallback):
@@ -91,6 +102,7 @@ def _start(job: Job, num_workers: int, kind: str) -> Future:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU", resources_per_worker={kind: 1}),
         run_config=RunConfig(
             storage_path=str(_ray_folder(job.prepared.paths)),
@@ -129,7 +141,7 @@ def _follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
         reasons = sorted({_last_line(_cause(failure)) for failure in failures})
         raise TrainingError(
             f"Workers were lost again after {MAX_FAILURES} restarts ({'; '.join(reasons)}); "
-            "the same command continues from the checkpoint."
+            "the same command continues from the last checkpoint."
         ) from error
 
 
@@ -159,4 +171,5 @@ def train_loop(config: dict[str, Job]) -> str | None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     workers = Workers(context.get_world_rank(), context.get_world_size(), job.parallel)
-    return work(job.prepared, load_target(job.prepared.config, device), workers)
+    with fitting_a_gpu(GPU_LEVERS):
+        return work(job.prepared, load_target(job.prepared.config, device), workers)

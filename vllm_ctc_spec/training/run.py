@@ -16,19 +16,26 @@ from vllm_ctc_spec.training.features import in_process, stored
 from vllm_ctc_spec.training.generate import make_labels
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
 from vllm_ctc_spec.training.metrics import read_log
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
-from vllm_ctc_spec.training.target import Target
+from vllm_ctc_spec.training.settings import TrainConfig, TrainingError, fitting_a_gpu
+from vllm_ctc_spec.training.target import Target, TargetTables, TargetText
 from vllm_ctc_spec.training.workers import ALONE, Workers
 
+GPU_LEVERS = (
+    "the same run goes on in less memory with more parts of a step (--accumulate); --dtype bf16, fewer --anchors, a "
+    "smaller --batch-size, or --features stored, which needs no target beside the drafter, start another (--overwrite)"
+)
 
-def drafter_shape(config: TrainConfig, target: Target) -> DrafterConfig:
+
+def drafter_shape(config: TrainConfig, target: Target | TargetTables | TargetText) -> DrafterConfig:
     """The drafter that these settings describe for this target (DrafterConfigError)."""
     shape = {name: getattr(config, name) for name in (
         "target", "num_frames", "num_labels", "num_layers", "markov_rank", "lattice", "transition_rank", "tree_nodes",
     )}  # fmt: skip
     if config.aux_layers:
         shape["aux_hidden_state_layer_ids"] = config.aux_layers
-    return DrafterConfig.for_target(target.model.config, **shape)
+    if target.config.architectures:  # the whole model's, which the language model's own does not name
+        shape["target_architecture"] = target.config.architectures[0]
+    return DrafterConfig.for_target(target.config.get_text_config(), **shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +49,22 @@ class Prepared:
     held_out: list[Example]
 
 
-def load_target(config: TrainConfig, device: torch.device) -> Target:
-    return Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+def load_target(config: TrainConfig, device: torch.device) -> Target | TargetTables:
+    """As much of the target as the run needs."""
+    kind = TargetTables if config.features == "stored" else Target
+    return kind.load(config.target, device, TORCH_DTYPES[config.dtype])
 
 
-def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool) -> tuple[Prepared, Target]:
-    """Nothing is written before everything is checked."""
+def prepare(
+    config: TrainConfig, paths: RunPaths, overwrite: bool, in_workers: bool = False
+) -> tuple[Prepared, Target | TargetTables | TargetText]:
+    """Nothing is written before everything is checked. in_workers: they load the target, which is loaded here only if
+    it has to answer prompts."""
     paths.check(config, overwrite)
-    target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if in_workers and (Path(config.data).is_dir() or config.features == "stored"):
+        target = TargetText.load(config.target)
+    else:
+        target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     drafter_config = drafter_shape(config, target)
     if Path(config.data).is_dir():
         layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
@@ -61,7 +76,7 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool) -> tuple[Prep
             "`vllm-ctc data --hidden-states`."
         )
     else:
-        prompts = read_prompts(config.data, target, config.max_new_tokens, config.held_out)
+        prompts = read_prompts(config.data, target, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
         print(prompts.report())
         paths.start(config, overwrite)
         examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
@@ -73,7 +88,7 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool) -> tuple[Prep
     return Prepared(config, paths, drafter_config, examples, held_out), target
 
 
-def work(prepared: Prepared, target: Target, workers: Workers = ALONE) -> str | None:
+def work(prepared: Prepared, target: Target | TargetTables, workers: Workers = ALONE) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
@@ -88,7 +103,8 @@ def work(prepared: Prepared, target: Target, workers: Workers = ALONE) -> str | 
 
 def train(config: TrainConfig, paths: RunPaths, overwrite: bool) -> str:
     """Run or continue `config` in this process; returns the report to print."""
-    return work(*prepare(config, paths, overwrite))
+    with fitting_a_gpu(GPU_LEVERS):
+        return work(*prepare(config, paths, overwrite))
 
 
 def infeasible_share(log: Sequence[dict]) -> float:

@@ -19,6 +19,10 @@ OPTIMIZERS = ("muon", "adamw")
 FEATURES = ("target", "stored")
 DTYPES = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
+DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
+MAY_CHANGE = ("accumulate", "save_every", "eval_every")
+"""Settings of a run that another command may continue it with: the weights of a step do not depend on them. How often
+they are measured decides only which are known to be the best; what was measured before counts on."""
 CHOICES = {"features": FEATURES, "loss": LOSS_NAMES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
 
 
@@ -28,9 +32,10 @@ class TrainingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Every setting that changes the trained drafter; where the files lie and how many processes share the work do not.
+    """Every setting of a run; where the files lie and how many processes share the work are none.
 
-    Fields whose default follows from others (`RESOLVED`) are None in what a user gives, and never in a run.
+    Fields whose default follows from others, or from the machine (`resolved`), are None in what a user gives, and never
+    in a run.
     """
 
     target: str
@@ -59,20 +64,21 @@ class TrainConfig:
     seed: int = 0
     temperature: float = 0.0
     max_new_tokens: int = 256
+    chat_template_kwargs: dict | None = None
     held_out: int = 100
     save_every: int = 100
     eval_every: int = 500
-    dtype: str = "fp32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         if self.aux_layers is not None:
             object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
         for name, default in self.resolved().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
         positive = ("steps", "batch_size", "accumulate", "anchors", "position_decay", "lr", "clip", "max_new_tokens",
                     "held_out", "save_every", "eval_every")  # fmt: skip
         for name in positive:
@@ -86,7 +92,7 @@ class TrainConfig:
         self._check_combinations()
 
     def resolved(self) -> dict[str, Any]:
-        """The defaults that depend on other settings."""
+        """The defaults that depend on other settings, or on the machine."""
         lattice = self.lattice or ("slots" if self.loss == "ce" else "ctc")
         return {
             "lattice": lattice,
@@ -94,6 +100,7 @@ class TrainConfig:
             "transition_rank": 64 if lattice == "transitions" else 0,
             # What a uniform spread of U labels over T frames leaves.
             "blank_share": max(self.num_frames - self.num_labels, 0.05) / max(self.num_frames, 1),
+            "dtype": self.dtype or default_dtype(),
         }
 
     def _check_combinations(self) -> None:
@@ -142,6 +149,13 @@ class WorkerOptions:
             )
 
 
+def default_dtype() -> str:
+    """A GPU computes several times faster in bf16, and a target takes half of the memory there."""
+    import torch  # not at the top: --help needs none
+
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
 def option(name: str) -> str:
     """The command line's spelling of a field."""
     return "--" + name.replace("_", "-")
@@ -164,7 +178,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    kinds = {"str": str, "int": int, "float": (int, float), "tuple[int, ...]": list}
+    kinds = {"str": str, "int": int, "float": (int, float), "tuple[int, ...]": list, "dict": dict}
     kind = kinds[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -194,6 +208,18 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def fitting_a_gpu(levers: str) -> Iterator[None]:
+    """A GPU whose memory is full is a TrainingError; levers: what the user can do about it."""
+    import torch  # not at the top: --help needs none
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).strip().split(". ")[:2]).rstrip(".")  # what was asked for; a paragraph follows
+        raise TrainingError(f"The GPU's memory is too small ({reason}); {levers}.") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -204,7 +230,8 @@ def record_settings(path: Path, settings: dict) -> None:
 
 
 def differing_settings(path: Path, settings: dict) -> list[str]:
-    """`--name then -> now` for each setting in which the recorded run at `path` differs; empty if there is none."""
+    """`--name then -> now` for each setting in which the recorded run at `path` differs and may not; empty if there is
+    none."""
     if not path.is_file():
         return []
     try:
@@ -216,5 +243,5 @@ def differing_settings(path: Path, settings: dict) -> list[str]:
     return [
         f"{option(name)} {recorded.get(name)} -> {settings.get(name)}"
         for name in names
-        if recorded.get(name) != settings.get(name)
+        if name not in MAY_CHANGE and recorded.get(name) != settings.get(name)
     ]

@@ -2,26 +2,46 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vllm_ctc_spec.training.settings import TrainingError
+
+UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+"""What transformers raises for folders that it can make no model of."""
 
 
 @contextlib.contextmanager
 def _loading(folder: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except torch.OutOfMemoryError:
+        raise
+    except UNLOADABLE as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        remedy = "give the folder of a Hugging Face causal language model"
+        if isinstance(error, ImportError):  # as quantised weights do, whose kernels are packages of their own
+            remedy = (
+                "install what it names, or let vLLM run the target: train with --features stored on what "
+                "`vllm-ctc data --hidden-states` wrote"
+            )
         raise TrainingError(
-            f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}); "
-            "give the folder of a Hugging Face causal language model."
+            f"The target at {folder} cannot be loaded ({type(error).__name__}: {reason}); {remedy}."
         ) from error
 
 
@@ -30,6 +50,7 @@ class TargetText:
     """What prompts are built with: no weights are loaded for it."""
 
     tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
     max_length: int
     num_layers: int
 
@@ -40,12 +61,13 @@ class TargetText:
         with _loading(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            text = config.get_text_config()  # of a multimodal model its language model's, else the same
         if not tokenizer.chat_template:
             raise TrainingError(
                 f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
                 "use a chat model or add chat_template.jinja to the folder."
             )
-        return cls(tokenizer, config.max_position_embeddings, config.num_hidden_layers)
+        return cls(tokenizer, config, text.max_position_embeddings, text.num_hidden_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +75,10 @@ class Target:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -68,7 +94,7 @@ class Target:
 
     @property
     def max_length(self) -> int:
-        return self.model.config.max_position_embeddings
+        return self.config.get_text_config().max_position_embeddings
 
     @classmethod
     def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "Target":
@@ -85,6 +111,64 @@ class Target:
         eos_ids = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
         model.requires_grad_(False)
         return cls(model.to(device).eval(), tokenizer, eos_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetTables:
+    """What a run on stored hidden states needs of a target: it may be too large for this machine, or one that only vLLM
+    can run."""
+
+    config: PreTrainedConfig
+    embedding: Tensor  # [V, H]
+    head: Tensor  # [V, H]
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "TargetTables":
+        """The tables alone where the weights' files tell which they are, else out of the whole model."""
+        config = TargetText.load(folder).config
+        names = _table_names(config)
+        with _loading(folder):
+            found = {name: _read_table(Path(folder), name) for name in names or ()}
+        if names is not None and all(table is not None for table in found.values()):
+            tables = {name: table.to(device, dtype) for name, table in found.items()}
+            return cls(config, *(tables[name] for name in names))
+        target = Target.load(folder, device, dtype)
+        return cls(config, target.embedding, target.head)
+
+
+def _table_names(config: PreTrainedConfig) -> tuple[str, str] | None:
+    """Names of the embedding's and the head's weights in the model, the same if they are tied; None where transformers
+    does not know the model."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except UNLOADABLE:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return None
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(embedding)], names[id(embedding if head.weight is embedding.weight else head)]
+
+
+def _read_table(folder: Path, name: str) -> Tensor | None:
+    """This weight out of safetensors files; None where they do not have it, or not as plain numbers. Files of
+    multimodal models may lead to the same module by another path."""
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    elif whole.is_file():
+        with safe_open(whole, "pt") as file:
+            files = dict.fromkeys(file.keys(), whole.name)
+    else:
+        return None
+    ending = "." + ".".join(name.split(".")[-2:])
+    names = [name] if name in files else [other for other in files if other.endswith(ending)]
+    if len(names) != 1:
+        return None
+    with safe_open(folder / files[names[0]], "pt") as file:
+        table = file.get_tensor(names[0])
+    return table if table.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
 
 
 class AuxHiddenStates:

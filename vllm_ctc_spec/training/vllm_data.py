@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoConfig
 
 from vllm_ctc_spec.config import default_aux_layer_ids
 from vllm_ctc_spec.training.data import Prompts, read_prompts
@@ -20,6 +22,7 @@ from vllm_ctc_spec.training.dataset import (
     Responses,
     Shard,
     check_folder,
+    check_room,
     dataset_settings,
     plan_shards,
     read_shard,
@@ -30,6 +33,7 @@ from vllm_ctc_spec.training.settings import TrainingError, option
 from vllm_ctc_spec.training.target import TargetText
 
 States = Iterator[tuple[Shard, Tensor]]
+PASSING_PREFIX, PASSING_SUFFIX = "hidden-states-", ".tmp"  # of the folder through which vLLM hands them over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,7 @@ class DataConfig:
     dtype: str
     aux_layers: tuple[int, ...] | None = None
     tensor_parallel_size: int = 1
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "held_out", "tensor_parallel_size"):
@@ -79,12 +84,12 @@ class Engine:
     def __init__(self, config: EngineConfig, **options: Any):
         """options: more of vLLM's own, for its constructor."""
         self._config = config
+        check_vllm()  # first: importing vLLM lets torch look for GPUs without starting CUDA, in Ray's workers too
+        from vllm import LLM
+
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default asks for nearly all memory
-        check_vllm()
-        from vllm import LLM
-
         try:
             self._llm = LLM(
                 config.target,
@@ -187,15 +192,19 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
         raise TrainingError(
             f"--aux-layers must be between 1 and {text.num_layers}, the target's layers, not {list(layer_ids)}."
         )
-    prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out)
+    prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
     shards = plan_shards(prompts, config.temperature)
     settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed)
     settings["dtype"] = config.dtype
     check_folder(config.output, settings, overwrite)
+    for leftover in config.output.glob(f"{PASSING_PREFIX}*{PASSING_SUFFIX}"):  # of a run that was killed
+        shutil.rmtree(leftover)
     print(prompts.report())
     engine = _engine_config(config, text, prompts)
     write_responses(config.output, settings, shards, lambda missing: generate(engine, missing), overwrite)
     if config.hidden_states:
+        shape = AutoConfig.from_pretrained(config.target, local_files_only=True).get_text_config()
+        print(check_room(config.output, shards, layer_ids, shape.hidden_size))
         compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
         write_states(config.output, shards, layer_ids, compute)
     return f"{config.output}: {len(prompts.train)} responses for training, {len(prompts.held_out)} held out."
@@ -233,7 +242,7 @@ def compute_states(config: EngineConfig, folder: Path, shards: Sequence[Shard], 
         raise TrainingError(
             "--hidden-states needs vLLM's engine in a process of its own; unset VLLM_ENABLE_V1_MULTIPROCESSING."
         )
-    with tempfile.TemporaryDirectory(prefix="hidden-states-", suffix=".tmp", dir=folder) as passing:
+    with tempfile.TemporaryDirectory(prefix=PASSING_PREFIX, suffix=PASSING_SUFFIX, dir=folder) as passing:
         options = {
             "speculative_config": {
                 "method": "extract_hidden_states",
