@@ -93,7 +93,7 @@ def score_kernel(
             r = start + tl.arange(0, BLOCK_R)
             inner = tl.load(w_in_ptr + row_last[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
             outer_mask = valid[None, :] & (r[:, None] < RANK)
-            outer = tl.load(w_out_ptr + token[None, :] * RANK + r[:, None], mask=outer_mask, other=0.0)
+            outer = tl.load(w_out_ptr + token[None, :].to(tl.int64) * RANK + r[:, None], mask=outer_mask, other=0.0)
             bias = tl.dot(inner, outer, bias, input_precision="ieee")
 
     for i in range(ROWS):

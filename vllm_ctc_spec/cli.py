@@ -237,6 +237,9 @@ def add_eval(commands) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, help=f"longest response of the target (default: {DEFAULT_MAX_NEW_TOKENS})"
     )
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, metavar="JSON", help=TRAIN_HELP["chat_template_kwargs"]
+    )
     parser.add_argument("--category", metavar="NAME", help="only the rows whose field `category` is this")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, versions and every prompt's numbers")

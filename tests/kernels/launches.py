@@ -246,6 +246,7 @@ def other_transforms() -> None:
     transform(12, 64, default_tree_width(64), torch.bfloat16, chains=True)
     transform(12, 33, 9, torch.float16, chains=False)
     transform(64, 64, 64, torch.float32, chains=True)
+    transform(12, 1, 5, torch.bfloat16, chains=True)
     transform(1, 1, 1, torch.bfloat16, chains=False)
 
 

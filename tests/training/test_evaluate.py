@@ -1,5 +1,6 @@
 """`vllm-ctc eval`: what is measured on which responses, what is written, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -120,6 +121,21 @@ def test_sampled_responses_follow_the_seed(target, config):
     prompts = [[1, 5, 3, 2], [1, 9, 8, 7, 3, 2]] * 4
     first, again, other = (respond(target, prompts, config(seed=seed), 1.0) for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target, config, tmp_path):
+    template = target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": None}]}) + '\n{"question": "abc"}\n')
+    tokenizer = copy.deepcopy(target.tokenizer)
+    tokenizer.chat_template = template
+    thinking = dataclasses.replace(target, tokenizer=tokenizer)
+    plain, found = (
+        read_eval_prompts(config(data=str(path), chat_template_kwargs=given), thinking)
+        for given in (None, {"enable_thinking": True})
+    )
+    assert found.prompts == [ids + tokenizer("hm").input_ids for ids in plain.prompts]
+    assert "1 rows skipped: refused by the target's chat template (the first: TypeError" in found.report()
 
 
 def test_skipped_rows_are_counted(target, config, tmp_path):

@@ -1,6 +1,5 @@
 """Prompts from a jsonl file: which rows can be used, and which are held out."""
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -117,20 +116,6 @@ def token_ids(
 def fits(ids: Sequence[int], target: Target | TargetText, max_new_tokens: int) -> bool:
     """Whether there is room for a response in the target's positions."""
     return 0 < len(ids) <= target.max_length - min(max_new_tokens, target.max_length // 2)
-
-
-def encode(
-    dialogues: Sequence[Messages],
-    target: Target | TargetText,
-    max_new_tokens: int,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[list[int]]:
-    """Token ids of the dialogues that the chat template takes and that leave room for a response."""
-    encoded = []
-    for messages in dialogues:
-        with contextlib.suppress(RefusedRow):
-            encoded.append(token_ids(messages, target, chat_template_kwargs))
-    return [ids for ids in encoded if fits(ids, target, max_new_tokens)]
 
 
 def read_prompts(

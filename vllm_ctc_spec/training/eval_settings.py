@@ -25,6 +25,7 @@ class EvalConfig:
     seed: int = 0
     category: str | None = None
     dtype: str | None = None
+    chat_template_kwargs: dict | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is None:
@@ -60,7 +61,7 @@ class EvalConfig:
 
     def _refuse_for_dataset(self) -> None:
         """Held-out responses of a dataset are greedy, and as long as they are."""
-        for name in ("max_new_tokens", "category"):
+        for name in ("max_new_tokens", "category", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 raise TrainingError(
                     f"{option(name)} does nothing with the dataset {self.data}, whose responses are there already; "

@@ -23,7 +23,15 @@ from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter, check_weights
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.batches import anchor_positions
-from vllm_ctc_spec.training.data import PROMPT_FIELDS, encode, parse_row, read_lines, skipped_rows
+from vllm_ctc_spec.training.data import (
+    FIELD_NAMES,
+    RefusedRow,
+    fits,
+    parse_row,
+    read_lines,
+    skipped_rows,
+    token_ids,
+)
 from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
 from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.features import Features, in_process
@@ -44,9 +52,10 @@ class EvalPrompts:
     prompts: list[list[int]]
     unusable: int  # without any known field
     too_long: int  # no room for a response in the target's positions
+    refusals: list[str]  # by the target's chat template
 
     def report(self) -> str:
-        return f"{len(self.prompts)} prompts{skipped_rows(self.unusable, self.too_long)}."
+        return f"{len(self.prompts)} prompts{skipped_rows(self.unusable, self.too_long, self.refusals)}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +129,7 @@ def _measure_all(
 
 def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
     """The first `num_prompts` rows that can be used."""
-    lines, prompts, unusable, too_long = read_lines(config.data), [], 0, 0
+    lines, prompts, unusable, too_long, refusals = read_lines(config.data), [], 0, 0, []
     if config.category is not None:
         lines = _in_category(lines, config)
     for line in lines:
@@ -130,15 +139,21 @@ def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
         if messages is None:
             unusable += 1
             continue
-        fitting = encode([messages], text, config.max_new_tokens)
-        prompts += fitting
-        too_long += not fitting
+        try:
+            ids = token_ids(messages, text, config.chat_template_kwargs)
+        except RefusedRow as reason:
+            refusals.append(str(reason))
+            continue
+        if fits(ids, text, config.max_new_tokens):
+            prompts.append(ids)
+        else:
+            too_long += 1
     if not prompts:
         raise TrainingError(
-            f"{config.data} has no usable row among {len(lines)}: each needs one of the fields "
-            f"{', '.join(PROMPT_FIELDS)} and must fit the target's {text.max_length} positions."
+            f"{config.data} has no usable row among {len(lines)}: each needs one of the fields {FIELD_NAMES} and must "
+            f"fit the target's {text.max_length} positions{skipped_rows(unusable, too_long, refusals)}."
         )
-    return EvalPrompts(prompts, unusable, too_long)
+    return EvalPrompts(prompts, unusable, too_long, refusals)
 
 
 def _in_category(lines: Sequence[str], config: EvalConfig) -> list[str]:
