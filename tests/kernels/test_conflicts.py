@@ -1,0 +1,75 @@
+"""Every barrier that a GPU needs is there, and no program touches what another one of its launch writes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_triton
+from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
+from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
+
+from .conflicts import watched
+from .conftest import INTERPRETED
+from .frames import anchors, markov_head, random_frames, sampling_for, transitions_between
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory cannot be watched")
+FRAMES = random_frames(2, 4, 20, seed=0)
+
+
+def chain() -> None:
+    prefix_chain_triton(*FRAMES, anchors(2), 3, markov_head(20, 5), sampling_for(2, 3, 20, [1.0, 0.0]))
+
+
+def search() -> None:
+    prefix_search_triton(*FRAMES, anchors(2), 6, 8, 3, markov_head(20, 5))
+
+
+def search_with_transitions() -> None:
+    lattice = transitions_between("spread", 2, 4)
+    prefix_search_triton(*FRAMES, anchors(2), 6, 8, 3, None, torch.tensor([True, False]), lattice)
+
+
+def transform() -> None:
+    ctc_transform_triton(*FRAMES, anchors(2), 6, 8, 3, torch.tensor([True, False]))
+
+
+def compaction() -> None:
+    caches = CachePointers([torch.randn(4, 2, 4, 16) for _ in range(2)])
+    slots, roots = torch.arange(16), torch.tensor([0, 8], dtype=torch.int32)
+    path = torch.tensor([[0, 2, 3, 7], [0, 1, 4, 6]], dtype=torch.int32)
+    compact_kv_triton(caches, slots, roots, path, torch.tensor([4, 3], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("run", [chain, search, search_with_transitions, transform, compaction])
+def test_nothing_is_left_to_chance(run: Callable[[], None], triton_device: str) -> None:
+    with watched() as found:
+        run()
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("run", "kernel"),
+    [(chain, "extend_kernel"), (search, "search_kernel"), (transform, "beam_kernel"), (transform, "rank_kernel")],
+)
+def test_missing_barriers_are_found(run: Callable[[], None], kernel: str, triton_device: str) -> None:
+    with watched(with_barriers=False) as found:
+        run()
+    assert [text for text in found if text.startswith(f"{kernel}: ")]
+
+
+@triton.jit
+def _shift_kernel(x_ptr, STEP: tl.constexpr):
+    """Each program moves one element to the place of the next."""
+    at = tl.program_id(0)
+    tl.store(x_ptr + at + STEP, tl.load(x_ptr + at))
+
+
+def test_programs_that_share_what_they_write_are_found(triton_device: str) -> None:
+    with watched() as found:
+        _shift_kernel[(3,)](torch.zeros(9), STEP=1)
+        assert len(found) == 1 and "reads what another program writes" in found.pop()
+        _shift_kernel[(3,)](torch.zeros(9), STEP=5)
+    assert found == set()
