@@ -19,6 +19,7 @@ those of the file that `vllm_ctc_spec/model.py` serves; a test holds both to the
 
 import math
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -305,12 +306,12 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
                 _refuse_broken_numbers(path, name, weight.get_dtype(), file)
     except (SafetensorError, OSError) as error:
         raise DrafterConfigError(
-            f"The CTC drafter's weights {path} are damaged ({' '.join(str(error).split())}); "
+            f"The CTC drafter's weights {path} are damaged ({shorten(str(error), 300)}); "
             "train it again or restore the file."
         ) from error
     except RuntimeError as error:  # what torch makes of a file that is larger than the memory
         raise DrafterConfigError(
-            f"The CTC drafter's weights {path} cannot be mapped into memory ({' '.join(str(error).split())}); "
+            f"The CTC drafter's weights {path} cannot be mapped into memory ({shorten(str(error), 300)}); "
             "use a machine with more memory, or restore the drafter if it should be smaller."
         ) from error
 
