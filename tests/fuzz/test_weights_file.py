@@ -112,7 +112,7 @@ def test_a_header_of_anything(checkpoints, examples):
     @given(
         st.one_of(st.sampled_from(sorted(fields)), st.sampled_from(["a\nb", "", "__metadata__", "x" * 10_000])), entry
     )
-    @example("x" * 10_000, {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]})  # safetensors names the tensor
+    @example("x" * 10_000, {"dtype": "F32", "shape": [], "data_offsets": [1, 1]})  # safetensors names the tensor
     def holds(name, value):
         text = json.dumps({**fields, name: value}).encode()
         content = struct.pack("<Q", len(text)) + text + checkpoints.weights[header:]
