@@ -213,6 +213,7 @@ EVAL = ["eval", "--target", "t", "--drafter", "d", "--data", "f"]
 EVAL_CHANGED = {
     "num_prompts": ("7", 7), "nodes": ("4,2", (4, 2)), "temperature": ("1", (1.0,)), "max_new_tokens": ("9", 9),
     "seed": ("3", 3), "category": ("qa", "qa"), "dtype": ("bf16", "bf16"),
+    "chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
 }  # fmt: skip
 
 

@@ -124,7 +124,8 @@ def test_sampled_responses_follow_the_seed(target, config):
 
 
 def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target, config, tmp_path):
-    template = target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}"
+    strict = "{% if messages[0].content is none %}{{ raise_exception('no text') }}{% endif %}"
+    template = strict + target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}"
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": None}]}) + '\n{"question": "abc"}\n')
     tokenizer = copy.deepcopy(target.tokenizer)
@@ -135,7 +136,7 @@ def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target
         for given in (None, {"enable_thinking": True})
     )
     assert found.prompts == [ids + tokenizer("hm").input_ids for ids in plain.prompts]
-    assert "1 rows skipped: refused by the target's chat template (the first: TypeError" in found.report()
+    assert "1 rows skipped: refused by the target's chat template (the first: TemplateError: no text)" in found.report()
 
 
 def test_skipped_rows_are_counted(target, config, tmp_path):
