@@ -215,3 +215,9 @@ def engine() -> Iterator[Callable[..., Engine]]:
     cleanup_dist_env_and_memory()
     environment.undo()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def plain(engine, tiny_pair) -> Engine:
+    """The tiny target without drafter, which can give the scores of all tokens (`ties.differences` asks for them)."""
+    return engine(tiny_pair.target, max_logprobs=-1)

@@ -58,11 +58,6 @@ SPOILED = {
 
 
 @pytest.fixture(scope="module")
-def plain(engine, tiny_pair):
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
-@pytest.fixture(scope="module")
 def expected(plain):
     return plain.generate(PROMPTS, PARAMETERS, use_tqdm=False)
 

@@ -11,11 +11,6 @@ GREEDY = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)] * len(P
 SEEDED = [SamplingParams(temperature=0.8, seed=n, max_tokens=60, ignore_eos=True) for n in range(len(PROMPTS))]
 
 
-@pytest.fixture(scope="module")
-def plain(engine, tiny_pair):
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("lattice", ["transitions", "slots"])
 def test_answers_are_those_without_drafter(lattice, draft, engine, lattice_pair, plain):

@@ -19,11 +19,6 @@ def drafting(pair: Pair, draft: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def plain(engine, tiny_pair):
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
-@pytest.fixture(scope="module")
 def expected(plain):
     return plain.generate(PROMPTS, GREEDY, use_tqdm=False)
 

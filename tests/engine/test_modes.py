@@ -31,11 +31,6 @@ def requests() -> list[tuple[dict, SamplingParams]]:
 
 
 @pytest.fixture(scope="module")
-def plain(engine, tiny_pair) -> LLM:
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
-@pytest.fixture(scope="module")
 def expected(plain, requests):
     return answer(plain, requests)
 

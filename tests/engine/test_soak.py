@@ -40,11 +40,6 @@ def requests():
 
 
 @pytest.fixture(scope="module")
-def plain(engine, tiny_pair):
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
-@pytest.fixture(scope="module")
 def expected(plain, requests):
     prompts, parameters = zip(*requests)
     return plain.generate(list(prompts), list(parameters), use_tqdm=False)

@@ -46,11 +46,6 @@ def parameters() -> list[SamplingParams]:
 
 
 @pytest.fixture(scope="module")
-def plain(engine, tiny_pair):
-    return engine(tiny_pair.target, max_logprobs=-1)
-
-
-@pytest.fixture(scope="module")
 def expected(plain, prompts, parameters):
     return plain.generate(prompts, parameters, use_tqdm=False)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig
 
 from vllm_ctc_spec.config import default_aux_layer_ids
 from vllm_ctc_spec.training.data import Prompts, read_prompts
@@ -203,8 +202,7 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
     engine = _engine_config(config, text, prompts)
     write_responses(config.output, settings, shards, lambda missing: generate(engine, missing), overwrite)
     if config.hidden_states:
-        shape = AutoConfig.from_pretrained(config.target, local_files_only=True).get_text_config()
-        print(check_room(config.output, shards, layer_ids, shape.hidden_size))
+        print(check_room(config.output, shards, layer_ids, text.config.get_text_config().hidden_size))
         compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
         write_states(config.output, shards, layer_ids, compute)
     return f"{config.output}: {len(prompts.train)} responses for training, {len(prompts.held_out)} held out."

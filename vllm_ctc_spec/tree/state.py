@@ -85,23 +85,26 @@ class TreeStep:
         carry thousands of a prefill beside them. Fixed shapes, nothing is read on the host.
         """
         assert self.path is not None and self.num_sampled is not None
-        root = self.roots[: self.num_reqs].long().unsqueeze(1)
-        offset = torch.arange(self.path.shape[1], device=root.device)
-        accepted = offset < self.num_sampled.unsqueeze(1)
-        # What was not accepted writes the anchor's row over itself.
-        to, source = torch.where(accepted, root + offset, root), torch.where(accepted, root + self.path, root)
+        to, source = path_moves(self.roots[: self.num_reqs], self.path, self.num_sampled)
         for rows in states:
             rows[to] = rows[source]
 
 
-def in_path_order(first: Tensor, path: Tensor, num_sampled: Tensor, num_rows: int) -> Tensor:
-    """[num_rows] int64: row `first[r] + k` becomes row `first[r] + path[r, k]` for k < num_sampled[r], others stay.
+def path_moves(first: Tensor, path: Tensor, num_sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, 1 + N] int64 to write and rows to read for that: row `first[r] + k` becomes row `first[r] + path[r, k]`
+    for k < num_sampled[r], and for the others the anchor's row becomes itself.
 
     first, num_sampled [R], path [R, 1 + N]. Fixed shapes, nothing is read on the host.
     """
     first = first.long().unsqueeze(1)
     offset = torch.arange(path.shape[1], device=path.device)
-    rows = torch.arange(num_rows + 1, device=path.device)
-    # What was not accepted is written to one row behind the end.
-    rows[torch.where(offset < num_sampled.unsqueeze(1), first + offset, num_rows)] = first + path
-    return rows[:num_rows]
+    accepted = offset < num_sampled.unsqueeze(1)
+    return torch.where(accepted, first + offset, first), torch.where(accepted, first + path, first)
+
+
+def in_path_order(first: Tensor, path: Tensor, num_sampled: Tensor, num_rows: int) -> Tensor:
+    """[num_rows] int64: all rows in the order that `path_moves` gives them."""
+    rows = torch.arange(num_rows, device=path.device)
+    to, source = path_moves(first, path, num_sampled)
+    rows[to] = source
+    return rows
