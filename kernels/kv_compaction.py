@@ -17,7 +17,8 @@ _MAX_COLUMNS = 2048
 class CachePointers:
     """The caches of L layers, all of one shape, dtype, strides and device, as one tensor of addresses.
 
-    Built once from the list; the caches must stay where they are, and are not kept alive by this.
+    Built once from the list; the caches must stay where they are, and are not kept alive by this. Compaction in a cache
+    that is gone is refused: its addresses may belong to another tensor by then.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
@@ -48,8 +49,14 @@ class CachePointers:
 
     def layers(self) -> list[torch.Tensor]:
         """The caches as integers, each [num_blocks, Hkv, block_size, 2 d]."""
+        return [cache.view(self.integer) for cache in self.alive()]
+
+    def alive(self) -> list[torch.Tensor]:
+        """The caches. RuntimeError if one is gone."""
         caches = [cache() for cache in self._caches]
-        return [cache.view(self.integer) for cache in caches if cache is not None]
+        if any(cache is None for cache in caches):
+            raise RuntimeError("KV compaction would write into freed memory: a cache is gone, keep a reference to it.")
+        return caches
 
 
 def compact_kv(
@@ -116,6 +123,7 @@ def compact_kv_triton(
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
+    caches.alive()
     _, num_heads, block_size, entry_size = caches.shape
     element = caches.addresses.new_empty(0, dtype=caches.integer)
     num_columns = num_heads * entry_size

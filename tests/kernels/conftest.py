@@ -6,10 +6,13 @@ here, and test_interpreted.py runs it in a process of its own.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from .bounds import bounded
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -17,6 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture
 def triton_device() -> str:
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def no_access_astray() -> Iterator[None]:
+    with bounded():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -176,7 +176,8 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
 
 
 def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
-    caches = kv_compaction.CachePointers([empty(1024, 8, 16, 256, dtype=dtype)] * 32)
+    cache = empty(1024, 8, 16, 256, dtype=dtype)
+    caches = kv_compaction.CachePointers([cache] * 32)
     slots = empty(batch, dtype=torch.int32)
     path = empty(batch, width, dtype=torch.int32)
     kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), slots, path, slots)

@@ -128,4 +128,8 @@ def test_the_pointers_keep_no_cache_alive() -> None:
     pointers = CachePointers([cache])
     assert len(pointers.layers()) == 1
     del cache
-    assert alive() is None and pointers.layers() == []
+    assert alive() is None
+    one = torch.zeros(1, 1, dtype=torch.int32)
+    for run in (compact_kv, compact_kv_triton):
+        with pytest.raises(RuntimeError, match="would write into freed memory"):
+            run(pointers, torch.zeros(1, dtype=torch.int64), one[0], one, one[0])
