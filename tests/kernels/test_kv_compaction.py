@@ -129,7 +129,7 @@ def test_the_pointers_keep_no_cache_alive() -> None:
     assert len(pointers.layers()) == 1
     del cache
     assert alive() is None
-    one = torch.zeros(1, 1, dtype=torch.int32)
+    one_move = torch.arange(3), *(torch.tensor(x, dtype=torch.int32) for x in ([0], [[0, 2]], [2]))
     for run in (compact_kv, compact_kv_triton):
         with pytest.raises(RuntimeError, match="would write into freed memory"):
-            run(pointers, torch.zeros(1, dtype=torch.int64), one[0], one, one[0])
+            run(pointers, *one_move)
