@@ -59,7 +59,7 @@ def interpreted(kernel):
 
 def overridden(kernel):
     function, _ = table.by_kernel_name()[f"{kernel.__module__}.{kernel.__name__}"]
-    return KernelOverride(kernel, table.ignoring_launch_options(function))
+    return KernelOverride(kernel, table.launcher(kernel, function))
 
 
 def with_kernels(function, replace):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import vllm
 
 MAX_REQS, MAX_LEN = 8, 64
+SINCE_33 = not vllm.__version__.startswith("0.32.")
 PAD = -1
 
 
@@ -28,7 +30,7 @@ def test_apply_write(agree, dtype):
     contents = tokens(12).to(dtype)
     ours = agree(
         "buffer_utils._apply_write_kernel", output, 20, rows, starts, contents, ends, None,
-        BLOCK_SIZE=4, MULTI_GROUP=False, grid=(4,),
+        BLOCK_SIZE=4, MULTI_GROUP=False, grid=(4, 2),
     )  # fmt: skip
     assert (ours.args[0][3, 2:6] == contents[:4]).all()
 
@@ -37,26 +39,31 @@ def test_apply_write_of_several_groups(agree):
     groups = [tokens(4, 10), tokens(4, 16), tokens(4, 6)]
     ours = agree(
         "buffer_utils._apply_write_kernel", groups, ints([10, 16, 6], torch.int64), ints([1, 0, 3]), ints([2, 7, 0]),
-        tokens(11), ints([3, 9, 11]), ints([0, 1, 2]), BLOCK_SIZE=4, MULTI_GROUP=True, grid=(3,),
+        tokens(11), ints([3, 9, 11]), ints([0, 1, 2]), BLOCK_SIZE=4, MULTI_GROUP=True, grid=(3, 2),
     )  # fmt: skip
     assert not torch.equal(ours.args[0][1], groups[1])
 
 
-def test_gather_block_tables(agree):
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.skipif(not SINCE_33, reason="0.33"))])
+def test_gather_block_tables(agree, masked):
     sources, targets = [tokens(MAX_REQS, 5), tokens(MAX_REQS, 9)], [tokens(MAX_REQS, 5), tokens(MAX_REQS, 9)]
     num_blocks = tokens(2, MAX_REQS, high=6)
     requests = ints([6, 0, 3])
     theirs_pad = MAX_REQS  # every row after the batch is zeroed
+    # The second group has a window: its 20 tokens begin in block 0, in block 1 and in block 5 of 4 tokens each.
+    windows = tokens(MAX_REQS, high=9), ints([0, 20]), ints([16, 4])
+    windows[0][requests] = ints([19, 24, 43])
     agree(
         "block_table._gather_block_tables_kernel", requests, sources, targets, ints([5, 9], torch.int64), num_blocks,
-        MAX_REQS, 3, BLOCK_SIZE=4, grid=(2, theirs_pad),
+        MAX_REQS, 3, *(windows if SINCE_33 else ()), **({"MASK_SLIDING_WINDOW": masked} if SINCE_33 else {}),
+        BLOCK_SIZE=4, grid=(2, theirs_pad),
     )  # fmt: skip
 
 
 def test_gather_block_tables_reads_the_table_as_it_is_now(agree):
     """The views of the tables are cached by address."""
     for _ in range(3):
-        test_gather_block_tables(agree)
+        test_gather_block_tables(agree, masked=False)
 
 
 def test_compute_slot_mappings(agree):

@@ -25,7 +25,7 @@ def test_prepare_dflash_inputs(agree, from_anchor, max_model_len):
         "spec_decode.dflash.speculator.prepare_dflash_inputs",
         SimpleNamespace(
             input_ids=filled(MAX_TOKENS), positions=filled(MAX_TOKENS, torch.int64),
-            query_start_loc=filled(MAX_REQS + 1), seq_lens=filled(MAX_REQS),
+            query_start_loc=filled(MAX_REQS + 1), seq_lens=filled(MAX_REQS), is_padding=torch.rand(MAX_TOKENS) < 0.5,
         ),
         filled(MAX_TOKENS, torch.int64), filled(MAX_TOKENS, torch.int64), filled(MAX_TOKENS, torch.int64),
         filled(MAX_REQS * steps, torch.int64), filled(MAX_REQS * steps, torch.int64),

@@ -1,7 +1,8 @@
-"""Sampled output follows the target's law with a drafter as without: chi-square over the first three tokens.
+"""Sampled output follows the target's law with a drafter as without: chi-square over the first five tokens.
 
-The vocabulary is so small that the exact law of three tokens can be enumerated from the Hugging Face target. The first
-token is sampled without a draft, the next two are drafted.
+The vocabulary is so small that the exact law of five tokens can be enumerated from the Hugging Face target. The first
+token is sampled without a draft, the next four are drafted, in two steps or more: what a step has drafted and rejected
+must not tell in the next one.
 """
 
 import itertools
@@ -16,20 +17,20 @@ from vllm_ctc_spec.proposer import CTCProposer
 
 from .conftest import TREE
 
-VOCAB = 6
-LENGTH = 3
-PROMPT = [3, 1, 4, 1, 5]
+VOCAB = 4
+LENGTH = 5
+PROMPT = [3, 1, 2, 1, 0]
 DRAWS = 20_000
 PLAUSIBLE, IMPOSSIBLE = 1e-3, 1e-9  # p-values: seeds are fixed, so that neither depends on luck
 
 PLAIN = {"temperature": 1.0}
-COLD_TOP_K = {"temperature": 0.7, "top_k": 4}
+COLD_TOP_K = {"temperature": 0.7, "top_k": 3}
 HOT_TOP_P = {"temperature": 1.3, "top_p": 0.8}
 
 
 @pytest.fixture(scope="module")
 def pair(make_pair, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("six_tokens")
+    folder = tmp_path_factory.mktemp("four_tokens")
     return make_pair(folder, VOCAB, seed=4, head_std=0.15, num_frames=5, num_labels=3)
 
 
@@ -53,7 +54,7 @@ def sampler(engine, pair):
 
 @pytest.fixture(scope="module")
 def logits(pair) -> dict[tuple[int, ...], torch.Tensor]:
-    """The target's logits after the prompt and every continuation of up to two tokens, fp64."""
+    """The target's logits after the prompt and every continuation of up to four tokens, fp64."""
     model = LlamaForCausalLM.from_pretrained(pair.target).double().eval()
     after = {}
     for length in range(LENGTH):
@@ -75,7 +76,7 @@ def next_token_law(logits: torch.Tensor, temperature: float, top_k: int = VOCAB,
     return only / only.sum()
 
 
-def law_of_three(logits: dict[tuple[int, ...], torch.Tensor], **parameters) -> dict[tuple[int, ...], float]:
+def law_of_five(logits: dict[tuple[int, ...], torch.Tensor], **parameters) -> dict[tuple[int, ...], float]:
     rows = {tail: next_token_law(row, **parameters) for tail, row in logits.items()}
     return {
         tokens: float(torch.stack([rows[tokens[:k]][tokens[k]] for k in range(LENGTH)]).prod())
@@ -152,10 +153,10 @@ def run(request, sampler):
     return draw(llm, **parameters), llm.acceptance_length, parameters
 
 
-def test_three_tokens_follow_the_targets_law(run, logits):
+def test_five_tokens_follow_the_targets_law(run, logits):
     seen, acceptance_length, parameters = run
     assert seen.total() == DRAWS
-    assert p_value(seen, law_of_three(logits, **parameters)) > PLAUSIBLE
+    assert p_value(seen, law_of_five(logits, **parameters)) > PLAUSIBLE
     assert 1.1 < acceptance_length < 3.9  # some drafts are accepted, some are not
 
 
@@ -163,14 +164,14 @@ def test_the_law_of_another_temperature_is_told_apart(run, logits):
     """A test of the test: what these draws are too few to tell apart, the test above cannot find."""
     seen, _, parameters = run
     other = {**parameters, "temperature": 1.15 * parameters["temperature"]}
-    assert p_value(seen, law_of_three(logits, **other)) < IMPOSSIBLE
+    assert p_value(seen, law_of_five(logits, **other)) < IMPOSSIBLE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options, parameters", RUNS.values(), ids=RUNS)
 def test_ten_times_as_many_draws(sampler, logits, options, parameters):
     seen = draw(sampler(**options), draws=10 * DRAWS, **parameters)
-    assert p_value(seen, law_of_three(logits, **parameters)) > PLAUSIBLE
+    assert p_value(seen, law_of_five(logits, **parameters)) > PLAUSIBLE
 
 
 @pytest.mark.parametrize("options", [SAMPLED_DRAFTS, BLOCK], ids=["standard", "block"])
@@ -184,4 +185,4 @@ def test_a_proposer_that_reports_another_law_is_found(sampler, logits, monkeypat
         self.draft_logits *= 0.5
 
     monkeypatch.setattr(CTCProposer, "_generate_draft", misreport)
-    assert p_value(draw(llm, draws=DRAWS // 4, **PLAIN), law_of_three(logits, **PLAIN)) < IMPOSSIBLE
+    assert p_value(draw(llm, draws=DRAWS // 4, **PLAIN), law_of_five(logits, **PLAIN)) < IMPOSSIBLE

@@ -49,7 +49,9 @@ def install() -> None:
             original(cls)
         if vllm.envs.VLLM_USE_V2_MODEL_RUNNER:
             import vllm.v1.worker.cpu.shm  # noqa: F401  (vllm.v1.worker.gpu fails to import before it)
+            import vllm.v1.worker.gpu_worker
 
+            vllm.v1.worker.gpu_worker.HAS_TRITON = True  # vLLM 0.33 checks again there
             from vllm_ctc_spec.cpu import table
 
             with _llvmlite_out_of_sight():

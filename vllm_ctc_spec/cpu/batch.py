@@ -35,9 +35,11 @@ def apply_write(
 
 def gather_block_tables(
     batch_idx_to_req_idx, src_block_table_ptrs, dst_block_table_ptrs, block_table_strides, num_blocks_ptr,
-    num_blocks_stride, num_reqs, BLOCK_SIZE,
+    num_blocks_stride, num_reqs, BLOCK_SIZE, num_computed_tokens_ptr=None, sliding_window_reach_ptr=None,
+    block_sizes_ptr=None, MASK_SLIDING_WINDOW=False,
 ):  # fmt: skip
-    """Copy each request's used blocks to its batch row, for every KV cache group; zero the rows after the batch."""
+    """Copy each request's used blocks to its batch row, for every KV cache group; zero the rows after the batch, and
+    the blocks that lie before every window of the step."""
     num_blocks = num_blocks_ptr.numpy()
     rows = num_blocks.shape[1]
     requests = batch_idx_to_req_idx.tolist()[:num_reqs]
@@ -48,6 +50,9 @@ def gather_block_tables(
         for row, request in enumerate(requests):
             used = num_blocks[group, request]
             target[row, :used] = source[request, :used]
+            if MASK_SLIDING_WINDOW and sliding_window_reach_ptr[group] > 0:
+                first_seen = int(num_computed_tokens_ptr[request]) - int(sliding_window_reach_ptr[group])
+                target[row, : min(max(first_seen, 0) // int(block_sizes_ptr[group]), used)] = 0
         target[num_reqs:] = 0
 
 
@@ -159,9 +164,11 @@ def get_num_sampled_and_rejected(
 def post_update(
     idx_mapping_ptr, num_computed_tokens_ptr, last_sampled_tokens_ptr, output_bin_counts_ptr, output_bin_counts_stride,
     sampled_tokens_ptr, sampled_tokens_stride, num_sampled_ptr, num_rejected_ptr, query_start_loc_ptr,
-    all_token_ids_ptr, all_token_ids_stride, total_len_ptr,
+    all_token_ids_ptr, all_token_ids_stride, total_len_ptr, draft_tokens_ptr=None, draft_tokens_out_ptr=None,
+    num_draft_tokens=0,
 ):  # fmt: skip
-    """Append the sampled tokens to their requests and advance `num_computed_tokens` by what was not rejected."""
+    """Append the sampled tokens to their requests and advance `num_computed_tokens` by what was not rejected; with
+    pipeline parallelism, keep the drafts that another stage made."""
     num_computed, last_sampled, counts, sampled, all_token_ids, total_lens = arrays(
         num_computed_tokens_ptr, last_sampled_tokens_ptr, output_bin_counts_ptr, sampled_tokens_ptr,
         all_token_ids_ptr, total_len_ptr,
@@ -172,6 +179,8 @@ def post_update(
     for row, request in enumerate(idx_mapping_ptr.tolist()):
         if request < 0:
             continue
+        if draft_tokens_ptr is not None:
+            draft_tokens_out_ptr[request] = draft_tokens_ptr[row]
         num_new = num_sampled[row]
         if num_new > 0:
             tokens, total_len = sampled[row, :num_new], total_lens[request]

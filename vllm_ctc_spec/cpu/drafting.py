@@ -12,7 +12,7 @@ def prepare_dflash_inputs(
     idx_mapping_ptr, last_sampled_ptr, next_prefill_tokens_ptr, num_sampled_ptr, num_rejected_ptr, temperature_ptr,
     seeds_ptr, block_table_ptr, block_table_stride, parallel_drafting_token_id, block_size, num_query_per_req,
     num_speculative_steps, max_num_reqs, max_num_tokens, max_model_len, cp_rank, SAMPLE_FROM_ANCHOR, PAD_SLOT_ID,
-    CP_SIZE, CP_INTERLEAVE, BLOCK_SIZE,
+    CP_SIZE, CP_INTERLEAVE, BLOCK_SIZE, out_is_padding_ptr=None,
 ):  # fmt: skip
     """Per request: context positions and KV slots of the target's accepted tokens, then the anchor and the mask tokens.
 
@@ -60,6 +60,10 @@ def prepare_dflash_inputs(
     positions[:num_queries] = np.minimum(query_positions, max_model_len - 1).reshape(-1)
     slots[:num_queries] = kv_slots(rows[:, None], query_positions).reshape(-1)
     slots[num_queries:max_num_tokens] = PAD_SLOT_ID
+    if out_is_padding_ptr is not None:
+        out_is_padding_ptr[:num_queries] = False
+        out_is_padding_ptr[num_queries:max_num_tokens] = True
+        input_ids[num_queries:max_num_tokens] = positions[num_queries:max_num_tokens] = 0
     start_loc[:num_reqs] = rows * num_query_per_req
     start_loc[num_reqs : max_num_reqs + 1] = num_queries
     seq_lens[:num_reqs] = np.minimum(anchor + num_query_per_req, max_model_len)

