@@ -1,14 +1,16 @@
 """Gumbel noise for drafting: the same Philox bits from a Triton device function and from torch integers.
 
-The noise of token `v` at sequence position `pos` of a request is
+The noise of token `v` at sequence position `pos` of a request, drafted as label `k` of its chain, is
 
-    x = Philox4x32-10(key = seed, counter = (v, pos mod 2^32, SALT, pos >> 32))[0]
+    x = Philox4x32-10(key = seed, counter = (v, pos mod 2^32, SALT + k, pos >> 32))[0]
     u = (floor(x / 2^9) + 1/2) / 2^23        uniform on the 2^23 midpoints of (0, 1)
     g = -log(-log(u))                        Gumbel(0, 1), between -2.82 and 16.64
 
 The midpoints are exact in fp32 and are never 0 or 1, so `g` is finite without a clamp. SALT keeps the stream apart
 from `tl.rand(seed, pos)`, whose third counter word is 0: vLLM's rejection sampler draws its acceptance uniforms that
-way, and a proposal must be independent of the test it is put to.
+way, and a proposal must be independent of the test it is put to. A position that was drafted and not reached is
+drafted again, as an earlier label: with `k` its noise is new. Block verification needs that, because how far it accepts
+depends on the labels behind as well.
 """
 
 import torch
@@ -25,12 +27,12 @@ _KEY_STEP_A, _KEY_STEP_B = 0x9E3779B9, 0xBB67AE85
 
 
 @triton.jit
-def gumbel_noise(seed, position, token):
-    """Gumbel(0, 1) noise of a block of tokens: seed and position int64 scalars, token int32 [BLOCK]."""
+def gumbel_noise(seed, position, label, token):
+    """Gumbel(0, 1) noise of a block of tokens: seed and position int64 scalars, label int32, token int32 [BLOCK]."""
     zero = token * 0
     low = zero + position.to(tl.int32)
     high = zero + (position >> 32).to(tl.int32)
-    bits, _, _, _ = tl.philox(seed, token, low, zero + _SALT, high)
+    bits, _, _, _ = tl.philox(seed, token, low, zero + (_SALT + label), high)
     u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     return -tl.log(-tl.log(u))
 
@@ -61,13 +63,14 @@ def philox_reference(
 def gumbel_noise_reference(
     seeds: torch.Tensor,  # [...] int64
     positions: torch.Tensor,  # [...] int64
+    labels: torch.Tensor,  # [...] int64
     num_tokens: int,
 ) -> torch.Tensor:  # [..., num_tokens] fp32
-    """The noise of all tokens at the given positions."""
+    """The noise of all tokens at the given positions, drafted as the given labels of a chain."""
     position = positions.unsqueeze(-1)
     token = torch.arange(num_tokens, device=positions.device)
     bits = philox_reference(
-        seeds.unsqueeze(-1), token, position & _WORD, torch.full_like(position, SALT), (position >> 32) & _WORD
+        seeds.unsqueeze(-1), token, position & _WORD, SALT + labels.unsqueeze(-1), (position >> 32) & _WORD
     )
     u = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))

@@ -20,7 +20,7 @@ class ChainSampling(NamedTuple):
 
     temperature: torch.Tensor  # [R] fp32; 0 is greedy
     seeds: torch.Tensor  # [R] int64
-    positions: torch.Tensor  # [B] int64, the position of the first label: label k uses the noise of positions + k
+    positions: torch.Tensor  # [B] int64, the position of the first label; label k is drawn at positions + k
     slots: torch.Tensor  # [B] int64, the request slot of each row; -1 is an inert row
     draft_logits: torch.Tensor  # [R, N, V] fp32, written: log q(v | prefix) up to a constant, -inf where impossible
 
@@ -45,7 +45,7 @@ def prefix_chain(
         S(v)   = sum_{t=1..T} p_t(v) w_v[t-1],         w_v = b if v = y_k else w
         ell(v) = log S(v) + W_out[v] . W_in[last],      last = y_k, at the root the anchor
         y      = argmax_v ell(v)                                    greedy, ties to the lowest index
-        y      = argmax_v ell(v) / temperature + Gumbel(seed, position + k, v)           sampled
+        y      = argmax_v ell(v) / temperature + Gumbel(seed, position + k, k, v)        sampled
 
     and the drawn label extends the state:
 
@@ -55,7 +55,7 @@ def prefix_chain(
     root (there `w = b`, so the rule is void). Both vectors are divided by `S(y)` after each label, which makes
     `S(v) = q(v | y_1..y_k)` at every step, and only `t < T` is kept, because nothing can start after frame `T`.
     The chain ends where no `S(v)` is above `IMPOSSIBLE`; `T` frames hold at most `T - repeats` labels. The vectors are
-    linear fp32: conditionals agree with fp64 to 1e-5, down to about 1e-15 in chains that use up their frames.
+    linear fp32: conditionals agree with fp64 to 1e-5, down to about 1e-10 in chains that use up their frames.
 
     With transitions `A` between frames there is no blank and no repeat rule: `A[s, t]` is the probability that the
     label after frame `s` (0: the anchor) appears at frame `t > s`, and both vectors of the state are `phi`, the mass
@@ -186,8 +186,9 @@ def _noise(sampling: ChainSampling, num_labels: int, num_tokens: int) -> tuple[t
     slots = sampling.slots.clamp_min(0)
     temperature = sampling.temperature[slots][:, None]
     sampled = (temperature > 0) & (sampling.slots >= 0)[:, None]
-    positions = sampling.positions[:, None] + torch.arange(num_labels, device=slots.device)
-    noise = gumbel_noise_reference(sampling.seeds[slots][:, None], positions, num_tokens)
+    labels = torch.arange(num_labels, device=slots.device)
+    positions = sampling.positions[:, None] + labels
+    noise = gumbel_noise_reference(sampling.seeds[slots][:, None], positions, labels, num_tokens)
     return noise * sampled[..., None], torch.where(sampled, 1 / temperature, 1.0)
 
 

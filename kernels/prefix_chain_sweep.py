@@ -123,7 +123,7 @@ def score_kernel(
                     tl.store(row_draft + token, ell, mask=valid)
                     temperature = tl.load(temperature_ptr + slot)
                     if temperature > 0:
-                        noise = gumbel_noise(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row) + k, token)
+                        noise = gumbel_noise(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row) + k, k, token)
                         score = ell * (1.0 / temperature) + noise
             best, place = tl.max(score, axis=0, return_indices=True)
             tl.store(block_best_ptr + row * tl.num_programs(1) + block, best)

@@ -108,7 +108,8 @@ def sampled_rows(
             got, wanted = law.log_softmax(-1), exact.log_softmax(-1)
             yield (got - wanted)[wanted > -27.6].abs().max().item()
             position = sampling.positions[b : b + 1] + k
-            noise = gumbel_noise_reference(sampling.seeds[slot : slot + 1], position, len(law))[0].double()
+            seed, label = sampling.seeds[slot : slot + 1], torch.full_like(position, k)
+            noise = gumbel_noise_reference(seed, position, label, len(law))[0].double()
             scores = law / temperature + noise
             yield (scores.max() - scores[chain[k]]).item()
 

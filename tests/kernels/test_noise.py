@@ -10,13 +10,16 @@ from vllm_ctc_spec.kernels.noise import gumbel_noise, gumbel_noise_reference, ph
 # Seeds and positions with a sign bit, and with bits above the first 32.
 SEEDS = torch.tensor([0, 1, -1, 2**31, 2**63 - 1, -(2**62) - 5])
 POSITIONS = torch.tensor([0, 1, 7, 2**31 - 1, 2**31 + 3, 2**33 + 1])
+LABELS = torch.tensor([0, 1, 63])
+ZERO = torch.tensor([0])
 
 
 @triton.jit
-def _noise_kernel(seeds_ptr, positions_ptr, out_ptr, BLOCK: tl.constexpr):
+def _noise_kernel(seeds_ptr, positions_ptr, labels_ptr, out_ptr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     token = tl.arange(0, BLOCK)
-    tl.store(out_ptr + row * BLOCK + token, gumbel_noise(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token))
+    seed, position, label = tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tl.load(labels_ptr + row)
+    tl.store(out_ptr + row * BLOCK + token, gumbel_noise(seed, position, label, token))
 
 
 @triton.jit
@@ -38,11 +41,13 @@ def test_philox_known_answers(counter: tuple[int, ...], key: int, word: int) -> 
     assert philox_reference(torch.tensor(key), *(torch.tensor(c) for c in counter)).item() == word
 
 
-def uniforms(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    return torch.exp(-torch.exp(-gumbel_noise_reference(seeds, positions, num_tokens).double()))
+def uniforms(
+    seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, labels: torch.Tensor = ZERO
+) -> torch.Tensor:
+    return torch.exp(-torch.exp(-gumbel_noise_reference(seeds, positions, labels, num_tokens).double()))
 
 
-@pytest.mark.parametrize("axis", ["token", "position", "seed"])
+@pytest.mark.parametrize("axis", ["token", "position", "label", "seed"])
 def test_uniform_and_independent_along_each_axis(axis: str) -> None:
     n = 1 << 16
     one, many = torch.tensor([12345]), torch.arange(n)
@@ -50,6 +55,8 @@ def test_uniform_and_independent_along_each_axis(axis: str) -> None:
         u = uniforms(one, one, n).flatten()
     elif axis == "position":
         u = uniforms(one.expand(n), many, 1).flatten()
+    elif axis == "label":
+        u = uniforms(one, one, n // 64, torch.arange(64)[:, None]).T.flatten()
     else:
         u = uniforms(many, one.expand(n), 1).flatten()
     counts = torch.histc(u, bins=64, min=0, max=1)
@@ -63,24 +70,30 @@ def test_uniform_and_independent_along_each_axis(axis: str) -> None:
 def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.tensor([[0, 1, 511, 512, 2**31, 2**32 - 512, 2**32 - 1]])
     monkeypatch.setattr(noise, "philox_reference", lambda *_: words)
-    values = gumbel_noise_reference(torch.tensor([0]), torch.tensor([0]), 7)
+    values = gumbel_noise_reference(ZERO, ZERO, ZERO, 7)
     assert values.isfinite().all()
     assert (values.diff() >= 0).all()
     assert -2.9 < values.min() < -2.7 and 16.6 < values.max() < 16.7
 
 
-def test_every_bit_of_seed_and_position_counts() -> None:
-    base = gumbel_noise_reference(torch.tensor([3]), torch.tensor([3]), 64)
+def test_every_bit_of_seed_position_and_label_counts() -> None:
+    three = torch.tensor([3])
+    base = gumbel_noise_reference(three, three, three, 64)
     for bit in range(63):
-        assert not torch.equal(base, gumbel_noise_reference(torch.tensor([3 ^ (1 << bit)]), torch.tensor([3]), 64))
-        assert not torch.equal(base, gumbel_noise_reference(torch.tensor([3]), torch.tensor([3 ^ (1 << bit)]), 64))
+        other = torch.tensor([3 ^ (1 << bit)])
+        assert not torch.equal(base, gumbel_noise_reference(other, three, three, 64))
+        assert not torch.equal(base, gumbel_noise_reference(three, other, three, 64))
+        if bit < 6:
+            assert not torch.equal(base, gumbel_noise_reference(three, three, other, 64))
 
 
 def test_triton_draws_the_same_noise(triton_device: str) -> None:
-    seeds, positions = (x.flatten().contiguous() for x in torch.meshgrid(SEEDS, POSITIONS, indexing="ij"))
+    every = torch.meshgrid(SEEDS, POSITIONS, LABELS, indexing="ij")
+    seeds, positions, labels = (x.flatten().contiguous() for x in every)
     out = torch.empty(len(seeds), 128, device=triton_device)
-    _noise_kernel[(len(seeds),)](seeds.to(triton_device), positions.to(triton_device), out, BLOCK=128)
-    torch.testing.assert_close(out.cpu(), gumbel_noise_reference(seeds, positions, 128), rtol=1e-5, atol=1e-5)
+    on_device = [x.to(triton_device) for x in (seeds, positions, labels.int())]
+    _noise_kernel[(len(seeds),)](*on_device, out, BLOCK=128)
+    torch.testing.assert_close(out.cpu(), gumbel_noise_reference(seeds, positions, labels, 128), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("position", [0, 5, 1000])

@@ -136,7 +136,7 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
     for row in range(3):
         drafts = sampling.draft_logits[sampling.slots[row]]
         # The forward vectors span the 38 decades of fp32: a label that needs more than that has lost them.
-        assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts, atol=1e-15)
+        assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts, atol=1e-10)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

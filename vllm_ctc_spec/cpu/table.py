@@ -1,8 +1,8 @@
 """Which function stands in for which Triton kernel of vLLM, and for which sources of that kernel it was written.
 
 A digest covers the kernel and every function of vLLM that it calls; where vLLM 0.33 has another source than 0.32, a
-function has both. Arguments that one release alone has are optional, and handed over by name. After reading what changed
-in vLLM, print the digests of the installed one with
+function has both. Arguments that one release alone has are optional, and handed over by name. After reading what
+changed in vLLM, print the digests of the installed one with
 
     python -c "from vllm_ctc_spec.cpu.table import print_digests; print_digests()"
 """
