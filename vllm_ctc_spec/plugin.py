@@ -191,8 +191,21 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
         if speculative.get(option):
             raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
+    if options.draft == "chain" and speculative.get("rejection_sample_method") == "block":
+        _check_block_verification()
     speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return options, drafter
+
+
+def _check_block_verification() -> None:
+    """How far it accepts depends on the numbers drawn for later positions, which 0.32 draws again in the next step."""
+    import vllm
+
+    if Version(vllm.__version__).release[:2] < (0, 33):
+        raise DrafterConfigError(
+            "Block verification of vLLM 0.32 draws the same random numbers for a position again after it was rejected, "
+            'so that samples leave the target\'s distribution; use "rejection_sample_method": "standard", or vLLM 0.33.'
+        )
 
 
 # Rows per step up to which verifying more of them brings more than it costs. CPU: measured with the embedded pair

@@ -18,6 +18,7 @@ def configuration(**changes) -> SimpleNamespace:
         "parallel_config": dict(
             prefill_context_parallel_size=1, decode_context_parallel_size=1, enable_batch_sharded_sampling=None
         ),
+        "speculative_config": dict(rejection_sample_method="standard"),
     }  # fmt: skip
     watermark = changes.pop("watermark_config", None)
     return SimpleNamespace(
@@ -39,6 +40,7 @@ def configuration(**changes) -> SimpleNamespace:
         ({"watermark_config": "some"}, "watermarks"),
         ({"return_sampling_mask": True}, "sampling masks"),
         ({"enable_trace_replay": True}, "trace replay"),
+        ({"rejection_sample_method": "fly"}, "FLy's lossy verification"),
     ],
     ids=str,
 )

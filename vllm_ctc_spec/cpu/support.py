@@ -19,6 +19,8 @@ REFUSED: tuple[tuple[str, Callable[[VllmConfig], Any]], ...] = (
     ("watermarks", lambda c: c.watermark_config is not None),
     ("sampling masks (--return-sampling-mask)", lambda c: c.model_config.return_sampling_mask),
     ("trace replay", lambda c: c.model_config.enable_trace_replay),
+    ("FLy's lossy verification (rejection_sample_method 'fly')",
+        lambda c: c.speculative_config.rejection_sample_method == "fly"),
 )  # fmt: skip
 
 
