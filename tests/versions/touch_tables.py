@@ -71,6 +71,8 @@ NAMES = (
 )
 # Attributes that we add to what is vLLM's: they must not be there already.
 ADDED = {"CPUAttentionMetadata.ctc_rows", "TritonPlaceholder.next_power_of_2"}
+# What a release has not yet; setting it there is of no consequence.
+MISSING = {"0.32": {"vllm.v1.worker.gpu_worker.HAS_TRITON"}}
 # Strings of the source of a function, class or module, in this order, on which we rely without touching them.
 RELIED_ON = {
     f"{GPU}.model_runner.GPUModelRunner.load_model": (
@@ -92,7 +94,7 @@ RELIED_ON = {
 }  # fmt: skip
 # A constructor of ours that takes other arguments than the one it overrides, because we call it ourselves.
 OWN_CONSTRUCTORS = {"RejectionSampler.__init__"}
-KERNELS = "a CPU's counterparts are for 0.32.0 only; cpu.install refuses other versions"
+KERNELS = "a CPU's counterparts take the arguments of both"
 # What is not the same in every supported version, and why that is no matter. Digests stand for bodies.
 DIFFERENCES = {
     "CacheConfig.cache_dtype": "any string; check_engine takes four and refuses the rest",
@@ -106,6 +108,7 @@ DIFFERENCES = {
     "RejectionSampler._verify": "a lossy method, which trees refuse",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "one more drafter",
     "vllm.v1.worker.gpu.spec_decode.init_speculator": "one more drafter",
+    "vllm.v1.worker.gpu_worker.HAS_TRITON": "one more place that asks for Triton",
     f"{GPU}.block_table._gather_block_tables_kernel": KERNELS,
     f"{GPU}.input_batch._post_update_kernel": KERNELS,
     f"{GPU}.spec_decode.dflash.speculator._prepare_dflash_inputs_kernel": KERNELS,
