@@ -299,6 +299,10 @@ def _checking(original: Callable) -> Callable:
                 "With a drafter, vLLM would adapt the wrong rows of logits if an adapter may change the target's head; "
                 "add --lora-target-modules with what your adapters change, without lm_head."
             )
+        if config.watermark_config is not None:  # vLLM 0.33 lets it pass with "dflash", which watermarks its drafts
+            raise DrafterConfigError(
+                "The CTC drafter does not watermark the tokens that it drafts; remove watermark_config, or the drafter."
+            )
         if config.speculative_config.draft_model_config.hf_config.ctc_options.draft == "tree":
             from vllm_ctc_spec.tree.support import check_engine
 

@@ -20,9 +20,7 @@ def configuration(**changes) -> SimpleNamespace:
         ),
         "speculative_config": dict(rejection_sample_method="standard"),
     }  # fmt: skip
-    watermark = changes.pop("watermark_config", None)
     return SimpleNamespace(
-        watermark_config=watermark,
         **{name: SimpleNamespace(**{f: changes.pop(f, v) for f, v in part.items()}) for name, part in parts.items()},
     )
 
@@ -37,7 +35,6 @@ def configuration(**changes) -> SimpleNamespace:
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
         ({"decode_context_parallel_size": 2}, "context parallelism"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
-        ({"watermark_config": "some"}, "watermarks"),
         ({"return_sampling_mask": True}, "sampling masks"),
         ({"enable_trace_replay": True}, "trace replay"),
         ({"rejection_sample_method": "fly"}, "FLy's lossy verification"),

@@ -10,13 +10,12 @@ from collections import Counter
 
 import pytest
 import torch
-import vllm
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 
 from vllm_ctc_spec.proposer import CTCProposer
 
-from .conftest import TREE
+from .conftest import SINCE_33, TREE
 
 VOCAB = 4
 LENGTH = 5
@@ -127,7 +126,7 @@ RUNS = {
     "trees of two levels, cold, top_k": (BUSHY, COLD_TOP_K),
     "deep trees": (DEEP, PLAIN),
 }
-if not vllm.__version__.startswith("0.32."):  # with 0.32 it is refused
+if SINCE_33:  # with 0.32 it is refused
     RUNS["block verification"] = (BLOCK, PLAIN)
     RUNS["block verification, greedy drafts"] = ({"rejection_sample_method": "block"}, HOT_TOP_P)
 

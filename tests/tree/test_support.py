@@ -25,7 +25,7 @@ def configuration(**changes) -> SimpleNamespace:
         "speculative_config": dict(draft_sample_method="greedy", rejection_sample_method="standard"),
         "aux_output_config": dict(enabled=False),
     }  # fmt: skip
-    whole = {"kv_transfer_config": None, "watermark_config": None}
+    whole = {"kv_transfer_config": None}
     for name, value in changes.items():
         part, _, field = name.partition("__")
         if field:
@@ -55,7 +55,6 @@ def case(change: dict, what: str, why: str):
         case({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling", OTHER_RANKS),
         case({"kv_transfer_config": "some"}, "KV connectors", TOO_EARLY),
         case({"aux_output_config__enabled": True}, "auxiliary outputs", NO_SEQUENCE),
-        case({"watermark_config": "some"}, "watermarks", HISTORY),
         case({"model_config__logits_processors": ["a.b"]}, "custom logits processors", HISTORY),
         case({"model_config__return_sampling_mask": True}, "sampling masks", NO_SEQUENCE),
         case({"model_config__enable_trace_replay": True}, "trace replay", NO_SEQUENCE),

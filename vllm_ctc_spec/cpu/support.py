@@ -16,7 +16,6 @@ REFUSED: tuple[tuple[str, Callable[[VllmConfig], Any]], ...] = (
     ("context parallelism", lambda c: c.parallel_config.prefill_context_parallel_size > 1
         or c.parallel_config.decode_context_parallel_size > 1),
     ("batch-sharded sampling", lambda c: c.parallel_config.enable_batch_sharded_sampling),
-    ("watermarks", lambda c: c.watermark_config is not None),
     ("sampling masks (--return-sampling-mask)", lambda c: c.model_config.return_sampling_mask),
     ("trace replay", lambda c: c.model_config.enable_trace_replay),
     ("FLy's lossy verification (rejection_sample_method 'fly')",

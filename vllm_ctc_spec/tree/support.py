@@ -17,7 +17,6 @@ REFUSED: tuple[tuple[str, Callable[[VllmConfig], Any]], ...] = (
     ("batch-sharded sampling", lambda c: c.parallel_config.enable_batch_sharded_sampling),
     ("KV connectors", lambda c: c.kv_transfer_config is not None),
     ("auxiliary outputs", lambda c: c.aux_output_config.enabled),
-    ("watermarks", lambda c: c.watermark_config is not None),
     ("custom logits processors", lambda c: c.model_config.logits_processors),
     ("sampling masks (--return-sampling-mask)", lambda c: c.model_config.return_sampling_mask),
     ("trace replay", lambda c: c.model_config.enable_trace_replay),
