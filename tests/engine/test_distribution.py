@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 
+from vllm_ctc_spec import plugin
 from vllm_ctc_spec.proposer import CTCProposer
 
 from .conftest import SINCE_33, TREE
@@ -166,6 +167,14 @@ def test_the_law_of_another_temperature_is_told_apart(run, logits):
     seen, _, parameters = run
     other = {**parameters, "temperature": 1.3 * parameters["temperature"]}
     assert p_value(seen, law_of_five(logits, **other)) < IMPOSSIBLE
+
+
+@pytest.mark.skipif(SINCE_33, reason="mended there, and among RUNS")
+def test_block_verification_of_vllm_0_32_leaves_the_targets_law(sampler, logits, monkeypatch):
+    """Why it is refused."""
+    monkeypatch.setattr(plugin, "_check_block_verification", lambda: None)
+    llm = sampler(rejection_sample_method="block")
+    assert p_value(draw(llm, **PLAIN), law_of_five(logits, **PLAIN)) < IMPOSSIBLE
 
 
 @pytest.mark.slow
