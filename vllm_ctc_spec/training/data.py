@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from tqdm import tqdm
 
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import Target, TargetText
@@ -129,7 +130,7 @@ def read_prompts(
     lines = read_lines(path)
     dialogues = [messages for line in lines if (messages := parse_row(line))]
     encoded, refusals = [], []
-    for messages in dialogues:
+    for messages in tqdm(dialogues, desc="tokens of the prompts", unit="row", delay=2):
         try:
             encoded.append(token_ids(messages, target, chat_template_kwargs))
         except RefusedRow as reason:
