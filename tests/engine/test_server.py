@@ -130,22 +130,25 @@ def test_a_tool_is_called(server, plain, choice):
 
 @pytest.mark.feature("clients that disconnect in mid-stream")
 def test_a_client_that_goes_away_in_mid_stream(server, expected):
-    """Its requests end at once, and the server goes on. Eight of them, so that a busy machine does not answer them all
-    before the client goes away."""
-    requests, most = 8, 480
-    before = server.metrics()["vllm:generation_tokens_total"]
-    stream = server.client().completions.create(
-        model=server.model, prompt=["A farmer has"] * requests, max_tokens=most, temperature=0, stream=True,
-        extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    assert [chunk.choices[0].text for chunk, _ in zip(stream, range(3))]
-    stream.close()
-    deadline = time.monotonic() + 20
-    while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    after = server.metrics()
-    assert after["vllm:num_requests_running"] == 0
-    assert 0 < after["vllm:generation_tokens_total"] - before < requests * most
+    """Its requests end at once, and the server goes on."""
+    requests, most, generated = 8, 480, 0
+    for _ in range(5):  # on a busy machine all may be answered before the client has read three pieces of it
+        before = server.metrics()["vllm:generation_tokens_total"]
+        stream = server.client().completions.create(
+            model=server.model, prompt=["A farmer has"] * requests, max_tokens=most, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert [chunk.choices[0].text for chunk, _ in zip(stream, range(3))]
+        stream.close()
+        deadline = time.monotonic() + 20
+        while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        after = server.metrics()
+        assert after["vllm:num_requests_running"] == 0
+        generated = after["vllm:generation_tokens_total"] - before
+        if generated < requests * most:
+            break
+    assert 0 < generated < requests * most
     assert chat(server, QUESTIONS[0]).choices[0].message.content == expected[0]
 
 
