@@ -56,7 +56,7 @@ def test_uniform_and_independent_along_each_axis(axis: str) -> None:
     elif axis == "position":
         u = uniforms(one.expand(n), many, 1).flatten()
     elif axis == "label":
-        u = uniforms(one, one, n // 64, torch.arange(64)[:, None]).T.flatten()
+        u = uniforms(one, one, n // 64, torch.arange(64)[:, None]).movedim(0, -1).flatten()
     else:
         u = uniforms(many, one.expand(n), 1).flatten()
     counts = torch.histc(u, bins=64, min=0, max=1)
