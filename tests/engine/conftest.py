@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import vllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM
@@ -32,7 +31,6 @@ SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HIDDEN = 64
 # Trees of full size in batches of any size.
-SINCE_33 = not vllm.__version__.startswith("0.32.")
 TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
 LATTICES = {"ctc": {}, "transitions": {"lattice": "transitions", "transition_rank": 16}, "slots": {"lattice": "slots"}}
 DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both

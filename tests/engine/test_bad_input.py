@@ -14,7 +14,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_ctc_spec import plugin
 from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
 
-from .conftest import DRAFTS, SINCE_33
+from ..releases import SINCE_33
+from .conftest import DRAFTS
 
 
 def edit_config(folder: Path, **changes) -> None:

@@ -16,7 +16,8 @@ from vllm import SamplingParams
 from vllm_ctc_spec import plugin
 from vllm_ctc_spec.proposer import CTCProposer
 
-from .conftest import SINCE_33, TREE
+from ..releases import SINCE_33
+from .conftest import TREE
 
 VOCAB = 4
 LENGTH = 5

@@ -13,7 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_ctc_spec import plugin
 from vllm_ctc_spec.config import ARCHITECTURE, CONFIG_NAME, DRAFTER_SUBFOLDER
 
-from .conftest import SINCE_33
+from ..releases import SINCE_33
 
 FRAMES, LABELS = 12, 4
 

@@ -16,7 +16,8 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from .conftest import DRAFTS, SINCE_33, Engine, Pair, save_drafter, save_target, save_tokenizer
+from ..releases import SINCE_33
+from .conftest import DRAFTS, Engine, Pair, save_drafter, save_target, save_tokenizer
 from .test_soak import BLOCK, mixed_requests, serve
 from .ties import differences
 

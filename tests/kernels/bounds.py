@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pytest
 import torch
 from triton.runtime import interpreter
 
@@ -70,9 +71,8 @@ def bounded() -> Iterator[None]:
         memory = Memory(_tensors_of((*args, *options.values())))
         return launch(self, *args, **options)
 
-    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
-    executor.__call__ = checked_launch
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", checked_load)
+        patch.setattr(builder, "create_masked_store", checked_store)
+        patch.setattr(executor, "__call__", checked_launch)
         yield
-    finally:
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch

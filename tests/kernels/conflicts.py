@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from triton.runtime import interpreter
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
@@ -111,12 +112,8 @@ def watched(with_barriers: bool = True) -> Iterator[set[str]]:
         return result
 
     new = {"create_masked_load": load, "create_masked_store": store, "create_barrier": barrier, "set_grid_idx": program}
-    for name, function in new.items():
-        setattr(builder, name, function)
-    executor.__call__ = call
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in new.items():
+            patch.setattr(builder, name, function)
+        patch.setattr(executor, "__call__", call)
         yield watch.found
-    finally:
-        for name, function in kept.items():
-            setattr(builder, name, function)
-        executor.__call__ = launch
