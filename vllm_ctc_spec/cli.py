@@ -179,7 +179,10 @@ def add_data(commands) -> None:
     parser.add_argument("--hidden-states", action="store_true", help="store what a drafter reads of the target too")
     parser.add_argument("--aux-layers", type=whole_numbers, metavar="1,2,3", help=TRAIN_HELP["aux_layers"])
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the target, as in `vllm serve`"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the target, as in `vllm serve`; auto: float32 on a CPU",
     )
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of an engine, as in `vllm serve`"

@@ -207,6 +207,15 @@ def test_engine_options_reach_vllm(config, monkeypatch):
     assert {"dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 2}.items() <= asked[0].items()
 
 
+@pytest.mark.parametrize("on_gpu, dtype", [(False, "float32"), (True, "auto")])
+def test_nothing_chooses_bf16_on_a_cpu(config, monkeypatch, on_gpu, dtype):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options) or Mock())
+    Engine(EngineConfig(config.target, "auto", 64, 40, 4, 0))
+    assert asked[0]["dtype"] == dtype
+
+
 def test_vllm_is_imported_before_torch_looks_for_a_gpu(config, monkeypatch):
     """A worker of Ray did not come through the command line, which sets what the import sets too."""
     order = []

@@ -89,10 +89,12 @@ class Engine:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default asks for nearly all memory
+        # vLLM's "auto" is bf16 there, even for fp32 weights: slower on most CPUs, and other tokens than in fp32.
+        dtype = "float32" if on_cpu and config.dtype == "auto" else config.dtype
         try:
             self._llm = LLM(
                 config.target,
-                dtype=config.dtype,
+                dtype=dtype,
                 max_model_len=config.max_model_len,
                 tensor_parallel_size=config.tensor_parallel_size,
                 enforce_eager=on_cpu,  # where compiling takes longer than it saves
@@ -101,7 +103,7 @@ class Engine:
         except Exception as error:  # as in `_generate`
             raise TrainingError(
                 f"vLLM cannot serve the target at {config.target} ({_reason(error)}); try `vllm serve {config.target} "
-                f"--dtype {config.dtype}`, which says more."
+                f"--dtype {dtype}`, which says more."
             ) from error
         _report_death(self._llm.llm_engine.engine_core)
 
