@@ -101,25 +101,22 @@ def sums(dice: random.Random, count: int) -> list[dict]:
     return rows("maths", [one() for _ in range(count)])
 
 
-def invented(llm: LLM, count: int, seed: int) -> list[dict]:
+def invented(llm: LLM, count: int) -> list[dict]:
     """Questions that the target writes where a user would, sampled."""
     system = llm.get_tokenizer().apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False
     ).partition(USER_TURN)[0]  # fmt: skip
-    params = [
-        SamplingParams(temperature=0.9, max_tokens=200, seed=seed + i, stop="<|im_end|>")
-        for i in range(count)
-    ]
+    params = SamplingParams(temperature=0.9, max_tokens=200, stop="<|im_end|>")
     outputs = llm.generate([system + USER_TURN] * count, params)
     texts = {output.outputs[0].text.strip() for output in outputs if output.outputs[0].finish_reason == "stop"}
     return rows("invented", sorted(text for text in texts if len(text) > 15))
 
 
-def summaries(llm: LLM, dice: random.Random, count: int, seed: int) -> list[dict]:
+def summaries(llm: LLM, dice: random.Random, count: int) -> list[dict]:
     """Tasks about articles that the target writes, sampled."""
     subjects = [s for s, _ in zip(itertools.cycle(items(SUBJECTS, ";")), range(count))]
     messages = [[{"role": "user", "content": ARTICLE.format(subject)}] for subject in subjects]
-    params = [SamplingParams(temperature=0.8, max_tokens=420, seed=seed + i) for i in range(count)]
+    params = SamplingParams(temperature=0.8, max_tokens=420)
     outputs = llm.chat(messages, params)
     return rows("summary", [dice.choice(TASKS).format(output.outputs[0].text.strip()) for output in outputs])
 
@@ -142,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     dice = random.Random(args.seed)
     llm = LLM(args.target, dtype="float32", max_model_len=1024, max_num_seqs=128, enforce_eager=True, seed=args.seed)
-    found = instructions(dice) + sums(dice, 250) + invented(llm, 900, args.seed) + summaries(llm, dice, 450, args.seed)
+    found = instructions(dice) + sums(dice, 250) + invented(llm, 900) + summaries(llm, dice, 450)
     if args.maths:
         found += questions(args.maths, 1100, dice)
     dice.shuffle(found)  # the last rows are held out
