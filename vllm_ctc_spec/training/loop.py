@@ -17,6 +17,7 @@ from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
+from vllm_ctc_spec.training.muon import Muon
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.vocabulary import label_scores
 from vllm_ctc_spec.training.workers import ALONE, Workers
@@ -44,7 +45,7 @@ def make_optimizers(drafter: CTCDrafter, config: TrainConfig) -> list[torch.opti
         torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if chosen:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=config.lr, weight_decay=0.05))
     return optimizers
 
 
