@@ -15,14 +15,14 @@ from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_ref
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain, prefix_chain_reference
-from vllm_ctc_spec.kernels.prefix_search import prefix_search, prefix_search_reference
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search, prefix_search_reference
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_reference
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.options import default_width
 
 RANK = 64  # of the label-conditional head
 BLOCK_SIZE = 16
@@ -102,7 +102,7 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     head = 2 * RANK * e * b * n  # the rows of W_in and W_out at the nodes at least
     sweeps = labels * (e * b * t * v + e * v * RANK)
     tree = small + e * b * t * v + TREE_BYTES * b * (1 + n)
-    width = default_tree_width(n)
+    width = default_width(n)
     greedy = (*frames, labels, markov)
     search = (n, width, min(8, t), markov)
     transform = (*frames, n, width, min(8, t))
@@ -124,8 +124,8 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
             partial(frame_stats, logits), partial(frame_stats_reference, logits) if on_gpu else None,
         ),
         Case(
-            "prefix_chain", sweeps + small + 8 * b * labels + 4 * b,  # N sweeps; labels, lengths
-            partial(prefix_chain, *greedy), partial(prefix_chain_reference, *greedy) if on_gpu else oracle,
+            "prefix_search, chain", tree + head,  # the search of a tree of as many nodes
+            partial(greedy_chain, *frames, labels, default_width(labels), markov), oracle,
         ),
         Case(
             "prefix_chain, sampled", sweeps + small + 8 * b * labels + 4 * b + 4 * labels * b * v,  # and draft_logits

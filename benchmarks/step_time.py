@@ -133,7 +133,7 @@ def instrument_functions(stopwatch: Stopwatch) -> None:
     import vllm_ctc_spec.tree.verification
 
     stopwatch.wrap(vllm_ctc_spec.proposer, "frame_stats", "frame statistics")
-    for search in ("prefix_chain", "prefix_search", "ctc_transform"):
+    for search in ("greedy_chain", "prefix_chain", "prefix_search", "ctc_transform"):
         stopwatch.wrap(vllm_ctc_spec.proposer, search, "chain or tree search, masks included")
     stopwatch.wrap(vllm_ctc_spec.tree.model_state, "tree_layout", "tree layout")
     stopwatch.wrap(vllm_ctc_spec.tree.verification, "tree_walk", "tree walk")

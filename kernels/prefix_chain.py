@@ -86,10 +86,6 @@ def prefix_chain(
     a CUDA graph can hold it) and each sweep spreads over the vocabulary.
     """
     frames = logits, log_label, log_blank, anchor
-    if logits.is_cpu and sampling is None:
-        from vllm_ctc_spec.kernels.prefix_chain_loops import greedy_chain  # numba is for a CPU only
-
-        return greedy_chain(*frames, num_labels, markov, transitions)
     run = prefix_chain_triton if logits.is_cuda else prefix_chain_reference
     return run(*frames, num_labels, markov, sampling, transitions)
 

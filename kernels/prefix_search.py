@@ -62,6 +62,32 @@ def prefix_search(
     return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, markov, chain_only, transitions)
 
 
+def greedy_chain(
+    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
+    log_label: torch.Tensor,  # [B, T] fp32
+    log_blank: torch.Tensor,  # [B, T] fp32
+    anchor: torch.Tensor,  # [B] int64
+    num_labels: int,
+    width: int,
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
+    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
+) -> tuple[torch.Tensor, torch.Tensor]:  # [B, N] int64, [B] int32
+    """The most probable label, the most probable one behind it, and so on: the tree of `prefix_search` in which every
+    row is a chain. Arguments as there, with `N` labels.
+
+    `prefix_chain` without sampling finds the same labels among all tokens, and has to sum over the vocabulary once a
+    label for it. Here it is read once, for the candidates.
+
+    Returns:
+        labels [B, N] int64, the anchor past the end, and lengths [B] int32, the number of labels before the end.
+    """
+    every = torch.ones_like(anchor, dtype=torch.bool)
+    tree = prefix_search(
+        logits, log_label, log_blank, anchor, num_labels, width, num_labels, markov, every, transitions
+    )
+    return tree.tokens[:, 1:], (tree.parents[:, 1:] >= 0).sum(1, dtype=torch.int32)
+
+
 @torch.no_grad()
 def prefix_search_reference(
     logits: torch.Tensor,

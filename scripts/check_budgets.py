@@ -19,7 +19,7 @@ from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_c
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.options import default_width
 
 PART = "budgets"
 VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8
@@ -92,7 +92,7 @@ def frames(batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
-    logits, width = frames(batch, device)[0], default_tree_width(NODES)
+    logits, width = frames(batch, device)[0], default_width(NODES)
 
     def run() -> None:
         frame_stats(logits)
@@ -110,7 +110,7 @@ def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: flo
 
 def search_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
     logits, log_label, log_blank, anchor = frames(batch, device)
-    width = default_tree_width(NODES)
+    width = default_width(NODES)
     tokens = best_tokens(logits, width)
     head = tuple((torch.randn(VOCABULARY, RANK, device=device) * 0.1).bfloat16() for _ in range(2))
     arguments = (tokens, width, logits, log_label, log_blank, anchor, NODES, DEPTH, head, None, None)

@@ -11,14 +11,14 @@ from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import prefix_search
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
 from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.options import default_width
 from vllm_ctc_spec.tree.state import TreeTable
 
 PART = "graphs"
@@ -122,10 +122,13 @@ def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
         logsumexp, _, _ = frame_stats(frames.logits)
         log_label, log_blank, transitions = frames.lattice.for_kernels(logsumexp)
         inputs_of_kernels = frames.logits, log_label, log_blank, anchors[:, 0]
-        if draft != "tree":
+        if draft == "chain":
+            width = default_width(LABELS)
+            return list(greedy_chain(*inputs_of_kernels, LABELS, width, drafter.markov_tables, transitions))
+        if draft == "sampled chain":
             chain = prefix_chain(*inputs_of_kernels, LABELS, drafter.markov_tables, sampling, transitions)
-            return [*chain, *([] if sampling is None else [draft_logits])]
-        budget = NODES, default_tree_width(NODES), LABELS
+            return [*chain, draft_logits]
+        budget = NODES, default_width(NODES), LABELS
         tree = prefix_search(*inputs_of_kernels, *budget, drafter.markov_tables, chain_only, transitions)
         table.store(slots, tree)
         return [table.parents, table.depths, table.ancestors, tree.tokens, tree.scores]

@@ -16,7 +16,7 @@ from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_trito
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.options import default_width
 
 PART = "kernels"
 # Triton's interpreter multiplies matrices of bf16 as if they were integers.
@@ -168,7 +168,7 @@ def sampled_chain_error(case: Case) -> Error:
 
 def search_error(case: Case, transitions: bool = False) -> Error:
     shape, frames, head, anchor = case.shape, frames_of(case, transitions), head_of(case), anchors_of(case)
-    width, depth = min(default_tree_width(shape.nodes), shape.vocabulary), min(8, shape.frames)
+    width, depth = min(default_width(shape.nodes), shape.vocabulary), min(8, shape.frames)
     tree = prefix_search_triton(*frames[:3], anchor, shape.nodes, width, depth, head, None, frames.transitions)
     tree.check(shape.vocabulary)
     candidates = frames.logits.topk(width, dim=2, sorted=False).indices.flatten(1)  # the kernel's own call
@@ -180,7 +180,7 @@ def search_error(case: Case, transitions: bool = False) -> Error:
 def transform_error(case: Case) -> Error:
     """Scores are those of the reference, and no score is above the prefix's exact probability."""
     shape, frames, anchor = case.shape, frames_of(case), anchors_of(case)
-    options = shape.nodes, default_tree_width(shape.nodes), min(8, shape.frames)
+    options = shape.nodes, default_width(shape.nodes), min(8, shape.frames)
     tree = ctc_transform_triton(*frames[:3], anchor, *options)
     tree.check(shape.vocabulary)
     reference = ctc_transform_reference(*(x.cpu() for x in (*frames[:3], anchor)), *options)

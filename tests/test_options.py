@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, default_tree_width, tree_schedule
+from vllm_ctc_spec.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, default_width, tree_schedule
 
 SMALL = dict(
     hidden_size=32, vocab_size=64, target_num_layers=4, aux_hidden_state_layer_ids=(1,), num_frames=6, num_labels=4
@@ -98,4 +98,4 @@ def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes,
 
 
 def test_small_trees_have_more_candidates_than_nodes():
-    assert [default_tree_width(nodes) for nodes in (1, 8, 16, 24, 32, 64)] == [32, 32, 32, 48, 64, 64]
+    assert [default_width(nodes) for nodes in (1, 8, 16, 24, 32, 64)] == [32, 32, 32, 48, 64, 64]

@@ -25,8 +25,8 @@ from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import prefix_search
-from vllm_ctc_spec.options import ServingOptions, default_tree_width
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
+from vllm_ctc_spec.options import ServingOptions, default_width
 from vllm_ctc_spec.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.tree.state import TreeStep, TreeTable
 
@@ -188,10 +188,13 @@ class CTCProposer(DFlashSpeculator):
                 alignment = torch.where(log_blank > best_logit + log_label, blank, best)
                 labels, lengths = collapse(alignment, blank, anchor, self.num_labels)
             else:
-                markov, sampling = self.model.markov_tables, self._sampling(num_reqs)
-                labels, lengths = prefix_chain(
-                    logits, log_label, log_blank, anchor, self.num_labels, markov, sampling, transitions
-                )
+                frames, markov = (logits, log_label, log_blank, anchor), self.model.markov_tables
+                sampling = self._sampling(num_reqs)
+                if sampling is None:
+                    width = default_width(self.num_labels)
+                    labels, lengths = greedy_chain(*frames, self.num_labels, width, markov, transitions)
+                else:
+                    labels, lengths = prefix_chain(*frames, self.num_labels, markov, sampling, transitions)
             if self.meter is not None:
                 self.meter.record_chain(requests, lengths)
         self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
@@ -214,7 +217,7 @@ class CTCProposer(DFlashSpeculator):
         slots: torch.Tensor,  # [B], the request slot of each row, -1 is inert
         transitions: torch.Tensor | None,  # [B, 1 + T, T]
     ) -> DraftTree:
-        width, depth = self.options.tree_width or default_tree_width(self.num_labels), self.options.tree_depth
+        width, depth = self.options.tree_width or default_width(self.num_labels), self.options.tree_depth
         budget, chain_only = (self.num_labels, width, depth), self.trees.chain_only[slots]
         if self.options.search == "transform":
             return ctc_transform(logits, log_label, log_blank, anchor, *budget, chain_only)

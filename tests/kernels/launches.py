@@ -25,7 +25,7 @@ from vllm_ctc_spec.kernels import (
     tree_walk,
 )
 
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.options import default_width
 
 VOCABULARY = 151_936
 BATCH = 64
@@ -159,7 +159,7 @@ def search(
     anchor = empty(batch, dtype=torch.int64)
     transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
     prefix_search_best_first.prefix_search_triton(
-        logits, frames, frames, anchor, num_nodes, width or default_tree_width(num_nodes), 8, markov, chain_only,
+        logits, frames, frames, anchor, num_nodes, width or default_width(num_nodes), 8, markov, chain_only,
         transitions,
     )  # fmt: skip
 
@@ -206,7 +206,7 @@ def default_shapes() -> None:
             chain(num_frames, torch.bfloat16, 64, sampled, steps, num_labels=8)
         for num_nodes in TREE_NODES:
             search(num_frames, num_nodes, torch.bfloat16, rank=64, chains=True, steps=steps)
-    transform(12, 16, default_tree_width(16), torch.bfloat16, chains=True)
+    transform(12, 16, default_width(16), torch.bfloat16, chains=True)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
         for requests in (1, BATCH):
@@ -244,7 +244,7 @@ def other_chains() -> None:
 
 def other_transforms() -> None:
     """The largest tree, one of no power of two, and the smallest one."""
-    transform(12, 64, default_tree_width(64), torch.bfloat16, chains=True)
+    transform(12, 64, default_width(64), torch.bfloat16, chains=True)
     transform(12, 33, 9, torch.float16, chains=False)
     transform(64, 64, 64, torch.float32, chains=True)
     transform(12, 1, 5, torch.bfloat16, chains=True)

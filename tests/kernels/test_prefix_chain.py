@@ -9,7 +9,6 @@ from vllm_ctc_spec.kernels.prefix_chain import (
     IMPOSSIBLE,
     ChainSampling,
     prefix_chain,
-    prefix_chain_reference,
 )
 
 from vllm_ctc_spec import ctc
@@ -290,38 +289,3 @@ def test_greedy_rows_and_inert_rows_of_a_sampled_batch() -> None:
     # Rows 0 and 2 use slots 2 and 0; nobody writes to slot 1, nor to the last one, which is where -1 points.
     written = (sampling.draft_logits != NEVER).any(-1).any(-1)
     assert written.tolist() == [True, False, True, False]
-
-
-# The loops that serve a greedy chain on a CPU.
-
-
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("num_labels", [3, 16])
-@pytest.mark.parametrize("name", HARD)
-def test_greedy_chains_are_those_of_the_reference(name: str, num_labels: int, rank: int) -> None:
-    frames = hard_frames(name, 3, 12, 37)
-    assert_equals_reference(frames, num_labels, markov_head(37, rank), None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("name", TRANSITIONS)
-def test_greedy_chains_between_frames_are_those_of_the_reference(name: str, rank: int, dtype: torch.dtype) -> None:
-    logits, *others = token_frames(3, 8, 50, seed=3)
-    head = None if rank == 0 else tuple(w.to(dtype) for w in markov_head(50, rank))
-    assert_equals_reference((logits.to(dtype), *others), 9, head, transitions_between(name, 3, 8))
-
-
-def test_greedy_chains_of_frames_that_are_not_numbers_are_those_of_the_reference() -> None:
-    logits, log_label, log_blank = random_frames(4, 4, 9, seed=1)
-    log_blank[0], logits[1], log_blank[2, -1], log_label[1] = torch.nan, torch.nan, torch.nan, torch.nan
-    for head in (None, markov_head(9, 5), (torch.full((9, 5), torch.nan), torch.ones(9, 5))):
-        assert_equals_reference((logits, log_label, log_blank), 4, head, None)
-
-
-def assert_equals_reference(
-    frames: tuple, num_labels: int, head: tuple | None, transitions: torch.Tensor | None
-) -> None:
-    inputs = (*frames, anchors(len(frames[0])), num_labels, head, None, transitions)
-    for found, expected in zip(prefix_chain(*inputs), prefix_chain_reference(*inputs)):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from vllm_ctc_spec.kernels import prefix_search_loops
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import prefix_search
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 
 from vllm_ctc_spec import ctc
 
@@ -207,6 +207,35 @@ def test_chain_rows_are_the_greedy_chain_and_others_the_tree(
             assert mixed.parents[row, 1 : 1 + used].tolist() == list(range(used))
         else:
             assert_same_nodes(nodes_of(mixed, row), nodes_of(tree, row), atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("lattice", [None, "spread", "slots"])
+@pytest.mark.parametrize("num_labels", [3, 9])
+def test_a_greedy_chain_of_all_tokens_is_that_of_the_sweeps(num_labels: int, lattice: str | None, rank: int) -> None:
+    frames = token_frames(5, 6, 40, seed=7)
+    frames[0][0] = torch.nan
+    transitions = None if lattice is None else transitions_between(lattice, 5, 6)
+    inputs = markov_head(40, rank), transitions
+    labels, lengths = greedy_chain(*frames, anchors(5), num_labels, 40, *inputs)
+    swept, swept_lengths = prefix_chain(*frames, anchors(5), num_labels, inputs[0], None, inputs[1])
+    assert lengths.dtype == swept_lengths.dtype and lengths.tolist() == swept_lengths.tolist()
+    assert lengths[0] == 0 and lengths.max() > 1
+    for row, used in enumerate(lengths.tolist()):
+        assert labels[row, :used].tolist() == swept[row, :used].tolist()
+        assert labels[row, used:].tolist() == [int(anchors(5)[row])] * (num_labels - used)
+
+
+def test_a_greedy_chain_has_candidates_alone() -> None:
+    """The head makes a token the best label that no frame ranks first."""
+    frames = random_frames(1, 4, 9, seed=2)
+    ranked = frames[0].topk(1, dim=2).indices.flatten().tolist()
+    other = next(token for token in range(9) if token not in ranked)
+    inner, outer = torch.zeros(9, 1), torch.zeros(9, 1)
+    inner[:], outer[other] = 1.0, 50.0
+    markov = inner, outer
+    assert greedy_chain(*frames, anchors(1), 1, 9, markov)[0].item() == other
+    assert greedy_chain(*frames, anchors(1), 1, 1, markov)[0].item() in ranked
 
 
 def test_what_is_impossible_or_not_a_number_is_no_node() -> None:

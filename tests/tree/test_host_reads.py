@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import vllm_ctc_spec.kernels
+import vllm_ctc_spec.kernels.prefix_search
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -89,7 +90,13 @@ def launched(monkeypatch) -> list[str]:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, Recorder(name))
-    for user in (vllm_ctc_spec.proposer, vllm_ctc_spec.tree.model_state, vllm_ctc_spec.tree.verification):
+    users = (
+        vllm_ctc_spec.proposer,
+        vllm_ctc_spec.kernels.prefix_search,
+        vllm_ctc_spec.tree.model_state,
+        vllm_ctc_spec.tree.verification,
+    )
+    for user in users:
         for function, module in ON_GPU.items():
             if hasattr(user, function):
                 kernels = importlib.import_module(f"vllm_ctc_spec.kernels.{module}")
@@ -140,8 +147,8 @@ def make_proposer(
 @pytest.mark.parametrize(
     ("draft", "search", "lattice", "sampled", "kernel"),
     [
-        ("chain", "prefix", "ctc", False, "score_kernel"),
-        ("chain", "prefix", "transitions", False, "score_kernel"),
+        ("chain", "prefix", "ctc", False, "search_kernel"),
+        ("chain", "prefix", "transitions", False, "search_kernel"),
         ("chain", "prefix", "slots", True, "score_kernel"),
         ("chain", "argmax", "ctc", False, "_collapse_kernel"),
         ("tree", "prefix", "ctc", False, "search_kernel"),
@@ -157,7 +164,7 @@ def test_a_draft_is_made_without_the_host(draft, search, lattice, sampled, kerne
 
 @pytest.mark.parametrize(
     ("draft", "sampled", "kernel"),
-    [("chain", False, "score_kernel"), ("chain", True, "score_kernel"), ("tree", False, "search_kernel")],
+    [("chain", False, "search_kernel"), ("chain", True, "score_kernel"), ("tree", False, "search_kernel")],
 )
 def test_a_draft_of_a_draft_vocabulary_is_made_without_the_host(draft, sampled, kernel, launched, tmp_path):
     proposer = make_proposer(draft, "prefix", "transitions", sampled, tmp_path, draft_vocabulary=True)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import prefix_search
-from vllm_ctc_spec.options import default_tree_width
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
+from vllm_ctc_spec.options import default_width
 from vllm_ctc_spec.training.batches import Batch, in_labels
 from vllm_ctc_spec.training.loss import log_labels
 from vllm_ctc_spec.training.vocabulary import label_scores
@@ -46,7 +45,8 @@ class Drafting:
     def chain(self) -> Tensor:
         """Greedy labels as tokens of the target, `[N, U]`."""
         frames, options = self._kernel_arguments()
-        return self._tokens(prefix_chain(*frames, self.labels.shape[1], **options)[0])
+        num_labels = self.labels.shape[1]
+        return self._tokens(greedy_chain(*frames, num_labels, default_width(num_labels), **options)[0])
 
     def _tokens(self, labels: Tensor) -> Tensor:
         vocabulary = self.drafter.vocabulary
@@ -55,7 +55,7 @@ class Drafting:
     def tree(self, num_nodes: int) -> DraftTree:
         """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
         frames, options = self._kernel_arguments()
-        tree = prefix_search(*frames, num_nodes, default_tree_width(num_nodes), self.labels.shape[1], **options)
+        tree = prefix_search(*frames, num_nodes, default_width(num_nodes), self.labels.shape[1], **options)
         return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))
 
     def log_q(self) -> Tensor:
