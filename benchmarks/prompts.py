@@ -5,8 +5,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pair import PROMPTS
-
 FIELDS = ("question", "prompt", "turns")
 
 
@@ -27,7 +25,7 @@ class PromptSet:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE.jsonl",
-        help=f"rows with one of the keys {', '.join(FIELDS)} (of turns the first); repeatable (default: the demo's)",
+        help=f"rows with one of the keys {', '.join(FIELDS)} (of turns the first); repeatable (default: the pair's)",
     )  # fmt: skip
     parser.add_argument("--spec-bench", type=Path, metavar="FILE.jsonl", help="Spec-Bench's question.jsonl")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="of Spec-Bench (default: all, one by one)")
@@ -46,7 +44,8 @@ def read(args: argparse.Namespace) -> list[PromptSet]:
     if args.spec_bench:
         sets += categories(args.spec_bench, args.categories)
     if not sets:
-        sets = [PromptSet("demo", [first_turn(row, PROMPTS) for row in rows_of(PROMPTS)])]
+        path = args.pair.prompts
+        sets = [PromptSet("demo", [first_turn(row, path) for row in rows_of(path)])]
     names = [prompts.name for prompts in sets]
     if len(set(names)) < len(names):
         raise SystemExit("error: two datasets have the same name.")
