@@ -31,7 +31,7 @@ def prefix_chain(
     log_blank: torch.Tensor,  # [B, T] fp32
     anchor: torch.Tensor,  # [B] int64
     num_labels: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V, r], W_out [V, r]
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
     sampling: ChainSampling | None = None,
     transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, N] int64, [B] int32
@@ -66,7 +66,7 @@ def prefix_chain(
     Arguments:
         logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
         log_label, log_blank: [B, T] fp32.
-        anchor: [B] int64, the token before the first label.
+        anchor: [B] int64, the token before the first label: a row of W_in, which may have more rows than V.
         num_labels: N, any relation to T.
         markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
         sampling: None for greedy, or `ChainSampling` (draft_logits contiguous in V). `draft_logits[slot, k]` receives
@@ -77,7 +77,7 @@ def prefix_chain(
             is not read then.
     Returns:
         labels [B, N] int64 and lengths [B] int32, the number of labels before the end. Past the length stands the
-        last label, or the anchor if there is none.
+        last label, or if there is none the anchor, at most V - 1.
 
     Why custom: a label depends on the one before it, so this is N dependent sweeps over T * V logits. In torch each
     sweep is some twenty launches and materialises fp32 probabilities; here it is two launches and no scratch of size
@@ -128,7 +128,7 @@ def prefix_chain_reference(
         label = score.max(dim=1, keepdim=True).indices
         drawn_mass = mass.gather(1, label)
         alive = drawn_mass > 0
-        label = torch.where(alive, label, last)
+        label = torch.where(alive, label, last.clamp_max(p.shape[2] - 1))
         if sampling is not None:
             rows.append(ell.scatter_(1, label, torch.where(alive, ell.gather(1, label), 0.0)))
         labels.append(label)
@@ -241,7 +241,7 @@ def prefix_chain_triton(
         )  # fmt: skip
         extend_kernel[(batch,)](
             *frames, log_blank, transitions, state, last, *draft[3:], block_best, block_token, labels, lengths, k,
-            num_labels, num_blocks, T=num_frames, BLOCK_T=block_t, BLOCK_N=triton.next_power_of_2(num_blocks),
-            SAMPLED=sampling is not None, num_warps=4,
+            num_labels, num_blocks, num_tokens, T=num_frames, BLOCK_T=block_t,
+            BLOCK_N=triton.next_power_of_2(num_blocks), SAMPLED=sampling is not None, num_warps=4,
         )  # fmt: skip
     return labels, lengths

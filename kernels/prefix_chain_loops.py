@@ -21,7 +21,7 @@ def greedy_chain(
     p = torch.exp(logits + log_label[..., None]).masked_fill_(logits == -torch.inf, 0)
     p_blank = log_blank.exp().numpy()
     steps = np.zeros((len(p), 0, 0), np.float32) if transitions is None else transitions.contiguous().numpy()
-    labels = np.repeat(anchor.numpy()[:, None], num_labels, 1)
+    labels = np.empty((len(p), num_labels), np.int64)
     lengths = np.zeros(len(p), np.int32)
     for row, frames in enumerate(p):
         lengths[row] = _chain(frames, p_blank[row], steps[row], int(anchor[row]), labels[row], markov)
@@ -48,7 +48,7 @@ def _chain(
             log_mass.addmv_(markov[1].float(), markov[0][last].float())
         label = int(log_mass.argmax())
         if not mass[label] > 0:
-            labels[k:] = last
+            labels[k:] = min(last, p.shape[1] - 1)
             return k
         _extend(p, p_blank, steps, label, b if label == last and not is_root else w, w, b)
         labels[k], last, is_root = label, label, False

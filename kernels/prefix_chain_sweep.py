@@ -177,6 +177,7 @@ def extend_kernel(
     k,
     num_labels,
     num_blocks,
+    num_tokens,
     T: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -194,7 +195,8 @@ def extend_kernel(
     best, place = tl.max(block_best, axis=0, return_indices=True)
     alive = best > -float("inf")
     last = tl.load(last_ptr + row)
-    label = tl.where(alive, tl.load(block_token_ptr + row * num_blocks + place).to(tl.int64), last)
+    fill = tl.minimum(last, num_tokens - 1)
+    label = tl.where(alive, tl.load(block_token_ptr + row * num_blocks + place).to(tl.int64), fill)
 
     logits_ptr += row.to(tl.int64) * logits_stride_b + label
     log_label_ptr += row * T

@@ -16,7 +16,7 @@ def prefix_search(
     num_nodes: int,
     width: int,
     depth: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V, r], W_out [V, r]
+    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
     chain_only: torch.Tensor | None = None,  # [B] bool
     transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
 ) -> DraftTree:
@@ -40,7 +40,8 @@ def prefix_search(
     Arguments:
         logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
         log_label, log_blank: [B, T] fp32.
-        anchor: [B] int64, the token before the first label. It is under no repeat rule.
+        anchor: [B] int64, the token before the first label: a row of W_in, which may have more rows than V. It is under
+            no repeat rule.
         num_nodes: N <= 64.
         width: C, clamped to V. Small trees lose by C = N where a head moves mass to tokens that no frame ranks high.
         depth: D, no node is deeper.

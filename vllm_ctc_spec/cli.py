@@ -40,6 +40,8 @@ TRAIN_HELP = {
     "markov_rank": "rank of the label-conditional head, 0 = none (default: 64, and 0 with --loss ctc)",
     "transition_rank": "of the steps' queries and keys (default: 64 with --lattice transitions)",
     "blank_share": "share of frames that hold no label at the start (default: (T - U) / T)",
+    "draft_vocab_size": "labels that a frame can hold: the tokens that the target says most often; full: all of them; "
+    "auto: as many as make up 99 percent of what it says",
     "tree_nodes": "the tree that the drafter is served with and measured by, 0 = a chain of U labels",
     "init": "drafter to take weights from, by name and shape, such as one that --loss ce warmed up",
     "steps": "updates",
@@ -81,7 +83,12 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def number_or_word(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 ARGUMENT_TYPES = {
+    "draft_vocab_size": number_or_word,
     "aux_layers": whole_numbers, "blank_share": float, "markov_rank": int, "transition_rank": int,
     "chat_template_kwargs": json_object,
 }  # fmt: skip

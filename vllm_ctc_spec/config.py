@@ -35,6 +35,7 @@ NUM_AUX_LAYERS = 5
 LIMITS = {
     "hidden_size": (1, MAX_SIZE),
     "vocab_size": (1, MAX_SIZE),
+    "draft_vocab_size": (1, MAX_SIZE),
     "target_num_layers": (1, MAX_SIZE),
     "num_frames": (1, MAX_FRAMES),
     "num_labels": (1, MAX_FRAMES),
@@ -59,7 +60,8 @@ class DrafterConfigError(ValueError):
 class DrafterConfig:
     """Shape of one drafter and of the target that it was trained for.
 
-    Hidden size and vocabulary are the target's own: embedding and head are shared with it and not saved.
+    Hidden size and vocabulary are the target's own: embedding and head are shared with it and not saved. Frames hold
+    `draft_vocab_size` labels, all of the target's tokens (0) or the frequent ones (`draft_vocabulary.py`).
     `aux_hidden_state_layer_ids` counts layers of the target already run (1 = after the first layer), as
     `eagle_aux_hidden_state_layer_ids` does in vLLM.
     """
@@ -68,6 +70,7 @@ class DrafterConfig:
     vocab_size: int
     target_num_layers: int
     aux_hidden_state_layer_ids: tuple[int, ...]
+    draft_vocab_size: int = 0
     num_frames: int = 12  # T
     num_labels: int = 8  # U, the label horizon of training and the default number of speculative tokens
     lattice: str = "ctc"  # one of LATTICES
@@ -88,6 +91,8 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", self.hidden_size * 8 // 3)
+        if self.draft_vocab_size == 0:
+            object.__setattr__(self, "draft_vocab_size", self.vocab_size)
         for name, (smallest, largest) in LIMITS.items():
             _check_integer(name, getattr(self, name), smallest, largest)
         for name, (smallest, largest) in FLOAT_LIMITS.items():
@@ -99,6 +104,11 @@ class DrafterConfig:
         for name in ("target", "target_architecture"):
             if type(getattr(self, name)) is not str:
                 raise DrafterConfigError(f"CTC drafter: {name} must be a string, not {shown(getattr(self, name))}.")
+        if self.draft_vocab_size > self.vocab_size:
+            raise DrafterConfigError(
+                f"CTC drafter: draft_vocab_size is {self.draft_vocab_size}, but the target has {self.vocab_size} "
+                "tokens; give at most as many."
+            )
         if self.num_labels > self.num_frames:
             raise DrafterConfigError(
                 f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
@@ -140,6 +150,16 @@ class DrafterConfig:
                 f"CTC drafter: aux_hidden_state_layer_ids {shown(ids)} must be increasing numbers from 1 to "
                 f"{self.target_num_layers}, the target's layers."
             )
+
+    @property
+    def has_draft_vocabulary(self) -> bool:
+        """Whether labels are a part of the target's tokens only."""
+        return self.draft_vocab_size < self.vocab_size
+
+    @property
+    def num_markov_inputs(self) -> int:
+        """Rows of the label-conditional head's input table: labels, and what an anchor that is no label has."""
+        return self.draft_vocab_size + self.has_draft_vocabulary
 
     @classmethod
     def for_target(cls, target_config: Any, target: str = "", **overrides: Any) -> "DrafterConfig":
@@ -204,6 +224,7 @@ class DrafterConfig:
             },
             "target_num_layers": self.target_num_layers,
             "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
+            "draft_vocab_size": self.draft_vocab_size,
             "num_frames": self.num_frames,
             "lattice": self.lattice,
             "transition_rank": self.transition_rank,
@@ -227,6 +248,7 @@ class DrafterConfig:
                 vocab_size=layer["vocab_size"],
                 target_num_layers=raw["target_num_layers"],
                 aux_hidden_state_layer_ids=raw["aux_hidden_state_layer_ids"],
+                draft_vocab_size=raw.get("draft_vocab_size", 0),
                 num_frames=raw["num_frames"],
                 num_labels=spec["proposal_methods"][0]["speculative_tokens"],
                 lattice=raw.get("lattice", "ctc"),

@@ -13,7 +13,8 @@ and, by the lattice that spells labels with them,
     "transitions"  P(t | s) = softmax over t > s of query(h_s) . key(h_t) / sqrt(r) + offset[t - s - 1], 0 the anchor
     "slots"        P(s + 1 | s) = 1: frame k is label k, nothing is learned
 
-Embedding and head are the target's, frozen, and not part of the state dict. Names and shapes of the parameters are
+Embedding and head are the target's, frozen, and not part of the state dict. With a draft vocabulary the head's rows are
+those of its tokens. Names and shapes of the parameters are
 those of the file that `vllm_ctc_spec/model.py` serves; a test holds both to the same frames.
 """
 
@@ -30,10 +31,12 @@ from torch.nn import functional as F
 
 from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError, shown
 from vllm_ctc_spec.ctc import NEG, slot_transitions, transition_log_probs
+from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
 
 INIT_STD = 0.02
 WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, and not both
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights, as safetensors calls them
+VOCABULARY_TENSORS = {"d2t": "I64", "t2d": "BOOL"}
 MAX_NUMBER_BYTES = 8  # of the largest of them
 MAX_HEADER_BYTES = 2**20  # of a weights file; a real one has at most a tenth
 
@@ -54,7 +57,7 @@ class Lattice(NamedTuple):
 class Frames(NamedTuple):
     """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
 
-    logits: Tensor  # [..., T, V] over the target's vocabulary, unnormalised
+    logits: Tensor  # [..., T, L] over the labels, the target's vocabulary or a part of it; unnormalised
     lattice: Lattice
 
 
@@ -132,11 +135,11 @@ class MarkovHead(nn.Module):
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.markov_rank)
-        self.output = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+        self.embedding = nn.Embedding(config.num_markov_inputs, config.markov_rank)
+        self.output = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
 
     def forward(self, last: Tensor) -> Tensor:
-        """last `[...]` to bias `[..., V]`."""
+        """last `[...]` to bias `[..., L]`."""
         return self.output(self.embedding(last))
 
 
@@ -173,9 +176,17 @@ class CTCDrafter(nn.Module):
     (vllm/model_executor/models/qwen3_dflash.py).
     """
 
-    def __init__(self, config: DrafterConfig, embedding: Tensor, head: Tensor):
+    def __init__(self, config: DrafterConfig, embedding: Tensor, head: Tensor, token_ids: Tensor | None = None):
+        """token_ids `[L]`, increasing: the draft vocabulary, of a drafter whose configuration has one."""
         super().__init__()
         self.config = config
+        if (token_ids is None) == config.has_draft_vocabulary or (
+            token_ids is not None and len(token_ids) != config.draft_vocab_size
+        ):
+            raise DrafterConfigError(
+                f"The drafter has {config.draft_vocab_size} labels and the target {config.vocab_size} tokens, but "
+                f"{'no' if token_ids is None else len(token_ids)} token ids were given for them."
+            )
         for name, weight in (("embedding", embedding), ("head", head)):
             if weight.shape != (config.vocab_size, config.hidden_size):
                 raise DrafterConfigError(
@@ -183,6 +194,7 @@ class CTCDrafter(nn.Module):
                     f"{[config.vocab_size, config.hidden_size]}; use the target that it was made for."
                 )
             self.register_buffer(f"target_{name}", weight.detach(), persistent=False)
+        self._set_vocabulary(token_ids)
         d = config.hidden_size
         self.fc = nn.Linear(d * len(config.aux_hidden_state_layer_ids), d, bias=False)
         self.hidden_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
@@ -193,6 +205,25 @@ class CTCDrafter(nn.Module):
         self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.reset_parameters()
+
+    def _set_vocabulary(self, token_ids: Tensor | None) -> None:
+        head = self.target_head
+        self.has_draft_vocabulary = token_ids is not None
+        if token_ids is None:
+            self.register_buffer("draft_head", head, persistent=False)  # [L, H]
+            return
+        vocabulary = DraftVocabulary.of(token_ids.to(head.device), self.config.vocab_size)
+        self.register_buffer("draft_head", head[vocabulary.token_ids], persistent=False)
+        self.register_buffer("label_ids", vocabulary.labels, persistent=False)
+        self.register_buffer("d2t", vocabulary.d2t)
+        self.register_buffer("t2d", vocabulary.t2d)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """None where every token of the target is a label."""
+        if not self.has_draft_vocabulary:
+            return None
+        return DraftVocabulary(self.d2t + torch.arange(len(self.d2t), device=self.d2t.device), self.label_ids)
 
     def reset_parameters(self) -> None:
         """Labels start uniformly spread: of T frames, U labels leave a share of (T - U) / T."""
@@ -249,7 +280,7 @@ class CTCDrafter(nn.Module):
 
     def frames(self, slots: Tensor) -> Frames:
         """Normalised hidden states `[..., 1 + T, H]` to frames."""
-        return Frames(F.linear(slots[..., 1:, :], self.target_head), self.lattice(slots))
+        return Frames(F.linear(slots[..., 1:, :], self.draft_head), self.lattice(slots))
 
     def lattice(self, slots: Tensor) -> Lattice:
         """The same without what needs the vocabulary."""
@@ -257,7 +288,8 @@ class CTCDrafter(nn.Module):
 
     @property
     def markov_tables(self) -> tuple[Tensor, Tensor] | None:
-        """(W_in [V, r], W_out [V, r]) of the label-conditional head, or None."""
+        """(W_in [L, r], W_out [L, r]) of the label-conditional head, or None; W_in has a row more where an anchor may
+        be no label."""
         return None if self.markov_head is None else (self.markov_head.embedding.weight, self.markov_head.output.weight)
 
     def save(self, folder: Path) -> None:
@@ -269,19 +301,29 @@ class CTCDrafter(nn.Module):
         """Take over the weights of another drafter that this one has too, by name and shape: a start for another
         lattice, loss or number of layers (DrafterConfigError if there is none)."""
         check_weights(folder, DrafterConfig.load(folder))
-        mine = self.state_dict()
+        mine = dict(self.named_parameters())
         given = load_file(Path(folder) / WEIGHTS_NAME)
+        if not self._has_labels_of(given):  # rows of the label-conditional head are labels
+            given = {name: w for name, w in given.items() if not name.startswith("markov_head")}
         shared = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
         if not shared:
             raise DrafterConfigError(f"The drafter at {folder} shares no weight with this one to start from.")
         self.load_state_dict(shared, strict=False)
 
+    def _has_labels_of(self, weights: dict[str, Tensor]) -> bool:
+        if not self.has_draft_vocabulary:
+            return "d2t" not in weights
+        return "d2t" in weights and torch.equal(weights["d2t"], self.d2t.cpu())
+
     @classmethod
     def load(cls, folder: str | Path, embedding: Tensor, head: Tensor) -> "CTCDrafter":
         config = DrafterConfig.load(folder)
         check_weights(folder, config)
-        drafter = cls(config, embedding, head)
-        drafter.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
+        weights, token_ids = load_file(Path(folder) / WEIGHTS_NAME), None
+        if config.has_draft_vocabulary:
+            token_ids = DraftVocabulary.from_d2t(weights["d2t"], config.vocab_size).token_ids
+        drafter = cls(config, embedding, head, token_ids)
+        drafter.load_state_dict(weights)
         return drafter
 
 
@@ -296,14 +338,18 @@ def check_weights(folder: str | Path, config: DrafterConfig) -> None:
     _refuse_other_weights(path)
     with torch.device("meta"):
         table = torch.empty(config.vocab_size, config.hidden_size)
-        expected = {name: list(tensor.shape) for name, tensor in CTCDrafter(config, table, table).state_dict().items()}
+        token_ids = torch.empty(config.draft_vocab_size, dtype=torch.long) if config.has_draft_vocabulary else None
+        state = CTCDrafter(config, table, table, token_ids).state_dict()
+        expected = {name: list(tensor.shape) for name, tensor in state.items()}
     try:
         _refuse_other_sizes(path, sum(map(math.prod, expected.values())))
         with safe_open(path, framework="pt") as file:
             given = {name: file.get_slice(name) for name in file.keys()}
             _refuse_other_shapes(path, expected, {name: weight.get_shape() for name, weight in given.items()})
-            for name, weight in given.items():
-                _refuse_broken_numbers(path, name, weight.get_dtype(), file)
+            if config.has_draft_vocabulary:
+                _refuse_broken_vocabulary(path, config, file)
+            for name in given.keys() - VOCABULARY_TENSORS.keys():
+                _refuse_broken_numbers(path, name, given[name].get_dtype(), file)
     except (SafetensorError, OSError) as error:
         raise DrafterConfigError(
             f"The CTC drafter's weights {path} are damaged ({shorten(str(error), 300)}); "
@@ -348,6 +394,32 @@ def _refuse_other_shapes(path: Path, expected: dict[str, list[int]], given: dict
                 f"{shown(given[name]) if name in given else 'missing'}, expected {expected.get(name, 'none')}; "
                 "train it again or restore the file."
             )
+
+
+def _refuse_broken_vocabulary(path: Path, config: DrafterConfig, file: safe_open) -> None:
+    """vLLM would gather rows of the target's head by what stands there."""
+    for name, dtype in VOCABULARY_TENSORS.items():
+        if file.get_slice(name).get_dtype() != dtype:
+            raise DrafterConfigError(
+                f"The CTC drafter's weights {path} have the wrong type: {name} is {file.get_slice(name).get_dtype()}, "
+                f"expected {dtype}; train it again or restore the file."
+            )
+    d2t = file.get_tensor("d2t")
+    token_ids = d2t + torch.arange(len(d2t))
+    # The first two first: an offset that overflows would come back into the range.
+    outside = (d2t < 0) | (d2t > config.vocab_size) | (token_ids >= config.vocab_size)
+    if outside.any():
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} do not fit the target: d2t points outside of its {config.vocab_size} "
+            f"tokens at label {int(outside.nonzero()[0])}; train it again or restore the file."
+        )
+    if not (d2t.diff() >= 0).all() or not torch.equal(
+        DraftVocabulary.of(token_ids, config.vocab_size).t2d, file.get_tensor("t2d")
+    ):
+        raise DrafterConfigError(
+            f"The CTC drafter's weights {path} are broken: d2t and t2d do not name the same tokens in order; "
+            "train it again or restore the file."
+        )
 
 
 def _refuse_broken_numbers(path: Path, name: str, dtype: str, file: safe_open) -> None:

@@ -386,7 +386,8 @@ def update_ctc(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) 
     config = DrafterConfig.from_dict(config_dict)
     pre_trained_config.update(
         architectures=[ARCHITECTURE],
-        draft_vocab_size=config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size,
+        num_markov_inputs=config.num_markov_inputs,
         target_hidden_size=config.hidden_size,
         eagle_aux_hidden_state_layer_ids=list(config.aux_hidden_state_layer_ids),
         dflash_config={"mask_token_id": 0, "causal": False},

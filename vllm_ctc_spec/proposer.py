@@ -58,6 +58,7 @@ class CTCProposer(DFlashSpeculator):
         if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
             self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
             self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
+        self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
         self.meter = self._make_meter(vllm_config)
         self._idle = False
         self.num_speculative_steps = self.num_frames
@@ -83,6 +84,11 @@ class CTCProposer(DFlashSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         layers = target_layers(self.vllm_config)
         super().load_model(target_model)
+        self.model.gather_draft_head()
+        if self.draft_logits is not None and self.model.vocabulary is not None:
+            # The chain's own rows of logits; vLLM's have the target's vocabulary.
+            shape = *self.draft_logits.shape[:2], len(self.model.vocabulary.token_ids)
+            self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
             attach_trees(self.vllm_config, target_model, layers, self.trees, self.tree_step)
 
@@ -163,7 +169,9 @@ class CTCProposer(DFlashSpeculator):
         logits, lattice = self.model.compute_frames(slots)
         logsumexp, best, best_logit = frame_stats(logits)
         log_label, log_blank, transitions = lattice.for_kernels(logsumexp)
-        anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        anchor_tokens = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        vocabulary = self.model.vocabulary
+        anchor = anchor_tokens if vocabulary is None else vocabulary.to_labels(anchor_tokens)
         requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
         if self.meter is not None:
             self.meter.record_frames(requests, log_label, transitions)
@@ -186,7 +194,16 @@ class CTCProposer(DFlashSpeculator):
                 )
             if self.meter is not None:
                 self.meter.record_chain(requests, lengths)
-        self.draft_tokens[:num_reqs] = labels
+        self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
+        if self.label_logits is not None:
+            self._scatter_label_logits(requests.clamp_min(0))
+
+    def _scatter_label_logits(self, requests: torch.Tensor) -> None:
+        """The law of each label to the columns of its token. Tokens that are no labels have kept the -inf of
+        `draft_logits_spec`. An inert row repeats what the first request's rows have already."""
+        columns = self.model.vocabulary.token_ids
+        label = torch.arange(self.num_labels, device=columns.device)
+        self.draft_logits[requests[:, None, None], label[:, None], columns] = self.label_logits[requests]
 
     def _search_tree(
         self,
@@ -215,5 +232,5 @@ class CTCProposer(DFlashSpeculator):
             seeds=self.seeds,
             positions=self.sample_pos[first_frame] - 1,
             slots=self.sample_idx_mapping[first_frame],
-            draft_logits=self.draft_logits,
+            draft_logits=self.draft_logits if self.label_logits is None else self.label_logits,
         )

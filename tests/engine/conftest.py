@@ -32,7 +32,12 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 HIDDEN = 64
 # Trees of full size in batches of any size.
 TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
-LATTICES = {"ctc": {}, "transitions": {"lattice": "transitions", "transition_rank": 16}, "slots": {"lattice": "slots"}}
+FEW_LABELS = {"draft_vocab_size": 60}  # of 98 tokens
+TRANSITIONS = {"lattice": "transitions", "transition_rank": 16}
+DRAFTERS = {
+    "ctc": {}, "transitions": TRANSITIONS, "slots": {"lattice": "slots"},
+    "ctc, few labels": FEW_LABELS, "transitions, few labels": TRANSITIONS | FEW_LABELS,
+}  # fmt: skip
 DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both
 
 
@@ -87,7 +92,10 @@ def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides:
     settings = {"num_frames": 12, "num_labels": 4, "markov_rank": HIDDEN, "num_layers": 2, **overrides}
     config = DrafterConfig.for_target(target.config, **settings)
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
-    drafter = CTCDrafter(config, embedding, head)
+    token_ids = None
+    if config.has_draft_vocabulary:
+        token_ids = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
+    drafter = CTCDrafter(config, embedding, head, token_ids)
     with torch.no_grad():
         for name, parameter in drafter.named_parameters():
             if name.endswith("norm.weight"):
@@ -97,8 +105,11 @@ def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides:
         # Frames spread over the vocabulary, so that the Markov head decides between their tokens.
         drafter.norm.weight.mul_(0.25)
         if drafter.markov_head is not None:
-            drafter.markov_head.embedding.weight.copy_(torch.nn.functional.rms_norm(embedding, embedding.shape[1:]))
-            drafter.markov_head.output.weight.copy_(head)
+            inputs = torch.nn.functional.rms_norm(embedding, embedding.shape[1:])
+            if token_ids is not None:
+                inputs = torch.cat([inputs[token_ids], inputs.mean(0, keepdim=True)])
+            drafter.markov_head.embedding.weight.copy_(inputs)
+            drafter.markov_head.output.weight.copy_(drafter.draft_head)
     drafter.save(folder)
     return drafter
 
@@ -114,13 +125,13 @@ def tiny_pair(tmp_path_factory) -> Pair:
 
 
 @pytest.fixture(scope="session")
-def lattice_pair(tiny_pair, tmp_path_factory) -> Callable[[str], Pair]:
-    """lattice_pair(one of LATTICES): `tiny_pair` with a drafter of that lattice."""
+def kind_of_pair(tiny_pair, tmp_path_factory) -> Callable[[str], Pair]:
+    """kind_of_pair(one of DRAFTERS): `tiny_pair` with a drafter of that kind."""
 
     @functools.cache
-    def make(lattice: str) -> Pair:
-        pair = Pair(tiny_pair.target, tmp_path_factory.mktemp(lattice))
-        save_drafter(pair.drafter, LlamaForCausalLM.from_pretrained(pair.target), seed=4, **LATTICES[lattice])
+    def make(kind: str) -> Pair:
+        pair = Pair(tiny_pair.target, tmp_path_factory.mktemp("drafter"))
+        save_drafter(pair.drafter, LlamaForCausalLM.from_pretrained(pair.target), seed=4, **DRAFTERS[kind])
         return pair
 
     return make

@@ -56,6 +56,10 @@ def sampler(engine, pair):
 
 @pytest.fixture(scope="module")
 def logits(pair) -> dict[tuple[int, ...], torch.Tensor]:
+    return logits_of(pair)
+
+
+def logits_of(pair) -> dict[tuple[int, ...], torch.Tensor]:
     """The target's logits after the prompt and every continuation of up to four tokens, fp64."""
     model = LlamaForCausalLM.from_pretrained(pair.target).double().eval()
     after = {}
@@ -168,6 +172,19 @@ def test_the_law_of_another_temperature_is_told_apart(run, logits):
     seen, _, parameters = run
     other = {**parameters, "temperature": 1.3 * parameters["temperature"]}
     assert p_value(seen, law_of_five(logits, **other)) < IMPOSSIBLE
+
+
+def test_sampled_drafts_of_a_draft_vocabulary_follow_the_targets_law(make_pair, engine, tmp_path):
+    """One of the four tokens is no label: anchors are, and drafts never."""
+    folder = tmp_path / "three_labels"
+    pair = make_pair(folder, VOCAB, seed=4, head_std=0.15, num_frames=5, num_labels=3, draft_vocab_size=3)
+    llm = engine(
+        pair.target, {"method": "ctc", "model": str(pair.drafter), **SAMPLED_DRAFTS}, skip_tokenizer_init=True,
+        max_model_len=32, max_num_seqs=512, max_num_batched_tokens=8192, num_gpu_blocks_override=1024,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    assert p_value(draw(llm, **PLAIN), law_of_five(logits_of(pair), **PLAIN)) > PLAUSIBLE
+    assert 1.1 < llm.acceptance_length < 3.9
 
 
 @pytest.mark.skipif(SINCE_33, reason="mended there, and among RUNS")

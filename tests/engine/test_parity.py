@@ -1,4 +1,5 @@
-"""The served drafter is the trained one: same weights and tokens give the same frames, step for step, in every lattice.
+"""The served drafter is the trained one: the same weights and tokens give the same frames, step for step, for every
+kind of drafter.
 
 What the engine really computes is recorded: the target's auxiliary hidden states that reach `CTCProposer.propose`,
 what it takes for accepted and for the anchor, the frames and the drafts. Blocks of the cache are small, so that frames
@@ -16,12 +17,13 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import ctc
+from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
 from vllm_ctc_spec.drafter import CTCDrafter, Frames, Lattice
 from vllm_ctc_spec.model import CTCDraftModel
 from vllm_ctc_spec.proposer import CTCProposer
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
 
-from .conftest import LATTICES
+from .conftest import DRAFTERS
 
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (70, 21)  # the first needs several chunks of a prefill, beside steps of the second
@@ -45,13 +47,13 @@ def row_of(frames: Frames, row: int) -> Frames:
     return Frames(frames.logits[row], Lattice(*(x if x is None else x[row] for x in frames.lattice)))
 
 
-@pytest.fixture(scope="module", params=LATTICES)
-def pair(request, lattice_pair):
-    return lattice_pair(request.param)
+@pytest.fixture(scope="module", params=DRAFTERS)
+def pair(request, kind_of_pair):
+    return kind_of_pair(request.param)
 
 
 @pytest.fixture(scope="module")
-def served(pair, lattice_pair, engine):
+def served(pair, kind_of_pair, engine):
     """(sequences of token ids by request, recorded steps, the served model)."""
     steps: list[Step] = []
     emitted: list[Frames] = []
@@ -90,7 +92,7 @@ def served(pair, lattice_pair, engine):
         return drafts
 
     # Greedy requests draft greedily there too, and the law of their drafts is written for the rejection sampler.
-    sampled = pair == lattice_pair("transitions")
+    sampled = pair in (kind_of_pair("transitions"), kind_of_pair("transitions, few labels"))
     method = {"draft_sample_method": "probabilistic"} if sampled else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CTCDraftModel, "compute_frames", recording_frames)
@@ -147,8 +149,10 @@ def test_accepted_rows_follow_each_other_and_carry_the_targets_own_hidden_states
 def test_frames_and_drafts_of_every_step_are_the_training_modules(served, trained):
     sequences, steps, _ = served
     drafter, aux_hidden_states = trained
-    bias = drafter.markov_head(torch.arange(drafter.config.vocab_size))  # row = last label
-    compared = 0
+    bias = drafter.markov_head(torch.arange(drafter.config.num_markov_inputs))  # row = last label, or an anchor's
+    num_tokens = drafter.config.vocab_size
+    vocabulary = drafter.vocabulary or DraftVocabulary.of(torch.arange(num_tokens), num_tokens)
+    compared = outside = 0
     for step in steps:
         tokens, here = sequences[step.request], step.start + len(step.accepted_rows)
         if here >= len(tokens):
@@ -161,14 +165,17 @@ def test_frames_and_drafts_of_every_step_are_the_training_modules(served, traine
         expected, given = (ctc.frame_log_probs(x.logits, x.lattice.blank_odds) for x in (frames, step.frames))
         torch.testing.assert_close(given, expected, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(step.frames.lattice, frames.lattice, atol=TOLERANCE, rtol=0)
-        options = {"label_bias": bias, "anchor": step.anchor, "log_transitions": frames.lattice.log_transitions}
+        anchor = int(vocabulary.to_labels(torch.tensor(step.anchor)))
+        options = {"label_bias": bias, "anchor": anchor, "log_transitions": frames.lattice.log_transitions}
         chain = ctc.chain(expected, drafter.config.num_labels, **options)
-        assert step.draft == list(chain.labels)
+        assert step.draft == vocabulary.token_ids[list(chain.labels)].tolist()
         if step.draft_logits is not None:
             law = torch.softmax(step.draft_logits, -1)
-            torch.testing.assert_close(law, chain.log_q.exp(), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(law[:, vocabulary.token_ids], chain.log_q.exp(), atol=TOLERANCE, rtol=0)
+            assert (law[:, ~vocabulary.t2d] == 0).all()
+        outside += anchor == drafter.config.draft_vocab_size
         compared += 1
-    assert compared >= 20
+    assert compared >= 20 and (outside > 0) == drafter.config.has_draft_vocabulary
 
 
 def test_the_label_conditional_head_is_the_trained_one(served, trained):

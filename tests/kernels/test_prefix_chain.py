@@ -86,6 +86,29 @@ def test_draft_logits_against_brute_force(num_tokens: int, num_frames: int, seed
     assert starts[prefix] > 0
 
 
+@pytest.mark.parametrize("temperature", [None, [1.0]])
+def test_an_anchor_that_is_no_label_is_a_row_of_the_head_alone(temperature: list[float] | None) -> None:
+    """As if the frames had that label too, and never held it."""
+    frames, (w_in, w_out) = random_frames(1, 5, 40, seed=2), markov_head(41, 5)
+    wide = (torch.nn.functional.pad(frames[0], (0, 1), value=-torch.inf), *frames[1:])
+    chains = []
+    for (logits, *rest), outer in ((frames, w_out[:40]), (wide, w_out)):
+        sampling = None if temperature is None else sampling_for(1, 4, logits.shape[2], temperature)
+        chains.append(prefix_chain(logits, *rest, torch.tensor([40]), 4, (w_in, outer), sampling))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*chains, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [None, [1.0]])
+def test_a_chain_that_ends_at_the_root_is_filled_with_a_label(temperature: list[float] | None) -> None:
+    frames = hard_frames("all blank", 1, 3, 10)
+    sampling = None if temperature is None else sampling_for(1, 2, 10, temperature)
+    for anchor, fill in ((10, 9), (4, 4)):
+        labels, lengths = prefix_chain(*frames, torch.tensor([anchor]), 2, None, sampling)
+        assert labels.tolist() == [[fill, fill]] and lengths.tolist() == [0]
+        if sampling is not None:
+            assert torch.equal(sampling.draft_logits[0].exp(), torch.eye(10)[[fill, fill]])
+
+
 # The fp64 oracle, for what is too large to enumerate.
 
 

@@ -26,7 +26,9 @@ def assert_triton_equals_reference(
     temperature: list[float] | None = None,
     inert: int | None = None,
     transitions: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> None:
+    anchor = anchors(len(frames[0])) if anchor is None else anchor
     batch, _, num_tokens = frames[0].shape
     calls = []
     for run, where in ((prefix_chain_reference, "cpu"), (prefix_chain_triton, device)):
@@ -39,7 +41,7 @@ def assert_triton_equals_reference(
         weights = None if markov is None else tuple(x.to(where) for x in markov)
         lattice = None if transitions is None else transitions.to(where)
         labels, lengths = run(
-            *(x.to(where) for x in frames), anchors(batch).to(where), num_labels, weights, sampling, lattice
+            *(x.to(where) for x in frames), anchor.to(where), num_labels, weights, sampling, lattice
         )
         assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
         assert ((labels >= 0) & (labels < num_tokens)).all()
@@ -106,6 +108,17 @@ def test_triton_keeps_zeros_and_ones_of_transitions(triton_device: str) -> None:
         alone = (x[:, k : k + 1].to(triton_device) for x in frames)
         prefix_chain_triton(*alone, anchors(2).to(triton_device), 1, None, first, slots[:, :2, :1])
         assert torch.equal(first.draft_logits[:2, 0], sampling.draft_logits[:2, k])
+
+
+@pytest.mark.parametrize("temperature", [None, [1.0, 0.0]])
+@pytest.mark.parametrize("name", ["peaky", "all blank", "empty frames"])
+def test_triton_with_an_anchor_that_is_no_label(name: str, temperature: list[float] | None, triton_device: str) -> None:
+    """It has a row of W_in alone; "all blank" ends at the root, where a chain is filled with a label all the same."""
+    w_in, w_out = markov_head(71, 5)
+    assert_triton_equals_reference(
+        hard_frames(name, 2, 5, 70), 4, triton_device, (w_in, w_out[:70].contiguous()), temperature,
+        anchor=torch.tensor([70, 3]),
+    )  # fmt: skip
 
 
 def test_triton_rows_of_more_than_one_group(triton_device: str) -> None:

@@ -27,16 +27,21 @@ from vllm_ctc_spec.training.generate import Example
 
 EXAMPLE = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
 LATTICES = ["ctc", "transitions", "slots"]
+LABELS = [0, 1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 15, 18, 20, 21, 22, 28, 30]  # of a draft vocabulary, without 5 and 9
 
 
 @pytest.fixture
 def make_drafter(target):
-    def make(lattice="ctc"):
+    def make(lattice="ctc", token_ids=None):
         torch.manual_seed(3)
         shape = dict(num_frames=6, num_labels=4, markov_rank=5, lattice=lattice)
+        if token_ids is not None:
+            shape["draft_vocab_size"] = len(token_ids)
         if lattice == "transitions":
             shape["transition_rank"] = 3
-        drafter = CTCDrafter(DrafterConfig.for_target(target.model.config, **shape), target.embedding, target.head)
+        config = DrafterConfig.for_target(target.model.config, **shape)
+        labels = None if token_ids is None else torch.tensor(token_ids)
+        drafter = CTCDrafter(config, target.embedding, target.head, labels)
         torch.nn.init.normal_(drafter.markov_head.embedding.weight)
         torch.nn.init.normal_(drafter.markov_head.output.weight)
         return drafter, in_process(target, drafter.config.aux_hidden_state_layer_ids)
@@ -53,17 +58,31 @@ def draft(drafter, features, example=EXAMPLE) -> Drafting:
 
 
 def oracle(drafting: Drafting, row: int) -> dict:
-    """The frames, as the oracle's functions take them."""
+    """The frames, as the oracle's functions take them, which know labels only."""
     logits, (odds, log_transitions) = drafting.frames
     if odds is None:
         odds = torch.full(logits.shape[:2], -torch.inf)
-    bias = drafting.drafter.markov_head(torch.arange(logits.shape[-1])).detach()
+    drafter = drafting.drafter
+    bias = drafter.markov_head(torch.arange(drafter.config.num_markov_inputs)).detach()
     return dict(
         log_probs=ctc.frame_log_probs(logits[row], odds[row]),
         label_bias=bias,
-        anchor=int(drafting.anchors[row]),
+        anchor=label_of(drafter, int(drafting.anchors[row])),
         log_transitions=None if log_transitions is None else log_transitions[row],
     )
+
+
+def label_of(drafter: CTCDrafter, token: int) -> int:
+    return token if drafter.vocabulary is None else int(drafter.vocabulary.labels[token])
+
+
+def tokens_of(drafter: CTCDrafter, labels: tuple[int, ...]) -> tuple[int, ...]:
+    return labels if drafter.vocabulary is None else tuple(LABELS[label] for label in labels)
+
+
+KINDS = pytest.mark.parametrize(
+    "lattice, token_ids", [*((lattice, None) for lattice in LATTICES), ("ctc", LABELS), ("transitions", LABELS)]
+)
 
 
 @pytest.mark.parametrize(
@@ -89,15 +108,17 @@ def test_expected_walk_is_the_mean_over_all_outcomes():
     assert expected_walk(torch.zeros(4, 3)) == 4 and expected_walk(torch.ones(4, 3)) == 1
 
 
-@pytest.mark.parametrize("lattice", LATTICES)
-def test_drafts_are_the_oracles(lattice, make_drafter):
-    drafting = draft(*make_drafter(lattice))
+@KINDS
+def test_drafts_are_the_oracles(lattice, token_ids, make_drafter):
+    drafting = draft(*make_drafter(lattice, token_ids))
     chains, tree = drafting.chain().tolist(), drafting.tree(31)  # as wide as the vocabulary
     for row in range(len(chains)):
         frames = oracle(drafting, row)
-        assert tuple(chains[row]) == ctc.chain(num_labels=4, **frames).labels
+        assert tuple(chains[row]) == tokens_of(drafting.drafter, ctc.chain(num_labels=4, **frames).labels)
         expected = ctc.best_prefixes(num_nodes=12, depth=4, **frames)
-        assert [tuple(path) for path in paths_of(tree, row)[:12]] == [labels for labels, _ in expected]
+        assert [tuple(path) for path in paths_of(tree, row)[:12]] == [
+            tokens_of(drafting.drafter, labels) for labels, _ in expected
+        ]
 
 
 def paths_of(tree: DraftTree, row: int) -> list[list[int]]:
@@ -107,19 +128,25 @@ def paths_of(tree: DraftTree, row: int) -> list[list[int]]:
     return paths[1:]
 
 
-@pytest.mark.parametrize("lattice", LATTICES)
-def test_log_q_is_the_oracles_conditional(lattice, make_drafter):
-    drafting = draft(*make_drafter(lattice))
-    log_q = drafting.log_q()
+@KINDS
+def test_log_q_is_the_oracles_conditional(lattice, token_ids, make_drafter):
+    drafting = draft(*make_drafter(lattice, token_ids))
+    log_q, outside = drafting.log_q(), 0
     for row, labels in enumerate(drafting.labels.tolist()):
         frames = oracle(drafting, row)
         prefix, last = ctc.root_prefix(frames["log_probs"], frames["log_transitions"]), frames["anchor"]
-        for k, label in enumerate(labels):
+        for k, token in enumerate(labels):
             if not drafting.valid[row, k]:
+                break
+            label = label_of(drafting.drafter, token)
+            if token_ids is not None and label == len(token_ids):  # no draft goes on from here
+                assert (log_q[row, k:] == -torch.inf).all()
+                outside += 1
                 break
             law = torch.log_softmax(prefix.conditional(frames["log_probs"]) + frames["label_bias"][last], -1)
             assert float(log_q[row, k]) == pytest.approx(float(law[label]), abs=2e-4)
             prefix, last = prefix.extend(frames["log_probs"], label), label
+    assert (outside > 0) == (token_ids is not None)
 
 
 def test_a_tree_is_followed_as_deep_as_it_holds_the_labels(make_drafter, monkeypatch):

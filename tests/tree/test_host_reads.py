@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 import vllm_ctc_spec.proposer
 import vllm_ctc_spec.tree.model_state
 import vllm_ctc_spec.tree.verification
+from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
 from vllm_ctc_spec.drafter import TransitionHead
 from vllm_ctc_spec.metrics import CounterFile, DraftMeter
 from vllm_ctc_spec.model import CTCDraftModel
@@ -29,7 +30,7 @@ from vllm_ctc_spec.tree.state import TreeStep, TreeTable
 from vllm_ctc_spec.tree.verification import TreeRejectionSampler
 
 META = torch.device("meta")
-REQUESTS, FRAMES, NODES, VOCABULARY, HIDDEN, RANK, TOKENS = 4, 24, 16, 1000, 32, 8, 256
+REQUESTS, FRAMES, NODES, VOCABULARY, LABELS, HIDDEN, RANK, TOKENS = 4, 24, 16, 1000, 300, 32, 8, 256
 ON_GPU = {
     "frame_stats": "frame_stats", "collapse": "collapse", "prefix_chain": "prefix_chain", "tree_walk": "tree_walk",
     "prefix_search": "prefix_search_best_first", "ctc_transform": "ctc_transform", "tree_layout": "tree_layout",
@@ -96,7 +97,9 @@ def launched(monkeypatch) -> list[str]:
     return names
 
 
-def make_proposer(draft: str, search: str, lattice: str, sampled: bool, folder) -> CTCProposer:
+def make_proposer(
+    draft: str, search: str, lattice: str, sampled: bool, folder, draft_vocabulary: bool = False
+) -> CTCProposer:
     proposer = object.__new__(CTCProposer)
     config = SimpleNamespace(hidden_size=HIDDEN, transition_rank=RANK, num_frames=FRAMES)
     with META:
@@ -107,7 +110,13 @@ def make_proposer(draft: str, search: str, lattice: str, sampled: bool, folder) 
         model=inner,
         compute_logits=lambda hidden: empty(hidden.shape[0], VOCABULARY, dtype=torch.bfloat16),
         markov_tables=(empty(VOCABULARY, RANK), empty(VOCABULARY, RANK)) if search == "prefix" else None,
-    )
+        vocabulary=None, draft_head=None,
+    )  # fmt: skip
+    if draft_vocabulary:
+        ids = empty(LABELS, dtype=torch.int64)
+        model.vocabulary = DraftVocabulary(ids, empty(VOCABULARY, dtype=torch.int64))
+        model.draft_head = empty(LABELS, HIDDEN)
+        model.markov_tables = empty(LABELS + 1, RANK), empty(LABELS, RANK)
     model.compute_frames = lambda slots: CTCDraftModel.compute_frames(model, slots)
     is_tree = draft == "tree"
     vars(proposer).update(
@@ -121,6 +130,7 @@ def make_proposer(draft: str, search: str, lattice: str, sampled: bool, folder) 
         sample_pos=empty(REQUESTS * FRAMES, dtype=torch.int64),
         draft_tokens=empty(REQUESTS, NODES, dtype=torch.int64),
         draft_logits=empty(REQUESTS, NODES, VOCABULARY) if sampled else None,
+        label_logits=empty(REQUESTS, NODES, LABELS) if sampled and draft_vocabulary else None,
         temperature=empty(REQUESTS), seeds=empty(REQUESTS, dtype=torch.int64),
         _run_model=lambda *args: empty(REQUESTS * (1 + FRAMES), HIDDEN),
     )  # fmt: skip
@@ -141,6 +151,16 @@ def make_proposer(draft: str, search: str, lattice: str, sampled: bool, folder) 
 )
 def test_a_draft_is_made_without_the_host(draft, search, lattice, sampled, kernel, launched, tmp_path):
     proposer = make_proposer(draft, search, lattice, sampled, tmp_path)
+    proposer._generate_draft(REQUESTS, REQUESTS * (1 + FRAMES), None, None, None)
+    assert {"_frame_stats_kernel", kernel} <= set(launched)
+
+
+@pytest.mark.parametrize(
+    ("draft", "sampled", "kernel"),
+    [("chain", False, "score_kernel"), ("chain", True, "score_kernel"), ("tree", False, "search_kernel")],
+)
+def test_a_draft_of_a_draft_vocabulary_is_made_without_the_host(draft, sampled, kernel, launched, tmp_path):
+    proposer = make_proposer(draft, "prefix", "transitions", sampled, tmp_path, draft_vocabulary=True)
     proposer._generate_draft(REQUESTS, REQUESTS * (1 + FRAMES), None, None, None)
     assert {"_frame_stats_kernel", kernel} <= set(launched)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
 from vllm_ctc_spec.training.dataset import Example
 
 
@@ -51,6 +52,18 @@ def make_batch(examples: Sequence[Example], positions: Tensor, num_labels: int) 
     valid = (targets < lengths[:, None, None]) & (positions >= 0)[..., None]
     labels = token_ids.gather(1, targets.flatten(1)).view(targets.shape)
     return Batch(token_ids[:, :width], token_ids.gather(1, where), where, labels, valid)
+
+
+def in_labels(
+    vocabulary: DraftVocabulary | None, anchors: Tensor, labels: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of the target, anchors `[N]` and labels and valid `[N, U]`, as labels of a draft vocabulary. A token that
+    is none ends what can be learned: it and what is behind it are not valid."""
+    if vocabulary is None:
+        return anchors, labels, valid
+    inside = vocabulary.t2d[labels]
+    known = torch.where(inside, vocabulary.to_labels(labels), 0)
+    return vocabulary.to_labels(anchors), known, valid & inside.cumprod(1).bool()
 
 
 def sample_batch(examples: Sequence[Example], num_anchors: int, num_labels: int, seed: int) -> Batch:

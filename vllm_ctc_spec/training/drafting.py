@@ -10,7 +10,7 @@ from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 from vllm_ctc_spec.options import default_tree_width
-from vllm_ctc_spec.training.batches import Batch
+from vllm_ctc_spec.training.batches import Batch, in_labels
 from vllm_ctc_spec.training.loss import log_labels
 from vllm_ctc_spec.training.vocabulary import label_scores
 
@@ -35,35 +35,42 @@ class Drafting:
 
     def _kernel_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, tuple | Tensor | None]]:
         """logits, log_label, log_blank, anchor, and what is optional."""
-        logits, lattice = self.frames
+        (logits, lattice), vocabulary = self.frames, self.drafter.vocabulary
+        anchors = self.anchors if vocabulary is None else vocabulary.to_labels(self.anchors)
         log_label, log_blank, transitions = lattice.for_kernels(torch.logsumexp(logits, -1))
-        return (logits, log_label, log_blank, self.anchors), {
+        return (logits, log_label, log_blank, anchors), {
             "markov": self.drafter.markov_tables,
             "transitions": transitions,
         }
 
     def chain(self) -> Tensor:
-        """Greedy labels, `[N, U]`."""
+        """Greedy labels as tokens of the target, `[N, U]`."""
         frames, options = self._kernel_arguments()
-        return prefix_chain(*frames, self.labels.shape[1], **options)[0]
+        return self._tokens(prefix_chain(*frames, self.labels.shape[1], **options)[0])
+
+    def _tokens(self, labels: Tensor) -> Tensor:
+        vocabulary = self.drafter.vocabulary
+        return labels if vocabulary is None else vocabulary.to_tokens(labels)
 
     def tree(self, num_nodes: int) -> DraftTree:
         """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
         frames, options = self._kernel_arguments()
-        return prefix_search(*frames, num_nodes, default_tree_width(num_nodes), self.labels.shape[1], **options)
+        tree = prefix_search(*frames, num_nodes, default_tree_width(num_nodes), self.labels.shape[1], **options)
+        return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))
 
     def log_q(self) -> Tensor:
         """log q(y_k | y_<k) of the target's labels, given that the drafter goes on: `[N, U]`, -inf where impossible."""
         lattice = self.frames.lattice
+        anchors, labels, valid = in_labels(self.drafter.vocabulary, self.anchors, self.labels, self.valid)
         scores = label_scores(
             self.slots[:, 1:],
-            self.drafter.target_head,
-            self.anchors,
-            self.labels,
+            self.drafter.draft_head,
+            anchors,
+            labels,
             self.drafter.markov_tables,
             exclude_repeats=lattice.blank_odds is not None,
         )
-        law = log_labels(lattice, scores, self.labels, self.valid)
+        law = log_labels(lattice, scores, labels, valid)
         return law.given_going_on.masked_fill(~law.counted, -torch.inf)
 
     def accepted(self, chain: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_trees
-from vllm_ctc_spec.training.batches import Batch, epochs, sample_batch
+from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
 from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
@@ -57,17 +57,20 @@ class TrainingStep(nn.Module):
         self.drafter = drafter
         self.config = config
 
-    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """features [B, S, A * H]; the sum of the anchors' losses, and how many labels counted."""
+    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """features [B, S, A * H]; the sum of the anchors' losses, how many labels counted, and how many were in the
+        draft vocabulary, as were those before them."""
         drafter, dtype = self.drafter, TORCH_DTYPES[self.config.dtype]
         kept = batch.valid[..., 0]
         with torch.autocast(features.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept].float()  # [N, 1 + T, H]
         lattice = drafter.lattice(slots)
-        anchors, labels, valid = batch.anchors[kept], batch.labels[kept], batch.valid[kept]
+        anchors, labels, valid = in_labels(
+            drafter.vocabulary, batch.anchors[kept], batch.labels[kept], batch.valid[kept]
+        )
         scores = label_scores(
             slots[:, 1:],
-            drafter.target_head,
+            drafter.draft_head,
             anchors,
             labels,
             drafter.markov_tables,
@@ -75,11 +78,11 @@ class TrainingStep(nn.Module):
             dtype=dtype,
         )
         result = LOSSES[self.config.loss](lattice, scores, labels, valid, self.config.position_decay)
-        return result.loss.sum(), result.counted.sum()
+        return result.loss.sum(), result.counted.sum(), valid.sum()
 
 
 class Trainer:
-    """embedding, head: the target's, `[V, H]`."""
+    """embedding, head: the target's, `[V, H]`; token_ids: the labels of a draft vocabulary, increasing."""
 
     def __init__(
         self,
@@ -89,10 +92,12 @@ class Trainer:
         embedding: Tensor,
         head: Tensor,
         workers: Workers = ALONE,
+        token_ids: Sequence[int] | None = None,
     ):
         torch.manual_seed(config.seed)
         self.config, self.features, self.workers = config, features, workers
-        self.drafter = CTCDrafter(drafter_config, embedding.float(), head.float())
+        labels = None if token_ids is None else torch.tensor(token_ids)
+        self.drafter = CTCDrafter(drafter_config, embedding.float(), head.float(), labels)
         self.drafter.spread_labels(config.blank_share)
         self.drafter.to(embedding.device)
         if config.init:
@@ -104,31 +109,31 @@ class Trainer:
     def device(self) -> torch.device:
         return self.drafter.target_head.device
 
-    def backward(self, examples: Sequence[Example], batch: Batch) -> tuple[float, int]:
-        """Gradients of the mean loss over the batch's anchors; the loss's sum and the labels that counted."""
+    def backward(self, examples: Sequence[Example], batch: Batch) -> tuple[float, int, int]:
+        """Gradients of the mean loss over the batch's anchors; the sums of `TrainingStep.forward`."""
         workers, num_anchors = self.workers, int(batch.valid[..., 0].sum())
         mine = list(workers.rows(len(examples)))
         per_part = -(-len(mine) // self.config.accumulate)
         parts = [mine[start : start + per_part] for start in range(0, len(mine), per_part)]
-        loss_sum, counted = 0.0, 0
+        loss_sum, counted, inside = 0.0, 0, 0
         for rows in parts:
             part = batch.rows(rows).to(self.device)
             features = self.features([examples[row] for row in rows], part.token_ids)
             averaging = contextlib.nullcontext() if rows is parts[-1] else workers.without_averaging(self.module)
             with averaging:
-                loss, labels = self.module(features, part)
+                loss, labels, in_vocabulary = self.module(features, part)
                 # The processes' gradients are averaged, and a mean over all of the batch is wanted.
                 (loss * (workers.size / num_anchors)).backward()
-            loss_sum, counted = loss_sum + loss.item(), counted + int(labels)
-        loss_sum, counted = workers.total([loss_sum, counted], self.device)
-        return loss_sum, int(counted)
+            loss_sum, counted, inside = loss_sum + loss.item(), counted + int(labels), inside + int(in_vocabulary)
+        loss_sum, counted, inside = workers.total([loss_sum, counted, inside], self.device)
+        return loss_sum, int(counted), int(inside)
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One update from the examples of all processes; returns the step's metrics."""
         config, started = self.config, time.perf_counter()
         seed = config.seed * 1_000_003 + self.progress.step
         batch = sample_batch(examples, config.anchors, self.drafter.config.num_labels, seed)
-        loss_sum, counted = self.backward(examples, batch)
+        loss_sum, counted, inside = self.backward(examples, batch)
         norm = float(torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), config.clip))
         if not math.isfinite(norm):
             raise TrainingError(
@@ -148,7 +153,8 @@ class Trainer:
             "loss_sum": loss_sum,
             "anchors_total": int(batch.valid[..., 0].sum()),
             "labels_total": valid_total,
-            "infeasible_labels_total": valid_total - counted,
+            "outside_labels_total": valid_total - inside,
+            "infeasible_labels_total": inside - counted,
             "gradient_norm": norm,
             "lr": lr,
             "seconds": round(time.perf_counter() - started, 4),
@@ -157,8 +163,10 @@ class Trainer:
     def drafter_of(self, weights: dict[str, Tensor]) -> CTCDrafter:
         """A whole drafter with these weights, in this process alone: the trained one may be spread over several. During
         a measurement it takes the room that the gradients left."""
+        mine = self.drafter
+        token_ids = None if mine.vocabulary is None else mine.vocabulary.token_ids
         with torch.device("meta"):
-            drafter = CTCDrafter(self.drafter.config, self.drafter.target_embedding, self.drafter.target_head)
+            drafter = CTCDrafter(mine.config, mine.target_embedding, mine.target_head, token_ids)
         drafter.load_state_dict({name: weight.to(self.device) for name, weight in weights.items()}, assign=True)
         return drafter
 

@@ -12,6 +12,7 @@ from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.draft_tokens import choose_tokens
 from vllm_ctc_spec.training.features import in_process, stored
 from vllm_ctc_spec.training.generate import make_labels
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
@@ -31,6 +32,8 @@ def drafter_shape(config: TrainConfig, target: Target | TargetTables | TargetTex
     shape = {name: getattr(config, name) for name in (
         "target", "num_frames", "num_labels", "num_layers", "markov_rank", "lattice", "transition_rank", "tree_nodes",
     )}  # fmt: skip
+    if isinstance(config.draft_vocab_size, int):
+        shape["draft_vocab_size"] = config.draft_vocab_size
     if config.aux_layers:
         shape["aux_hidden_state_layer_ids"] = config.aux_layers
     if target.config.architectures:  # the whole model's, which the language model's own does not name
@@ -47,6 +50,7 @@ class Prepared:
     drafter_config: DrafterConfig
     examples: list[Example]
     held_out: list[Example]
+    token_ids: list[int] | None = None  # of the draft vocabulary, increasing; None: the target's
 
 
 def load_target(config: TrainConfig, device: torch.device) -> Target | TargetTables:
@@ -61,11 +65,11 @@ def prepare(
     """Nothing is written before everything is checked. in_workers: they load the target, which is loaded here only if
     it has to answer prompts."""
     paths.check(config, overwrite)
+    drafter_config = drafter_shape(config, TargetText.load(config.target))
     if in_workers and (Path(config.data).is_dir() or config.features == "stored"):
         target = TargetText.load(config.target)
     else:
         target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    drafter_config = drafter_shape(config, target)
     if Path(config.data).is_dir():
         layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
         examples, held_out = open_dataset(Path(config.data), target_fingerprint(config.target), layer_ids)
@@ -85,7 +89,11 @@ def prepare(
             f"The responses of {config.target} are one token long, so there is nothing to draft; "
             "use prompts that it answers at length."
         )
-    return Prepared(config, paths, drafter_config, examples, held_out), target
+    token_ids, sentence = choose_tokens(config.draft_vocab_size, drafter_config.vocab_size, examples)
+    print(sentence)
+    if token_ids is not None:
+        drafter_config = dataclasses.replace(drafter_config, draft_vocab_size=len(token_ids))
+    return Prepared(config, paths, drafter_config, examples, held_out, token_ids), target
 
 
 def work(prepared: Prepared, target: Target | TargetTables, workers: Workers = ALONE) -> str | None:
@@ -93,7 +101,7 @@ def work(prepared: Prepared, target: Target | TargetTables, workers: Workers = A
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
     features = stored(layer_ids) if config.features == "stored" else in_process(target, layer_ids)
-    trainer = Trainer(config, drafter_config, features, target.embedding, target.head, workers)
+    trainer = Trainer(config, drafter_config, features, target.embedding, target.head, workers, prepared.token_ids)
     trainer.run(prepared.examples, prepared.held_out, paths)
     if not workers.is_main:
         return None
@@ -107,17 +115,19 @@ def train(config: TrainConfig, paths: RunPaths, overwrite: bool) -> str:
         return work(*prepare(config, paths, overwrite))
 
 
-def infeasible_share(log: Sequence[dict]) -> float:
-    return sum(e["infeasible_labels_total"] for e in log) / max(1, sum(e["labels_total"] for e in log))
+def share_of_labels(log: Sequence[dict], name: str) -> float:
+    """Runs of an earlier version logged no labels outside of a vocabulary."""
+    return sum(e.get(name, 0) for e in log) / max(1, sum(e["labels_total"] for e in log))
 
 
 def report(trainer: Trainer, paths: RunPaths) -> str:
     config = trainer.config
     drafts = f"trees of {config.tree_nodes} nodes" if config.tree_nodes else f"chains of {config.num_labels} labels"
-    speculative = {"method": "ctc", "model": str(paths.output)}
+    speculative, log = {"method": "ctc", "model": str(paths.output)}, read_log(paths.work)
     return "\n".join([
         f"{paths.output}: best of {config.steps} steps is {trainer.progress.best_step}; "
-        f"{infeasible_share(read_log(paths.work)):.2%} of the labels did not fit {config.num_frames} frames.",
+        f"{share_of_labels(log, 'infeasible_labels_total'):.2%} of the labels did not fit {config.num_frames} frames, "
+        f"{share_of_labels(log, 'outside_labels_total'):.2%} stood at or behind a token that is no label.",
         f"Held-out greedy acceptance length with {drafts}: {trainer.progress.best}.",
         f"Serve it: vllm serve {config.target} --speculative-config '{json.dumps(speculative)}'",
     ])  # fmt: skip

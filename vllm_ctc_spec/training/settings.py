@@ -20,6 +20,7 @@ FEATURES = ("target", "stored")
 DTYPES = ("fp32", "bf16")
 PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
+MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
 MAY_CHANGE = ("accumulate", "save_every", "eval_every")
 """Settings of a run that another command may continue it with: the weights of a step do not depend on them. How often
 they are measured decides only which are known to be the best; what was measured before counts on."""
@@ -50,6 +51,7 @@ class TrainConfig:
     markov_rank: int | None = None
     transition_rank: int | None = None
     blank_share: float | None = None
+    draft_vocab_size: int | str = "auto"
     tree_nodes: int = 0
     init: str = ""
     steps: int = 4000
@@ -89,7 +91,17 @@ class TrainConfig:
                 raise TrainingError(f"{option(name)} must be {what}, not {getattr(self, name)}.")
         if not 0 < self.blank_share < 1:
             raise TrainingError(f"--blank-share must be between 0 and 1, not {self.blank_share}.")
+        self._check_draft_vocabulary()
         self._check_combinations()
+
+    def _check_draft_vocabulary(self) -> None:
+        size = self.draft_vocab_size
+        is_number = isinstance(size, int) and not isinstance(size, bool)
+        if not (size in ("auto", "full") or is_number and size >= MIN_DRAFT_VOCABULARY):
+            raise TrainingError(
+                f"--draft-vocab-size must be auto, full or a number of tokens, {MIN_DRAFT_VOCABULARY} or more, not "
+                f"{size}."
+            )
 
     def resolved(self) -> dict[str, Any]:
         """The defaults that depend on other settings, or on the machine."""
@@ -178,7 +190,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    kinds = {"str": str, "int": int, "float": (int, float), "tuple[int, ...]": list, "dict": dict}
+    kinds = {
+        "str": str, "int": int, "int | str": (int, str), "float": (int, float), "tuple[int, ...]": list, "dict": dict,
+    }  # fmt: skip
     kind = kinds[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
     return isinstance(value, kind) and not isinstance(value, bool)
 

@@ -1,6 +1,7 @@
 """What the losses need of the vocabulary, in chunks: nothing of size `[anchors, T, V]` or `[anchors, U, V]` exists.
 
-For frames `h_t`, the target's head `W` and the label-conditional head `bias_k(v) = W_out[v] . W_in[y_{k-1}]`:
+For frames `h_t`, the labels' rows `W` of the target's head and the label-conditional head
+`bias_k(v) = W_out[v] . W_in[y_{k-1}]`:
 
     lse_t    = log sum_v exp(W[v] . h_t)
     mass_k,t = log sum_{v not excluded_k} exp(W[v] . h_t + bias_k(v))
@@ -38,13 +39,14 @@ def label_scores(
     head: Tensor,  # [V, H]
     anchors: Tensor,  # [N]
     labels: Tensor,  # [N, U]
-    markov: tuple[Tensor, Tensor] | None = None,  # W_in, W_out [V, r]
+    markov: tuple[Tensor, Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
     exclude_repeats: bool = True,
     dtype: torch.dtype | None = None,
 ) -> LabelScores:
     """exclude_repeats: False where a lattice has no repeat rule. dtype: of the matrix products, None for the inputs'.
 
-    The anchor is not in the frames, so that nothing is left out of the first label's sum.
+    The anchor is not in the frames, so that nothing is left out of the first label's sum. It may be no label of a draft
+    vocabulary, but a row of W_in behind those of the labels.
     """
     last = torch.cat([anchors[:, None], labels[:, :-1]], 1)
     dtype = dtype or hidden.dtype
@@ -54,6 +56,7 @@ def label_scores(
         excluded = last if exclude_repeats else torch.full_like(last, -1)
         excluded = torch.cat([torch.full_like(excluded[:, :1], -1), excluded[:, 1:]], 1)
     lse, mass = _VocabularySums.apply(hidden, head, inner, outer, excluded, dtype)
+    last = last.clamp_max(len(head) - 1)  # what stands at the anchor is not read from here on
     log_label = _logits_at(hidden, head, labels, dtype) - lse[..., None]
     log_last = _logits_at(hidden, head, last, dtype) - lse[..., None]
     if markov is None:
