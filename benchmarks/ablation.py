@@ -302,7 +302,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_pair_arguments(parser, drafter=False)
+    add_pair_arguments(parser, overrides=["target"])
     parser.add_argument("--data", type=Path, help="dataset with hidden states; without it only the table is made")
     parser.add_argument("--prompts", type=Path, help="jsonl of test prompts")
     parser.add_argument("--spec-bench", type=Path, help="jsonl of Spec-Bench; two of its categories are measured too")

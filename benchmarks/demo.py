@@ -26,7 +26,7 @@ from client import (
     logit_gap,
     read_questions,
 )
-from pair import CHAT, RESULTS, TINY, Pair, add_pair_arguments, choose_pair, obstacle, read_pair, ready
+from pair import CHAT, RESULTS, TINY, Pair, add_pair_arguments, choose_pair, is_model, obstacle, read_pair, ready
 from pair_servers import with_drafter, without_drafter
 from rich.console import Console
 from rich.table import Table
@@ -116,15 +116,21 @@ def report(plain: Run, drafted: Run, found: list[tuple[int, int, float]]) -> boo
 
 
 def served_pair(args: argparse.Namespace) -> Pair:
-    """What was asked for, or else the chat pair, or where that cannot be had the tiny one."""
+    """What was asked for; a target or a drafter alone goes with the tiny pair's other half."""
     if args.pair is None:
-        args.pair = TINY
-        if args.target is None and args.drafter is None:
-            args.pair = CHAT
-            if (why := obstacle(read_pair(CHAT))) is not None:
-                args.pair = TINY
-                console.print(f"The tiny pair takes the place of the chat pair: {why}", markup=False, highlight=False)
+        args.pair = default_pair() if args.target is None and args.drafter is None else TINY
     return ready(choose_pair(args).pair)
+
+
+def default_pair() -> str:
+    """The chat pair, or the tiny one where the other has no drafter or its target cannot be had."""
+    chat = read_pair(CHAT)
+    if not is_model(chat.drafter):
+        return TINY
+    if (why := obstacle(chat)) is None:
+        return CHAT
+    console.print(f"The tiny pair takes the place of the chat pair: {why}", markup=False, highlight=False)
+    return TINY
 
 
 def demo(pair: Pair) -> bool:

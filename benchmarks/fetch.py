@@ -34,9 +34,10 @@ class Wheel:
     licence: str
 
     def folder(self, name: str) -> Path:
-        """In the cache; another one for another wheel, file or converter."""
+        """Of the model `name` in the cache, in one of its own for each wheel, file and converter: servers and records
+        call a model by its folder's name."""
         recipe = hashlib.sha256(f"{self.sha256} {self.member} {CONVERTER}".encode()).hexdigest()
-        return cache() / f"{name}-{recipe[:12]}"
+        return cache() / f"{name}-{recipe[:12]}" / name
 
 
 def cache() -> Path:
@@ -106,20 +107,21 @@ def download(wheel: Wheel, folder: Path) -> Path:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     found = list(folder.glob("*.whl"))
     if done.returncode or not found:
-        raise FetchError(
-            f"{wheel.requirement} could not be downloaded ({reason(done.stdout + done.stderr)}): connect this machine "
-            "to a package index, or put the wheel in a folder and run with PIP_FIND_LINKS=FOLDER."
-        )
+        raise FetchError(complaint(wheel, done.stdout + done.stderr))
     return found[0]
 
 
-def reason(printed: str) -> str:
-    """What pip says, in a few words."""
+def complaint(wheel: Wheel, printed: str) -> str:
+    """One sentence for what pip has printed."""
     if "DO NOT MATCH THE HASHES" in printed:
-        return "the index has another file than the one that is pinned: its SHA-256 differs"
+        return f"{wheel.requirement} on the package index is not the file that is pinned: its SHA-256 differs."
     lines = [line.strip() for line in printed.splitlines() if line.strip()] or ["pip said nothing"]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines)[-1].rstrip(".")[:300]
+    why = "no package index answers" if "connection broken" in printed else (errors or lines)[-1].rstrip(".")[:300]
+    return (
+        f"{wheel.requirement} could not be downloaded ({why}): connect this machine to a package index, or put the "
+        "wheel in a folder and run with PIP_FIND_LINKS=FOLDER."
+    )
 
 
 def extract(wheel: Wheel, archive: Path) -> Path:

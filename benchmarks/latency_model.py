@@ -258,7 +258,7 @@ def plot(path: Path, steps: Steps, lengths: Lengths, machine: str) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_pair_arguments(parser)
+    add_pair_arguments(parser, overrides=["target", "drafter"])
     parser.add_argument("--shape", choices=SHAPES, help="dummy weights of this shape in place of a pair")
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="chain:N, tree:N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES[on_cpu()])

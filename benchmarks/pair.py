@@ -1,4 +1,5 @@
-"""The embedded pairs: folders of `assets` whose `pair.toml` names a target, its CTC drafter, and prompts for both.
+"""Pairs: folders whose `pair.toml` names a target, its CTC drafter, and prompts for both. Those of `assets` are known by
+name.
 
     python benchmarks/pair.py chat    # prints the target's folder, after it was fetched if the repository lacks it
 
@@ -7,6 +8,7 @@ Needs nothing that a machine without vLLM would not have.
 
 import argparse
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ ASSETS = ROOT / "assets"
 RESULTS = ROOT / "benchmarks/results"
 TINY, CHAT = "tiny", "chat"
 TEXTS = ("note", "target", "drafter", "prompts")
+OVERRIDES = {
+    "target": "a model folder",
+    "drafter": "the folder of a CTC drafter",
+    "prompts": "jsonl with one of the keys question, prompt and turns",
+}
 WHEEL = ("requirement", "sha256", "member", "licence")
 
 # vLLM's default on a GPU. On a CPU the plugin selects it for its own method; elsewhere it has to be asked for.
@@ -39,9 +46,12 @@ def pair_names() -> list[str]:
 
 
 def read_pair(name: str) -> Pair:
-    if name not in pair_names():
-        raise SystemExit(f"error: there is no pair {name!r} in {ASSETS}, but {', '.join(pair_names()) or 'none'}.")
-    file = ASSETS / name / "pair.toml"
+    """The pair of this name in `assets`, or else in this folder; SystemExit with one sentence if there is none."""
+    folder = ASSETS / name if name in pair_names() else Path(name).resolve()
+    file = folder / "pair.toml"
+    if not file.is_file():
+        known = ", ".join(pair_names())
+        raise SystemExit(f"error: there is no pair {name!r}: it is none of {known}, and no folder with a pair.toml.")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -50,9 +60,9 @@ def read_pair(name: str) -> Pair:
     texts = checked(content, TEXTS, f"{file}")
     target, drafter, prompts = ((file.parent / texts[key]).resolve() for key in TEXTS[1:])
     if wheel is None:
-        return Pair(name, target, drafter, prompts, texts["note"])
+        return Pair(folder.name, target, drafter, prompts, texts["note"])
     source = Wheel(**checked(wheel, WHEEL, f"{file}, [wheel],"))
-    return Pair(name, source.folder(name) / texts["target"], drafter, prompts, texts["note"], source)
+    return Pair(folder.name, source.folder(texts["target"]), drafter, prompts, texts["note"], source)
 
 
 def checked(table: Any, keys: tuple[str, ...], where: str) -> dict[str, str]:
@@ -70,22 +80,25 @@ def checked(table: Any, keys: tuple[str, ...], where: str) -> dict[str, str]:
     return table
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser, default: str | None = TINY, drafter: bool = True) -> None:
+def add_pair_arguments(
+    parser: argparse.ArgumentParser, default: str | None = TINY, overrides: Iterable[str] = tuple(OVERRIDES)
+) -> None:
     """`default` None: the program chooses a name before it calls `choose_pair`."""
     says = "" if default is None else f" (default: {default})"
-    parser.add_argument("--pair", default=default, metavar="NAME", help=f"of {', '.join(pair_names())}{says}")
-    parser.add_argument("--target", type=Path, help="in place of the pair's: a model folder")
-    if drafter:
-        parser.add_argument("--drafter", type=Path, help="in place of the pair's: the folder of a CTC drafter")
+    names = f"{', '.join(pair_names())}, or a folder with a pair.toml{says}"
+    parser.add_argument("--pair", default=default, metavar="PAIR", help=names)
+    for name in overrides:
+        parser.add_argument(f"--{name}", type=Path, help=f"in place of the pair's: {OVERRIDES[name]}")
 
 
 def choose_pair(args: argparse.Namespace) -> argparse.Namespace:
-    """The pair itself where its name was, and its folders where --target and --drafter were not given."""
+    """The pair itself where its name was, with what was given in its place, and its folders where none were given."""
     args.pair = read_pair(args.pair)
     if args.target is not None:
         args.pair = replace(args.pair, name=args.target.name, target=args.target, note="", wheel=None)
-    if getattr(args, "drafter", None) is not None:
-        args.pair = replace(args.pair, drafter=args.drafter)
+    for name in ("drafter", "prompts"):
+        if (given := getattr(args, name, None)) is not None:
+            args.pair = replace(args.pair, **{name: given})
     args.target, args.drafter = args.pair.target, args.pair.drafter
     return args
 
@@ -129,8 +142,8 @@ def ctc_config(drafter: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help=f"of {', '.join(pair_names())}")
-    print(ready(read_pair(parser.parse_args().name), drafter=False).target)
+    parser.add_argument("pair", help=f"{', '.join(pair_names())}, or a folder with a pair.toml")
+    print(ready(read_pair(parser.parse_args().pair), drafter=False).target)
 
 
 if __name__ == "__main__":

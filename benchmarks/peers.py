@@ -242,7 +242,7 @@ def make_peer(method: str, args: argparse.Namespace, data: PeerData) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_pair_arguments(parser, drafter=False)
+    add_pair_arguments(parser, overrides=["target"])
     parser.add_argument("--data", type=Path, required=True, help="dataset that `vllm-ctc data` wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)

@@ -191,14 +191,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_pair_arguments(parser)
     kinds = "none, chain[:N], tree:N, transform:N, scheduled:N"
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help=kinds)
-    parser.add_argument("--prompts", type=Path, help="jsonl with the key `question` (default: the pair's)")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS / "step_time", help="path without suffix")
-    args = choose_pair(parser.parse_args(argv))
-    args.prompts = args.prompts or args.pair.prompts
-    return args
+    return choose_pair(parser.parse_args(argv))
 
 
 def main(argv: list[str]) -> int:
@@ -224,11 +221,11 @@ def main(argv: list[str]) -> int:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
-        for question in read_questions(args.prompts, args.num_prompts)
+        for question in read_questions(args.pair.prompts, args.num_prompts)
     ]
     by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
     run = describe_run(
-        "step_time.py", argv, busy, prompts=args.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
+        "step_time.py", argv, busy, prompts=args.pair.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
     )
     write_record(args.output, {"run": run, "steps_ms": by_size}, to_markdown(run, by_size))
     return 0

@@ -57,8 +57,7 @@ Write a Python function that {}.|Write a program in JavaScript that {}, with com
 {}.|Explain step by step how a program {}, then show the code in Python.| Write a Python class with a method
 that {}, and unit tests for it."""
 NAMES = (
-    "Anna Ben Carla David Elena Farid Grace Hugo Ines Jamal "
-    "Kira Leo Maya Noah Olga Pedro Rosa Sam Tara Viktor"
+    "Anna Ben Carla David Elena Farid Grace Hugo Ines Jamal Kira Leo Maya Noah Olga Pedro Rosa Sam Tara Viktor"
 ).split()
 THINGS = "apples books candles marbles pencils stamps cookies tickets shells flowers cards bottles".split()
 SUMS = (

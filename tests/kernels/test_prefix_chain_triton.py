@@ -40,9 +40,7 @@ def assert_triton_equals_reference(
             sampling = ChainSampling(*(x.to(where) for x in sampling))
         weights = None if markov is None else tuple(x.to(where) for x in markov)
         lattice = None if transitions is None else transitions.to(where)
-        labels, lengths = run(
-            *(x.to(where) for x in frames), anchor.to(where), num_labels, weights, sampling, lattice
-        )
+        labels, lengths = run(*(x.to(where) for x in frames), anchor.to(where), num_labels, weights, sampling, lattice)
         assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
         assert ((labels >= 0) & (labels < num_tokens)).all()
         calls.append((labels.cpu(), lengths.cpu(), None if sampling is None else sampling.draft_logits.cpu()))
