@@ -15,7 +15,7 @@ VLLM_GPU := vllm>=0.32,<0.34
 QUIETLY := | { grep -vE '^(Requirement already satisfied|Ignoring |Looking in )' || true; }
 # `make DEVICE=cpu ...` ignores a GPU that is there.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-# `make PAIR=tiny ...` chooses an embedded pair, a folder of assets/ with pair.toml.
+# `make PAIR=tiny ...` chooses a pair: a folder with pair.toml, or the name of one in assets/.
 PAIR ?=
 PAIR_ARGS := $(if $(PAIR),--pair $(PAIR))
 # Processes of the tests, whole files each. On a GPU one: an engine claims nearly all of its memory.

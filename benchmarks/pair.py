@@ -1,5 +1,5 @@
-"""Pairs: folders whose `pair.toml` names a target, its CTC drafter, and prompts for both. Those of `assets` are known by
-name.
+"""Pairs: folders whose `pair.toml` names a target, its CTC drafter, and prompts for both. Those of `assets` are
+known by name.
 
     python benchmarks/pair.py chat    # prints the target's folder, after it was fetched if the repository lacks it
 

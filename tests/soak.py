@@ -42,6 +42,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind this folder
 
 from pair import add_pair_arguments, choose_pair, ctc_config, ready  # noqa: E402
 from pair_servers import without_drafter  # noqa: E402
+from prompts import read_prompts  # noqa: E402
 from server import Endpoint, RunningServer, Server, StartupError, on_cpu  # noqa: E402
 
 URL = "/v1/completions"
@@ -249,7 +250,7 @@ def soak(args: argparse.Namespace, report: Report, folder: Path) -> None:
                 args.target, extra_args=extra, log_path=log_path, label="without drafter", console=console
             )
             reference = stack.enter_context(starting)
-        asks = make_asks(POOL, args.seed, args.pair.prompts, reference.max_model_len())
+        asks = make_asks(POOL, args.seed, read_prompts(args.pair.prompts), reference.max_model_len())
         expected = asyncio.run(answer_all(reference, [ask for ask in asks if ask.is_compared], args.hang_seconds))
     with ExitStack() as stack:
         if args.base_url:
