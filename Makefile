@@ -15,6 +15,9 @@ VLLM_GPU := vllm>=0.32,<0.34
 QUIETLY := | { grep -vE '^(Requirement already satisfied|Ignoring |Looking in )' || true; }
 # `make DEVICE=cpu ...` ignores a GPU that is there.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# `make PAIR=tiny ...` chooses a pair: a folder with pair.toml, or the name of one in assets/.
+PAIR ?=
+PAIR_ARGS := $(if $(PAIR),--pair $(PAIR))
 # Processes of the tests, whole files each. On a GPU one: an engine claims nearly all of its memory.
 TEST_PROCESSES ?= $(if $(filter gpu,$(DEVICE)),0,2)
 
@@ -28,14 +31,14 @@ install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the
 test: install  ## run the tests (pass options with ARGS="-k name")
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
-demo: install  ## serve the small target with and without its CTC drafter and compare
-	$(BIN)/python benchmarks/demo.py $(ARGS)
+demo: install  ## serve a small chat model with and without its CTC drafter and compare (PAIR=tiny: a tiny one)
+	$(BIN)/python benchmarks/demo.py $(PAIR_ARGS) $(ARGS)
 
-serve: install  ## serve the small target with its CTC drafter until Ctrl-C
-	$(BIN)/python benchmarks/demo.py --serve $(ARGS)
+serve: install  ## serve the same model with its CTC drafter until Ctrl-C
+	$(BIN)/python benchmarks/demo.py --serve $(PAIR_ARGS) $(ARGS)
 
 bench: install  ## measure none, ngram and ctc with `vllm bench serve`; writes benchmarks/results/serve*
-	$(BIN)/python benchmarks/serve.py $(ARGS)
+	$(BIN)/python benchmarks/serve.py $(PAIR_ARGS) $(ARGS)
 
 lint: install  ## check the style
 	$(BIN)/ruff check .

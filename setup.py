@@ -26,7 +26,7 @@ setup(
     package_dir={"vllm_ctc_spec.kernels": "kernels"},
     install_requires=["numba", "rich", "tqdm"],
     extras_require={
-        "bench": ["matplotlib"],
+        "bench": ["gguf", "matplotlib"],
         "ray": ["ray[data,train]"],
         "test": ["hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist"],
         "train": ["tensorboard"],

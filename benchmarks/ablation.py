@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pair import RESULTS, TARGET
+from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from record import processor
 from torch import Tensor
 from vllm_ctc_spec.kernels.collapse import collapse
@@ -63,7 +63,7 @@ METHODS: dict[str, dict] = {
 SIZES = (8, 16, 32, 64)
 COMMAND = "python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl"
 OURS, TWIN = "transitions + label-conditional, 24 frames", "CE + label-conditional (DSpark-like), 24 slots"
-ALL_LAYERS = tuple(range(1, 9))  # of the embedded target
+ALL_LAYERS = tuple(range(1, 9))  # of the tiny target
 VARIATIONS: dict[str, dict] = {
     "2 draft layers": {"num_layers": 2},
     "3 draft layers": {"num_layers": 3},
@@ -302,7 +302,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, default=TARGET)
+    add_pair_arguments(parser, overrides=["target"])
     parser.add_argument("--data", type=Path, help="dataset with hidden states; without it only the table is made")
     parser.add_argument("--prompts", type=Path, help="jsonl of test prompts")
     parser.add_argument("--spec-bench", type=Path, help="jsonl of Spec-Bench; two of its categories are measured too")
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="rows of the table (default: all)")
     parser.add_argument("--num-prompts", type=int, default=40, help="of the first test set, half of it of the others")
-    args = parser.parse_args()
+    args = choose_pair(parser.parse_args())
     rows = list(TABLES[args.table])
     args.methods = args.methods or rows
     if unknown := set(args.methods) - set(rows):
@@ -323,6 +323,7 @@ def main() -> None:
         parser.error("--steps must be 1 or more")
     try:
         if args.data is not None:
+            ready(args.pair, drafter=False)
             run(args)
         report(args)
     except (TrainingError, DrafterConfigError) as error:

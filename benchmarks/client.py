@@ -1,6 +1,5 @@
 """Requests to a running server and what its counters say about them."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from openai import OpenAI
+from prompts import read_prompts
 from server import Endpoint
 
 # vLLM's worker keeps polling for about a second after its last step, and counters follow the last response a little
@@ -41,8 +41,7 @@ class Drafting:
 
 
 def read_questions(path: Path, limit: int) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["question"] for line in lines if line.strip()][:limit]
+    return read_prompts(path)[:limit]
 
 
 def ask(client: OpenAI, model: str, question: str, max_tokens: int) -> Answer:

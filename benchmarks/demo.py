@@ -1,7 +1,8 @@
-"""Serve the embedded target with and without its CTC drafter, ask both the same questions, and compare.
+"""Serve an embedded target with and without its CTC drafter, ask both the same questions, and compare.
 
-    python benchmarks/demo.py            # what `make demo` runs
-    python benchmarks/demo.py --serve    # what `make serve` runs: the server with the drafter, until Ctrl-C
+    python benchmarks/demo.py                # what `make demo` runs: the chat pair, or the tiny one where it cannot
+    python benchmarks/demo.py --pair tiny    # what `make demo PAIR=tiny` runs
+    python benchmarks/demo.py --serve        # what `make serve` runs: the server with the drafter, until Ctrl-C
 
 Exits with a status other than 0 if a server fails or if the drafter changes a single token.
 """
@@ -13,7 +14,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from client import (
     SETTLE_SECONDS,
@@ -26,7 +26,8 @@ from client import (
     logit_gap,
     read_questions,
 )
-from pair import DRAFTER, PROMPTS, RESULTS, TARGET, with_drafter, without_drafter
+from pair import CHAT, RESULTS, TINY, Pair, add_pair_arguments, choose_pair, is_model, obstacle, read_pair, ready
+from pair_servers import with_drafter, without_drafter
 from rich.console import Console
 from rich.table import Table
 from server import Server, StartupError, stop_on_sigterm
@@ -114,23 +115,42 @@ def report(plain: Run, drafted: Run, found: list[tuple[int, int, float]]) -> boo
     return drafted.drafting.drafts > 0 and all(gap <= TIE for *_, gap in found)
 
 
-def demo(target: Path, drafter: Path) -> bool:
-    questions = read_questions(PROMPTS, QUESTIONS)
-    if target == TARGET:
-        console.print("The embedded target is tiny: its answers are fluent, not right. What counts is the speed.\n")
-    with with_drafter(target, drafter, log_path=RESULTS / "demo-ctc.log", label="server with CTC drafter") as server:
+def served_pair(args: argparse.Namespace) -> Pair:
+    """What was asked for; a target or a drafter alone goes with the tiny pair's other half."""
+    if args.pair is None:
+        args.pair = default_pair() if args.target is None and args.drafter is None else TINY
+    return ready(choose_pair(args).pair)
+
+
+def default_pair() -> str:
+    """The chat pair, or the tiny one where the other has no drafter or its target cannot be had."""
+    chat = read_pair(CHAT)
+    if not is_model(chat.drafter):
+        return TINY
+    if (why := obstacle(chat)) is None:
+        return CHAT
+    console.print(f"The tiny pair takes the place of the chat pair: {why}", markup=False, highlight=False)
+    return TINY
+
+
+def demo(pair: Pair) -> bool:
+    questions = read_questions(pair.prompts, QUESTIONS)
+    if pair.note:
+        console.print(f"{pair.note}\n", markup=False, highlight=False)
+    log, label = RESULTS / "demo-ctc.log", "server with CTC drafter"
+    with with_drafter(pair.target, pair.drafter, log_path=log, label=label) as server:
         drafted = ask_all(server, questions)
-    with without_drafter(target, log_path=RESULTS / "demo-none.log", label="server without drafter") as server:
+    with without_drafter(pair.target, log_path=RESULTS / "demo-none.log", label="server without drafter") as server:
         plain = ask_all(server, questions)
         found = differences(server, plain, drafted)
     return report(plain, drafted, found)
 
 
-def serve(target: Path, drafter: Path) -> bool:
+def serve(pair: Pair) -> bool:
     """Run the server with the drafter until Ctrl-C; whether it was running until then."""
     log = RESULTS / "serve.log"
-    with with_drafter(target, drafter, log_path=log, label="server with CTC drafter") as server:
-        messages = [{"role": "user", "content": read_questions(PROMPTS, 1)[0]}]
+    with with_drafter(pair.target, pair.drafter, log_path=log, label="server with CTC drafter") as server:
+        messages = [{"role": "user", "content": read_questions(pair.prompts, 1)[0]}]
         body = json.dumps({"model": server.model, "messages": messages, "temperature": 0})
         console.print(f"\nserving {server.base_url} (log: {log}); try:\n", highlight=False, soft_wrap=True)
         url = f"{server.base_url}/v1/chat/completions"
@@ -148,12 +168,11 @@ def serve(target: Path, drafter: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--serve", action="store_true", help="only serve, with the drafter, until Ctrl-C")
-    parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--drafter", type=Path, default=DRAFTER)
+    add_pair_arguments(parser, default=None)
     args = parser.parse_args()
     stop_on_sigterm()
     try:
-        passed = (serve if args.serve else demo)(args.target, args.drafter)
+        passed = (serve if args.serve else demo)(served_pair(args))
     except StartupError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1

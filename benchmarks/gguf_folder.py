@@ -34,6 +34,8 @@ LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# Whether tokens of a kind are special, that is no part of a text to show. All others are BPE's.
+ADDED = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
 # Digits one by one, then GPT-2's own rule: llama.cpp's pre-tokenizer "smollm" (src/llama-vocab.cpp).
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
@@ -44,19 +46,29 @@ class GGUFError(ValueError):
     """The file is no GGUF that this module can convert; the message is one sentence."""
 
 
+class Fields(dict[str, Any]):
+    """The file's metadata; `get` for what a file may lack."""
+
+    def __missing__(self, name: str) -> Any:
+        raise GGUFError(f"The GGUF file lacks the field {name}.")
+
+
 def convert(file: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
     """Write `folder`, which is complete when `config.json` is there: that file is written last (GGUFError)."""
     try:
         reader = GGUFReader(file)
-    except (OSError, ValueError) as error:
+        fields = Fields({name: field.contents() for name, field in reader.fields.items()})
+    except (OSError, ValueError, LookupError) as error:
         raise GGUFError(f"{file} cannot be read as GGUF ({error}).") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture, pre_tokenizer = fields.get("general.architecture"), fields.get("tokenizer.ggml.pre")
     if architecture != "llama" or pre_tokenizer not in PRE_TOKENIZERS:
         raise GGUFError(
             f"{file} holds architecture {architecture!r} with pre-tokenizer {pre_tokenizer!r}; only 'llama' with one "
             f"of {', '.join(PRE_TOKENIZERS)} can be converted."
         )
+    # Models of these kinds exist, and would come out as other models than they are.
+    if fields.get("tokenizer.ggml.add_bos_token") or fields.get("llama.rope.scaling.type", "none") != "none":
+        raise GGUFError(f"{file} adds a first token to every text or scales its positions, which is not converted.")
     config = model_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer(fields).save_pretrained(folder)
@@ -66,7 +78,7 @@ def convert(file: Path, folder: Path, progress: Progress = lambda done, total: N
     config.save_pretrained(folder)
 
 
-def model_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
+def model_config(fields: Fields, tied: bool) -> LlamaConfig:
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -82,9 +94,9 @@ def model_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
         rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         tie_word_embeddings=tied,
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
         dtype="float32",
     )
 
@@ -92,13 +104,22 @@ def model_config(fields: dict[str, Any], tied: bool) -> LlamaConfig:
 def weights(reader: GGUFReader, config: LlamaConfig, progress: Progress) -> dict[str, torch.Tensor]:
     found = {}
     for done, tensor in enumerate(reader.tensors, start=1):
-        name, matrix = weight_name(tensor.name), dequantize(tensor.data, tensor.tensor_type)
+        name = weight_name(tensor.name)
+        try:
+            matrix = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise GGUFError(f"The GGUF file's {tensor.name} has the type {tensor.tensor_type.name}.") from error
         if name.endswith("q_proj.weight"):
             matrix = without_interleaving(matrix, config.num_attention_heads)
         if name.endswith("k_proj.weight"):
             matrix = without_interleaving(matrix, config.num_key_value_heads)
         found[name] = torch.from_numpy(np.array(matrix, np.float32, order="C"))
         progress(done, len(reader.tensors))
+    # transformers would fill what is missing with random numbers.
+    wanted = {f"model.layers.{i}.{name}.weight" for i in range(config.num_hidden_layers) for name in LAYER.values()}
+    wanted |= {"model.embed_tokens.weight", "model.norm.weight"}
+    if missing := wanted - found.keys():
+        raise GGUFError(f"The GGUF file lacks {len(missing)} of the model's weights, {min(missing)} among them.")
     return found
 
 
@@ -117,18 +138,20 @@ def without_interleaving(matrix: np.ndarray, heads: int) -> np.ndarray:
     return matrix.reshape(heads, -1, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
 
 
-def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+def tokenizer(fields: Fields) -> PreTrainedTokenizerFast:
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     bpe.pre_tokenizer = PRE_TOKENIZERS[fields["tokenizer.ggml.pre"]]()
     bpe.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"]) if kind == TokenType.CONTROL]
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"]):
+        if kind in ADDED:  # found in a text before anything is split or merged
+            bpe.add_tokens([AddedToken(token, special=ADDED[kind], normalized=False)])
+    special = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_TOKENS.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        chat_template=fields["tokenizer.chat_template"],
+        chat_template=fields.get("tokenizer.chat_template"),
         model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
-        **{name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL_TOKENS.items()},
+        **{name: tokens[token_id] for name, token_id in special.items() if token_id is not None},
     )

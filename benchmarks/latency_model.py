@@ -1,6 +1,6 @@
 """The time of a decoding step by batch size and verified nodes, and from it the acceptance length at which drafts pay.
 
-    python benchmarks/latency_model.py                              # the embedded pair
+    python benchmarks/latency_model.py                              # the tiny embedded pair
     python benchmarks/latency_model.py --shape 8b                   # on a GPU: dummy weights, a random drafter
     python benchmarks/latency_model.py --steps RESULT.json --acceptance EVAL.json     # no measurement, other lengths
 
@@ -27,7 +27,7 @@ from statistics import geometric_mean, median
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
-from pair import DRAFTER, RESULTS, TARGET, existing
+from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from random_pair import LOAD_FORMAT, SHAPES, make_pair, register_load_format
 from record import write_record
 from report import describe_run
@@ -258,8 +258,7 @@ def plot(path: Path, steps: Steps, lengths: Lengths, machine: str) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--drafter", type=Path, default=DRAFTER)
+    add_pair_arguments(parser, overrides=["target", "drafter"])
     parser.add_argument("--shape", choices=SHAPES, help="dummy weights of this shape in place of a pair")
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help="chain:N, tree:N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES[on_cpu()])
@@ -270,16 +269,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--acceptance", type=Path, metavar="FILE.json", help="of `vllm-ctc eval --json`")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the acceptance lengths")
     parser.add_argument("--output", type=Path, default=RESULTS / "latency_model", help="path without suffix")
-    return parser.parse_args(argv)
+    return choose_pair(parser.parse_args(argv))
 
 
 def measured_record(args: argparse.Namespace, argv: list[str]) -> dict:
-    weights = f"dummy weights of the shape {args.shape}" if args.shape else f"the pair {args.target.name}"
+    weights = f"dummy weights of the shape {args.shape}" if args.shape else f"the pair {args.pair.name}"
     busy = psutil.cpu_percent(BUSY_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             args.target, args.drafter = make_pair(args.shape, Path(folder))
-        existing(args.target), existing(args.drafter)
+        else:
+            ready(args.pair)
         steps, pairs = measure(args)
     run = describe_run("latency_model.py", argv, busy, context=args.context, weights=weights, repeats=args.repeats)
     return {"run": run, "step_ms": steps, "pairs_ms": pairs}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pair import TARGET
+from pair import add_pair_arguments, choose_pair, ready
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -242,7 +242,7 @@ def make_peer(method: str, args: argparse.Namespace, data: PeerData) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, default=TARGET)
+    add_pair_arguments(parser, overrides=["target"])
     parser.add_argument("--data", type=Path, required=True, help="dataset that `vllm-ctc data` wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -254,11 +254,12 @@ def main() -> None:
     parser.add_argument("--ttt-steps", type=int, default=3, help="unrolled draft steps in EAGLE-3's training")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate, as the CTC drafter's")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = choose_pair(parser.parse_args())
     if args.epochs < 1:
         parser.error("--epochs must be 1 or more")
     try:
         check_packages()
+        ready(args.pair, drafter=False)
         data = PeerData(args.output / "data", args.target, args.data)
         data.prepare()
         for method in args.methods:

@@ -5,8 +5,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pair import PROMPTS
-
 FIELDS = ("question", "prompt", "turns")
 
 
@@ -27,7 +25,7 @@ class PromptSet:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE.jsonl",
-        help=f"rows with one of the keys {', '.join(FIELDS)} (of turns the first); repeatable (default: the demo's)",
+        help=f"rows with one of the keys {', '.join(FIELDS)} (of turns the first); repeatable (default: --prompts)",
     )  # fmt: skip
     parser.add_argument("--spec-bench", type=Path, metavar="FILE.jsonl", help="Spec-Bench's question.jsonl")
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="of Spec-Bench (default: all, one by one)")
@@ -40,13 +38,14 @@ def read(args: argparse.Namespace) -> list[PromptSet]:
         name, separator, path = text.partition("=")
         if not name or not separator:
             raise SystemExit(f"error: --data takes NAME=FILE.jsonl, not {text!r}.")
-        sets.append(PromptSet(name, [first_turn(row, path) for row in rows_of(Path(path))]))
+        sets.append(PromptSet(name, read_prompts(Path(path))))
     if args.categories and not args.spec_bench:
         raise SystemExit("error: --categories belongs to --spec-bench FILE.jsonl.")
     if args.spec_bench:
         sets += categories(args.spec_bench, args.categories)
-    if not sets:
-        sets = [PromptSet("demo", [first_turn(row, PROMPTS) for row in rows_of(PROMPTS)])]
+    if args.prompts or not sets:
+        name = args.prompts.stem if args.prompts else "demo"
+        sets = [PromptSet(name, read_prompts(args.pair.prompts)), *sets]
     names = [prompts.name for prompts in sets]
     if len(set(names)) < len(names):
         raise SystemExit("error: two datasets have the same name.")
@@ -63,6 +62,10 @@ def categories(path: Path, wanted: list[str] | None) -> list[PromptSet]:
     return [PromptSet(name, by_category[name]) for name in wanted or by_category]
 
 
+def read_prompts(path: Path) -> list[str]:
+    return [first_turn(row, path) for row in rows_of(path)]
+
+
 def rows_of(path: Path) -> list[dict]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -73,7 +76,7 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def first_turn(row: dict, path: str | Path) -> str:
+def first_turn(row: dict, path: Path) -> str:
     found = next((row[name] for name in FIELDS if row.get(name)), None)
     text = found[0] if isinstance(found, list) else found
     if not isinstance(text, str):

@@ -1,6 +1,6 @@
 """One table of methods x datasets x concurrency x temperature: `vllm bench serve` against running servers.
 
-    python benchmarks/serve.py                                             # `make bench`: the embedded pair and prompts
+    python benchmarks/serve.py                                             # `make bench`: the tiny embedded pair
     python benchmarks/serve.py --target T --drafter D --methods all --concurrency 1 4 16 64 \\
         --data gsm8k=gsm8k_test.jsonl --spec-bench question.jsonl --categories qa summarization
     python benchmarks/serve.py --target T --base-url http://127.0.0.1:8000 --label "mine"
@@ -28,7 +28,7 @@ import prompts
 import psutil
 from client import SETTLE_SECONDS, drafting_since
 from methods import Method
-from pair import DRAFTER, RESULTS, TARGET, V2_RUNNER, existing
+from pair import RESULTS, V2_RUNNER, add_pair_arguments, choose_pair, ready
 from prompts import PromptSet
 from report import Measurement, describe_run, save, with_ending, write_report
 from rich.console import Console
@@ -190,8 +190,7 @@ def idle_load(servers: dict[str, Endpoint]) -> tuple[dict[str, float], float]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=TARGET, help="the model that is served, and its tokenizer")
-    parser.add_argument("--drafter", type=Path, default=DRAFTER, help="its CTC drafter")
+    add_pair_arguments(parser)
     methods.add_arguments(parser)
     prompts.add_arguments(parser)
     parser.add_argument("--num-prompts", type=positive, default=20, help="of each dataset (default: 20)")
@@ -201,7 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3, help="default: 3")
     parser.add_argument("--one-at-a-time", action="store_true", help="one server at a time, started in every repeat")
     parser.add_argument("--output", type=Path, default=RESULTS / "serve", help="path without suffix")
-    return parser.parse_args(argv)
+    return choose_pair(parser.parse_args(argv))
 
 
 def positive(text: str) -> int:
@@ -243,7 +242,7 @@ def main(argv: list[str]) -> int:
     stop_on_sigterm()
     for name in V2_RUNNER:  # each row says which runner it wants; the shell has no say
         os.environ.pop(name, None)
-    existing(args.target)
+    ready(args.pair, drafter=False)  # a drafter is needed by some of the methods only
     rows, skipped = methods.chosen(args)
     sets = prompts.read(args)
     console = Console(file=sys.stdout)  # this one, also while vLLM's client prints into a log

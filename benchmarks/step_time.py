@@ -1,6 +1,6 @@
 """Where a decoding step's time goes: target forward, verification, drafter, and their own parts, by kind of draft.
 
-    python benchmarks/step_time.py                             # the embedded pair and prompts
+    python benchmarks/step_time.py                             # the tiny embedded pair and its prompts
     python benchmarks/step_time.py --drafts chain tree:16
 
 One engine for each kind of draft, all in this process, greedy; they take turns batch by batch, so that a machine that
@@ -23,7 +23,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import psutil
 from client import read_questions
-from pair import DRAFTER, PROMPTS, RESULTS, TARGET, V2_RUNNER, ctc_config, existing
+from pair import RESULTS, V2_RUNNER, add_pair_arguments, choose_pair, ctc_config, ready
 from record import write_record
 from report import describe_run
 from server import on_cpu
@@ -188,22 +188,19 @@ def to_markdown(run: dict, by_size: dict[int, dict[str, dict]]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--drafter", type=Path, default=DRAFTER)
+    add_pair_arguments(parser)
     kinds = "none, chain[:N], tree:N, transform:N, scheduled:N"
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, metavar="DRAFT", help=kinds)
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="jsonl with the key `question`")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS / "step_time", help="path without suffix")
-    return parser.parse_args(argv)
+    return choose_pair(parser.parse_args(argv))
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    existing(args.target)
-    existing(args.drafter)
+    ready(args.pair)
     busy = psutil.cpu_percent(BUSY_SECONDS)
     from vllm import LLM
 
@@ -224,11 +221,11 @@ def main(argv: list[str]) -> int:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
-        for question in read_questions(args.prompts, args.num_prompts)
+        for question in read_questions(args.pair.prompts, args.num_prompts)
     ]
     by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
     run = describe_run(
-        "step_time.py", argv, busy, prompts=args.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
+        "step_time.py", argv, busy, prompts=args.pair.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
     )
     write_record(args.output, {"run": run, "steps_ms": by_size}, to_markdown(run, by_size))
     return 0

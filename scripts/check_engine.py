@@ -1,4 +1,4 @@
-"""vLLM with the plugin: with chains and trees the embedded pair gives the tokens that it gives without a drafter, eager
+"""vLLM with the plugin: with chains and trees an embedded pair gives the tokens that it gives without a drafter, eager
 and with CUDA graphs, one request at a time and many, greedy and sampled; nothing in the draft waits for the device.
 Step times of an 8B shape with dummy weights."""
 
@@ -31,7 +31,7 @@ ACCEPTED = {ONE: 2.0, MANY: 2.0, SAMPLED: 1.4}  # tokens a step, or the comparis
 # so that the first tokens are compared.
 IDENTICAL = {"float32": {ONE: 1.0, MANY: 0.9, SAMPLED: 0.9}, "bfloat16": {ONE: 0.75, MANY: 0.75, SAMPLED: 0.75}}
 COMPARED_TOKENS = {"float32": MAX_TOKENS, "bfloat16": 8}
-GPU_MEMORY = 0.3  # of the device: the embedded target needs little
+GPU_MEMORY = 0.3  # of the device: an embedded target needs little
 LATENCY_DRAFTS, LATENCY_BATCHES = ("chain:8", "tree:16", "tree:64"), (1, 16, 64)
 
 
@@ -47,6 +47,11 @@ Run = dict[str, Answers]  # by ONE, MANY, SAMPLED
 def check(settings: Settings) -> Iterator[Outcome]:
     if importlib.util.find_spec("vllm") is None:
         yield Outcome(PART, "vLLM", NOT_RUN, "vLLM is not installed")
+        return
+    from pair import obstacle, read_pair
+
+    if (why := obstacle(read_pair(settings.pair))) is not None:
+        yield Outcome(PART, f"the pair {settings.pair}", FAILED, why)
         return
     on_gpu = torch.cuda.is_available()
     for mode, dtype, eager in MODES:
@@ -65,7 +70,7 @@ def compare(mode: str, dtype: str, eager: bool, settings: Settings) -> Iterator[
     reference: Run = {}
     for draft in DRAFTS:
         try:
-            run = in_own_process(draft, dtype, eager, QUESTIONS[settings.quick])
+            run = in_own_process(settings.pair, draft, dtype, eager, QUESTIONS[settings.quick])
         except Exception as problem:
             traceback.print_exc()
             yield Outcome(PART, f"{draft}, {mode}", FAILED, f"{type(problem).__name__}: {problem}"[:300])
@@ -94,34 +99,35 @@ def judge(draft: str, dtype: str, way: str, answers: Answers, reference: Answers
     return holds and same >= IDENTICAL[dtype][way] * whole, detail
 
 
-def in_own_process(draft: str, dtype: str, eager: bool, questions: int) -> Run:
+def in_own_process(pair: str, draft: str, dtype: str, eager: bool, questions: int) -> Run:
     """Whose end gives back the device's memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(generate, draft, dtype, eager, questions).result()
+        return pool.submit(generate, pair, draft, dtype, eager, questions).result()
 
 
-def generate(draft: str, dtype: str, eager: bool, questions: int) -> Run:
+def generate(pair: str, draft: str, dtype: str, eager: bool, questions: int) -> Run:
     """Everything is asked twice: the first time warms up."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     sys.path.append(str(BENCHMARKS))
     from client import read_questions
-    from pair import DRAFTER, PROMPTS, TARGET
+    from pair import read_pair
     from step_time import speculative_config  # also sets what a CPU needs, before vLLM is imported
     from vllm import LLM, SamplingParams
 
+    served = read_pair(pair)
     kind, _, sampled_drafts = draft.partition(", ")
-    speculative = speculative_config(DRAFTER, kind)
+    speculative = speculative_config(served.drafter, kind)
     if sampled_drafts:
         speculative["draft_sample_method"] = "probabilistic"
     options = {"gpu_memory_utilization": GPU_MEMORY} if torch.cuda.is_available() else {}
     llm = LLM(
-        str(TARGET), speculative_config=speculative, dtype=dtype, enforce_eager=eager, max_num_seqs=16,
+        str(served.target), speculative_config=speculative, dtype=dtype, enforce_eager=eager, max_num_seqs=16,
         max_model_len=512, enable_prefix_caching=False, disable_log_stats=False, **options,
     )  # fmt: skip
     if eager and draft != "none" and torch.cuda.is_available():
         executor = llm.llm_engine.engine_core.engine_core.model_executor
         forbid_synchronisation(executor.driver_worker.worker.model_runner.speculator)
-    chats = [[{"role": "user", "content": question}] for question in read_questions(PROMPTS, questions)]
+    chats = [[{"role": "user", "content": question}] for question in read_questions(served.prompts, questions)]
     greedy = [SamplingParams(temperature=0, max_tokens=MAX_TOKENS) for _ in chats]
     sampled = [SamplingParams(temperature=1, max_tokens=MAX_TOKENS, seed=seed) for seed in range(len(chats))]
 

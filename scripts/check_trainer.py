@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from outcome import FAILED, Outcome, Settings, verdict
+from pair import TINY, read_pair
 
 from vllm_ctc_spec.ctc import transition_log_probs
 from vllm_ctc_spec.drafter import Lattice
@@ -17,7 +18,6 @@ from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.vocabulary import label_scores
 
 PART = "trainer"
-ROOT = Path(__file__).resolve().parent.parent
 ROWS, FRAMES, LABELS, VOCABULARY, HIDDEN, RANK = 6, 12, 8, 5000, 64, 16
 TOLERANCE = 1e-4  # of the largest value, of the loss and of each gradient
 STEPS = {True: 60, False: 300}
@@ -81,12 +81,12 @@ def loss_and_gradients(
 
 def training_outcome(steps: int, seed: int) -> Outcome:
     """`vllm-ctc train` from prompts: the embedded target answers, the drafter learns, its acceptance is measured."""
-    check_name = f"vllm-ctc train, {steps} steps"
+    check_name, tiny = f"vllm-ctc train, {steps} steps", read_pair(TINY)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "drafter"
         command = [
-            sys.executable, "-m", "vllm_ctc_spec.cli", "train", "--target", ROOT / "assets/target",
-            "--data", ROOT / "benchmarks/demo_prompts.jsonl", "--output", output, "--lattice", "transitions",
+            sys.executable, "-m", "vllm_ctc_spec.cli", "train", "--target", tiny.target,
+            "--data", tiny.prompts, "--output", output, "--lattice", "transitions",
             "--steps", steps, "--eval-every", steps, "--num-layers", 1, "--max-new-tokens", 48, "--held-out", 8,
             "--seed", seed % 1000,
         ]  # fmt: skip

@@ -9,7 +9,7 @@
     graphs    the draft step in one CUDA graph a batch size, without a host synchronisation
     budgets   time of each stage of a step against its floors in bytes and operations, and against its budget
     trainer   losses and gradients against fp64, and a short training
-    engine    vLLM with the embedded pair: the same greedy tokens with none, chain and tree, eager and with CUDA graphs;
+    engine    vLLM with an embedded pair: the same greedy tokens with none, chain and tree, eager and with CUDA graphs;
               step times of an 8B shape with dummy weights
 
 What cannot run here is said and skipped: `engine` without vLLM, `graphs` and `budgets` without a GPU. Without a GPU the
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # behind this folder: its programs have their own names
 
 from outcome import FAILED, NOT_RUN, Outcome, Settings  # noqa: E402
+from pair import TINY, read_pair  # noqa: E402
 from record import processor, write_record  # noqa: E402
 
 PARTS = ("kernels", "graphs", "budgets", "trainer", "engine")
@@ -46,7 +47,7 @@ def run_part(part: str, settings: Settings, timeout: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "outcomes.jsonl"
         command = [sys.executable, __file__, "--child", part, "--seed", str(settings.seed), "--output", str(found)]
-        command += ["--quick"] if settings.quick else []
+        command += ["--pair", settings.pair, *(["--quick"] if settings.quick else [])]
         environment = dict(os.environ)
         if part in ("kernels", "graphs") and not has_gpu():
             environment["TRITON_INTERPRET"] = "1"
@@ -115,6 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="one small shape of everything")
+    parser.add_argument("--pair", default=TINY, metavar="NAME", help="of the engine (default: tiny)")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the random inputs (default: new)")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for each part")
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="path without suffix")
@@ -124,7 +126,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    settings = Settings(quick=args.quick, seed=args.seed)
+    read_pair(args.pair)  # before hours of checks
+    settings = Settings(quick=args.quick, seed=args.seed, pair=args.pair)
     if args.child:
         run_child(args.child, settings, args.output)
         return 0

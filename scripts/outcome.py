@@ -8,6 +8,7 @@ OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
 class Settings(NamedTuple):
     quick: bool
     seed: int
+    pair: str = "tiny"  # that vLLM serves
 
 
 class Outcome(NamedTuple):

@@ -1,6 +1,6 @@
 """Mixed traffic on a server with the drafter, for an hour: nothing wrong, nothing lost, nothing left behind.
 
-    python tests/soak.py                                     # the embedded pair, chains
+    python tests/soak.py                                     # the tiny embedded pair, chains
     python tests/soak.py --draft tree --minutes 5
     python tests/soak.py --base-url URL --reference-url URL  # servers of one target that run, with and without drafter
 
@@ -40,7 +40,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # behind this folder
 
-from pair import DRAFTER, PROMPTS, TARGET, ctc_config, without_drafter  # noqa: E402
+from pair import add_pair_arguments, choose_pair, ctc_config, ready  # noqa: E402
+from pair_servers import without_drafter  # noqa: E402
+from prompts import read_prompts  # noqa: E402
 from server import Endpoint, RunningServer, Server, StartupError, on_cpu  # noqa: E402
 
 URL = "/v1/completions"
@@ -49,6 +51,7 @@ IN_FLIGHT = 24
 SETTLE_SECONDS = 30.0  # between two looks at the idle server, shorter in a short run
 IDLE_SECONDS = 20.0  # within which an idle server must have given everything back
 MAX_FAULTS = 20
+CONTEXT = ("--max-model-len", "1024")  # in which prompts reach the end, and which fits into the cache below
 # On a CPU the cache counts as the process's memory once it was used, and used is all of it sooner or later. So small a
 # one is used at once, and requests are preempted now and then.
 SMALL_CACHE = ("--block-size", "128", "--num-gpu-blocks-override", "32")
@@ -241,11 +244,13 @@ def soak(args: argparse.Namespace, report: Report, folder: Path) -> None:
             reference: Endpoint = RunningServer(args.reference_url)
         else:
             # Ties are told by the scores that tokens are chosen by, penalties and grammars included.
-            extra = ("--logprobs-mode", "processed_logprobs")
+            extra = (*CONTEXT, "--logprobs-mode", "processed_logprobs")
             log_path = folder / "reference.log"
-            starting = without_drafter(extra_args=extra, log_path=log_path, label="without drafter", console=console)
+            starting = without_drafter(
+                args.target, extra_args=extra, log_path=log_path, label="without drafter", console=console
+            )
             reference = stack.enter_context(starting)
-        asks = make_asks(POOL, args.seed, PROMPTS, reference.max_model_len())
+        asks = make_asks(POOL, args.seed, read_prompts(args.pair.prompts), reference.max_model_len())
         expected = asyncio.run(answer_all(reference, [ask for ask in asks if ask.is_compared], args.hang_seconds))
     with ExitStack() as stack:
         if args.base_url:
@@ -255,9 +260,9 @@ def soak(args: argparse.Namespace, report: Report, folder: Path) -> None:
             label = f"with drafter, {args.draft}"
             log_path = folder / "server.log"
             starting = Server(
-                TARGET,
+                args.target,
                 config,
-                extra_args=SMALL_CACHE if on_cpu() else (),
+                extra_args=(*CONTEXT, *(SMALL_CACHE if on_cpu() else ())),
                 log_path=log_path,
                 label=label,
                 console=console,
@@ -277,14 +282,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--draft", choices=("chain", "tree"), default="chain")
-    parser.add_argument("--drafter", type=Path, default=DRAFTER, help="of the embedded target")
+    add_pair_arguments(parser)
     parser.add_argument("--base-url", help="a running server with a drafter; needs --reference-url")
     parser.add_argument("--reference-url", help="a running server of the same target without drafter")
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--hang-seconds", type=float, default=120, help="a request that takes longer hangs")
-    args = parser.parse_args()
+    args = choose_pair(parser.parse_args())
     if (args.base_url is None) != (args.reference_url is None):
         parser.error("--base-url and --reference-url belong together: answers are compared")
+    if args.base_url is None:
+        ready(args.pair)
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(10**6)
     print(f"seed {args.seed}", file=sys.stderr)

@@ -1,10 +1,8 @@
 """What the soak asks of a server, and how it judges an answer."""
 
-import json
 import math
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
 TIE = 1e-4  # how far apart in log-probability two tokens may be that rounding exchanges
 MAX_TOKENS = 160
@@ -49,9 +47,8 @@ class Answer:
     best: list[dict[int, float]] = field(default_factory=list)
 
 
-def make_asks(count: int, seed: int, prompts: Path, max_model_len: int) -> list[Ask]:
+def make_asks(count: int, seed: int, questions: list[str], max_model_len: int) -> list[Ask]:
     rng = random.Random(seed)
-    questions = [json.loads(line)["question"] for line in prompts.read_text(encoding="utf-8").splitlines()]
     kinds, shares = list(KINDS), [share for share, _ in KINDS.values()]
     asks = []
     for number in range(count):

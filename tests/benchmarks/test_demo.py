@@ -1,8 +1,14 @@
 """The demo: what passes, what fails, and what it leaves behind."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import client as client_module
 import demo
+import pair as pair_module
 import pytest
+from fetch import FetchError
+from pair import CHAT, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +116,83 @@ def test_first_difference(left, right, position):
     assert client_module.first_difference(left, right) == position
 
 
-def test_the_embedded_prompts_are_many_and_distinct():
-    questions = client_module.read_questions(demo.PROMPTS, 1000)
-    assert len(questions) == len(set(questions)) == 50
+@pytest.fixture
+def pairs(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """The repository has the pairs tiny and chat, and the chat pair's target is to be fetched; `pairs(name)` is one's
+    target. The chat pair has no drafter."""
+    assets = tmp_path / "assets"
+    monkeypatch.setattr(pair_module, "ASSETS", assets)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wheel = '[wheel]\nrequirement = "a==1"\nsha256 = "5e"\nmember = "a/b.gguf"\nlicence = "MIT"\n'
+    for name, source in ((TINY, ""), (CHAT, wheel)):
+        folder = assets / name
+        folder.mkdir(parents=True)
+        texts = {"note": f"Of {name}.", "target": f"{name}-model", "drafter": "drafter", "prompts": "prompts.jsonl"}
+        (folder / "pair.toml").write_text("".join(f'{k} = "{v}"\n' for k, v in texts.items()) + source)
+        (folder / "prompts.jsonl").write_text(f'{{"question": "Asked of {name}?"}}\n')
+    for folder in (assets / "tiny/tiny-model", assets / "tiny/drafter"):
+        make_model(folder)
+    monkeypatch.setattr(pair_module, "fetch", lambda wheel, target: make_model(target))
+    return lambda name: pair_module.read_pair(name).target
+
+
+def make_model(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+
+
+def served(fake_vllm) -> set[str]:
+    return {server["arguments"][1] for server in fake_vllm.started}
+
+
+def run_default(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
+    return demo.main()
+
+
+def test_without_a_chat_drafter_the_tiny_pair_is_served_and_nothing_said(fake_vllm, pairs, monkeypatch, capsys):
+    assert run_default(monkeypatch) == 0
+    assert served(fake_vllm) == {str(pairs(TINY))}
+    printed = capsys.readouterr().out
+    assert printed.startswith("Of tiny.\n") and "Asked of tiny?" in printed and "chat" not in printed
+
+
+def test_the_chat_pair_is_the_default_and_the_tiny_one_a_choice(fake_vllm, pairs, tmp_path, monkeypatch, capsys):
+    make_model(tmp_path / "assets/chat/drafter")
+    assert run_default(monkeypatch) == 0
+    assert served(fake_vllm) == {str(pairs(CHAT))}
+    printed = capsys.readouterr().out
+    assert printed.startswith("Of chat.\n") and "Asked of chat?" in printed
+    assert run_default(monkeypatch, "--pair", TINY) == 0
+    assert served(fake_vllm) == {str(pairs(CHAT)), str(pairs(TINY))}
+
+
+def test_a_drafter_alone_is_of_the_tiny_target(fake_vllm, pairs, tmp_path, monkeypatch):
+    make_model(tmp_path / "assets/chat/drafter")
+    make_model(tmp_path / "mine")
+    assert run_default(monkeypatch, "--drafter", str(tmp_path / "mine")) == 0
+    assert served(fake_vllm) == {str(pairs(TINY))}
+    assert str(tmp_path / "mine") in fake_vllm.started[0]["arguments"][-1]
+
+
+def test_where_the_chat_target_cannot_be_had_the_tiny_pair_takes_its_place(
+    fake_vllm, pairs, tmp_path, monkeypatch, capsys
+):
+    def fail(wheel, target):
+        raise FetchError("the index is closed.")
+
+    make_model(tmp_path / "assets/chat/drafter")
+    monkeypatch.setattr(pair_module, "fetch", fail)
+    assert run_default(monkeypatch) == 0
+    assert served(fake_vllm) == {str(pairs(TINY))}
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "The tiny pair takes the place of the chat pair: the index is closed."
+    with pytest.raises(SystemExit, match=r"^error: the index is closed\.$"):
+        run_default(monkeypatch, "--pair", CHAT)
+
+
+def test_prompts_take_the_place_of_the_pairs(pairs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Mine?"}\n')
+    assert run_default(monkeypatch, "--prompts", str(tmp_path / "mine.jsonl")) == 0
+    printed = capsys.readouterr().out
+    assert "Mine?" in printed and "Asked of" not in printed

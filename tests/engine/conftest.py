@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair import TINY, read_pair
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM
@@ -25,7 +26,6 @@ from vllm_ctc_spec import cpu, plugin
 from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.drafter import CTCDrafter
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # the last two: space, line break
 SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -140,7 +140,8 @@ def kind_of_pair(tiny_pair, tmp_path_factory) -> Callable[[str], Pair]:
 @pytest.fixture(scope="session")
 def demo_pair() -> Pair:
     """The trained pair that the repository carries."""
-    pair = Pair(ASSETS / "target", ASSETS / "drafter")
+    embedded = read_pair(TINY)
+    pair = Pair(embedded.target, embedded.drafter)
     for folder in (pair.target, pair.drafter):
         assert (folder / "config.json").is_file(), f"the repository's own model is missing: {folder}"
     return pair

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from client import SETTLE_SECONDS, ask, drafting_since, read_questions
-from pair import PROMPTS
+from pair import TINY, read_pair
 from server import Server
 from vllm import SamplingParams
 
@@ -26,6 +26,7 @@ from vllm_ctc_spec.training.target import Target
 
 from .conftest import TREE
 
+PROMPTS = read_pair(TINY).prompts
 NUM_PROMPTS, MAX_TOKENS, NUM_LABELS = 25, 96, 8
 NODES = TREE["num_speculative_tokens"]
 SERVED = {

@@ -4,10 +4,11 @@ import random
 from itertools import product
 
 import pytest
+from pair import ASSETS
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
-from .conftest import ASSETS, TREE
+from .conftest import TREE
 from .ties import differences
 
 NUM_PROMPTS = 100
