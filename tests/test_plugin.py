@@ -2,7 +2,11 @@
 
 import importlib.metadata
 import inspect
+import json
+import logging
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import vllm
@@ -13,6 +17,9 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu import spec_decode
 
 from vllm_ctc_spec import plugin
+from vllm_ctc_spec.config import CONFIG_NAME
+
+ASSETS = Path(__file__).parents[1] / "assets"
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 HOOKS = ((EngineArgs, "create_speculative_config"), (EngineArgs, "create_engine_config"))
@@ -62,6 +69,18 @@ def refusal(target: str) -> str:
     with pytest.raises(ValueError) as caught:
         config_of(target, {"method": "ctc", "model": "/somewhere"})
     return str(caught.value)
+
+
+@pytest.mark.parametrize("trained_on", ["", "float32", "bfloat16"])
+def test_a_dtype_that_the_drafter_was_not_trained_on_is_said(tmp_path, caplog, monkeypatch, trained_on):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    folder = shutil.copytree(ASSETS / "drafter", tmp_path / "drafter")
+    described = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**described, "target_dtype": trained_on}))
+    config_of(str(ASSETS / "target"), {"method": "ctc", "model": str(folder)})
+    said = [record.message for record in caplog.records if "trained on what the target says" in record.message]
+    assert len(set(said)) == (trained_on == "bfloat16")
+    assert all("served in float32" in line and "--dtype bfloat16" in line for line in said)
 
 
 def test_vllm_finds_the_entry_point():

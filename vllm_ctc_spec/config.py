@@ -87,6 +87,7 @@ class DrafterConfig:
     max_position_embeddings: int = 2048
     target: str = ""
     target_architecture: str = "LlamaForCausalLM"
+    target_dtype: str = ""  # of the target as it said what this drafter was trained on, such as "bfloat16"; "": unknown
 
     def __post_init__(self) -> None:
         if self.intermediate_size == 0:
@@ -101,7 +102,7 @@ class DrafterConfig:
                 raise DrafterConfigError(
                     f"CTC drafter: {name} must be a number from {smallest:g} to {largest:g}, not {shown(value)}."
                 )
-        for name in ("target", "target_architecture"):
+        for name in ("target", "target_architecture", "target_dtype"):
             if type(getattr(self, name)) is not str:
                 raise DrafterConfigError(f"CTC drafter: {name} must be a string, not {shown(getattr(self, name))}.")
         if self.draft_vocab_size > self.vocab_size:
@@ -230,6 +231,7 @@ class DrafterConfig:
             "transition_rank": self.transition_rank,
             "markov_rank": self.markov_rank,
             "tree_nodes": self.tree_nodes,
+            "target_dtype": self.target_dtype,
         }
 
     @classmethod
@@ -265,6 +267,7 @@ class DrafterConfig:
                 max_position_embeddings=layer["max_position_embeddings"],
                 target=spec["verifier"]["name_or_path"],
                 target_architecture=spec["verifier"]["architectures"][0],
+                target_dtype=raw.get("target_dtype", ""),
             )
         except (KeyError, IndexError, TypeError) as error:
             raise DrafterConfigError(

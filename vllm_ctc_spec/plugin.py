@@ -167,6 +167,13 @@ def _resolving(original: Callable) -> Callable:
             speculative["model"], drafter.num_frames, options.draft, speculative["num_speculative_tokens"],
             options.search,
         )  # fmt: skip
+        dtype = str(target_model_config.dtype).removeprefix("torch.")
+        if drafter.target_dtype not in ("", dtype):
+            logger.warning(
+                "CTC drafter %s was trained on what the target says in %s, and the target is served in %s: it will say "
+                "other words in places, and fewer drafts will be accepted than with --dtype %s.",
+                speculative["model"], drafter.target_dtype, dtype, drafter.target_dtype,
+            )  # fmt: skip
         return config
 
     return create_speculative_config

@@ -21,7 +21,7 @@ def places(value: object, path: Path = ()) -> list[Path]:
 
 
 PLACES = places(CONFIG.to_dict())
-OPTIONAL = ("architectures", "draft_vocab_size", "lattice", "transition_rank", "tree_nodes")
+OPTIONAL = ("architectures", "draft_vocab_size", "lattice", "target_dtype", "transition_rank", "tree_nodes")
 OPTIONAL_INSIDE = (  # of these only what is named is read
     ("architectures",),
     ("speculators_config",),

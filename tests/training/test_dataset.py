@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from vllm_ctc_spec.training import dataset
 from vllm_ctc_spec.training.data import Prompts
@@ -40,7 +41,7 @@ def answer(prompt):
     return [*reversed(prompt), 3]
 
 
-def respond(shards):
+def respond(shards, advance):
     for shard in shards:
         yield shard, [answer(prompt) for prompt in shard.prompts]
 
@@ -56,7 +57,7 @@ def write(folder, settings=SETTINGS, respond=respond, overwrite=False):
 
 
 def add_states(folder, layers=LAYERS):
-    def compute(shards):
+    def compute(shards, advance):
         for shard in shards:
             yield shard, state_rows(dataset.read_shard(shard.path(folder)))
 
@@ -95,19 +96,34 @@ def test_held_out_shards_are_greedy():
 
 
 def test_a_rerun_makes_the_missing_shards_in_any_order(tmp_path):
-    write(tmp_path, respond=lambda shards: list(respond(shards))[::-1])
+    write(tmp_path, respond=lambda shards, advance: list(respond(shards, advance))[::-1])
     whole = open_dataset(tmp_path, "w")
     (tmp_path / "train-00001.jsonl").unlink()
     asked = []
-    write(tmp_path, respond=lambda shards: asked.extend(shards) or respond(shards))
+    write(tmp_path, respond=lambda shards, advance: asked.extend(shards) or respond(shards, advance))
     assert [(shard.part, shard.index) for shard in asked] == [("train", 1)]
     assert open_dataset(tmp_path, "w") == whole
-    write(tmp_path, respond=lambda shards: pytest.fail("nothing was missing"))
+    write(tmp_path, respond=lambda *args: pytest.fail("nothing was missing"))
+
+
+@pytest.mark.parametrize("told", [0, 1, None])
+def test_the_bar_counts_every_prompt_once(tmp_path, monkeypatch, told):
+    """However many of a shard's it is told of before the shard is there; None: all."""
+    bars = []
+
+    def telling(shards, advance):
+        for shard, responses in respond(shards, advance):
+            advance(len(responses) if told is None else told)
+            yield shard, responses
+
+    monkeypatch.setattr(dataset, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    write(tmp_path, respond=telling)
+    assert bars[0].n == bars[0].total == len(PROMPTS.train) + len(PROMPTS.held_out)
 
 
 def test_a_killed_run_is_incomplete_and_continued(tmp_path):
-    def killed(shards):
-        yield from list(respond(shards))[:2]
+    def killed(shards, advance):
+        yield from list(respond(shards, advance))[:2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -125,8 +141,8 @@ def test_other_settings_are_refused_then_replaced(tmp_path):
     with pytest.raises(TrainingError, match=r"--temperature 0.0 -> 0.5.*--overwrite"):
         write(tmp_path, other)
 
-    def one(shards):
-        yield next(iter(respond(shards)))
+    def one(shards, advance):
+        yield next(iter(respond(shards, advance)))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +152,7 @@ def test_other_settings_are_refused_then_replaced(tmp_path):
 
 
 def test_a_generator_that_fails_changes_nothing(tmp_path):
-    def broken(shards):
+    def broken(shards, advance):
         raise TrainingError("no engine")
         yield
 

@@ -198,7 +198,7 @@ def finish_data(target: Path, rows: Path, output: Path) -> list[Shard]:
     """Continue a dataset without an engine; the shards that were missing."""
     generated = []
 
-    def generate(config, shards):
+    def generate(config, shards, advance):
         for shard in shards:
             generated.append(shard)
             yield shard, [[4] for _ in shard.prompts]
@@ -382,7 +382,7 @@ def test_damaged_hidden_states_are_computed_again(tmp_path):
     shards = [Shard("train", index, [0], [[1, 2]], 0.0) for index in range(2)]
     computed = []
 
-    def compute(missing):
+    def compute(missing, advance):
         for shard in missing:
             computed.append(shard.index)
             yield shard, torch.ones(3, 8)

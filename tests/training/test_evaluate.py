@@ -169,12 +169,12 @@ def test_a_category_is_all_that_is_read(target, config, tmp_path):
 @pytest.fixture
 def dataset(target, target_folder, rows_file, tmp_path) -> str:
     prompts = read_prompts(str(rows_file), target, 8, 2)
-    settings = dataset_settings(str(target_folder), prompts, 8, 0.0, 0)
+    settings = dataset_settings(str(target_folder), prompts, 8, 0.0, 0, "float32")
     write_responses(
         tmp_path / "dataset",
         settings,
         plan_shards(prompts, 0.0),
-        lambda shards: ((shard, decode(target, shard.prompts, 8)) for shard in shards),
+        lambda shards, advance: ((shard, decode(target, shard.prompts, 8)) for shard in shards),
         overwrite=False,
     )
     return str(tmp_path / "dataset")
@@ -184,6 +184,8 @@ def test_a_dataset_is_measured_by_its_held_out_responses(dataset, target, config
     settings = config(data=dataset, max_new_tokens=None)
     evaluate(settings, tmp_path / "eval.json")
     assert capsys.readouterr().out == "2 held-out responses.\n"
+    evaluate(dataclasses.replace(settings, dtype="bf16"))
+    assert "said the responses in" in (said := capsys.readouterr().out) and "in float32 and runs in bfloat16" in said
     written = json.loads((tmp_path / "eval.json").read_text())
     assert written["settings"]["temperature"] == [0.0] and written["settings"]["max_new_tokens"] is None
     lines = (tmp_path / "dataset" / "held-out-00000.jsonl").read_text().splitlines()

@@ -19,7 +19,9 @@ def test_greedy_responses_are_those_of_generate(target, monkeypatch):
     logits = target.model(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
     # An end token that one row says at once, so that rows leave the batch at different times.
     target = dataclasses.replace(target, eos_ids=frozenset({int(logits.argmax()), 3}))
-    responses = decode(target, PROMPTS, 12)
+    ended = []
+    responses = decode(target, PROMPTS, 12, advance=ended.append)
+    assert ended == [1] * len(PROMPTS)
     for prompt, response in zip(PROMPTS, responses):
         expected = target.model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=sorted(target.eos_ids)

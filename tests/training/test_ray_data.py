@@ -12,7 +12,7 @@ import torch
 from vllm_ctc_spec.training import dataset, ray_data
 from vllm_ctc_spec.training.dataset import read_examples
 from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, workers_that_fit
+from vllm_ctc_spec.training.ray_data import RayOptions, check_dtype, generate_with_ray, workers_that_fit
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import Target
 from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
@@ -31,7 +31,7 @@ def config(folder, rows_file, tmp_path):
 
 
 def by_transformers(target):
-    def generate(config, shards):
+    def generate(config, shards, advance):
         for shard in shards:
             yield shard, [decode(target, [prompt], config.max_new_tokens)[0] for prompt in shard.prompts]
 
@@ -39,7 +39,7 @@ def by_transformers(target):
 
 
 def with_ray(num_workers):
-    return lambda config, shards: generate_with_ray(config, shards, RayOptions(None, num_workers))
+    return lambda config, shards, advance: generate_with_ray(config, shards, advance, RayOptions(None, num_workers))
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_two_workers_make_the_missing_shards_as_one_process_does(config, monkeyp
         (config.output / f"{missing}.jsonl").unlink()
     seen = []
 
-    def generate(engine, shards):
+    def generate(engine, shards, advance):
         for shard, responses in with_ray(2)(engine, shards):
             seen.append((shard.part, shard.index))
             yield shard, responses
@@ -75,6 +75,14 @@ def test_what_a_worker_refuses_is_said_here(config, tmp_path):
     with pytest.raises(TrainingError, match="vLLM failed while it generated responses") as caught:
         make_dataset(bad, False, with_ray(1))
     assert "\n" not in str(caught.value) and not config.output.exists()
+
+
+def test_the_dtype_on_other_machines_is_not_guessed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match="say --dtype bfloat16 or --dtype float32"):
+        check_dtype("auto", "10.0.0.1:6379")
+    for dtype, address in (("auto", None), ("float32", "10.0.0.1:6379")):
+        check_dtype(dtype, address)
 
 
 def test_a_missing_ray_is_one_sentence(config, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, GPT2LMHeadModel
 
-from vllm_ctc_spec.training.run import drafter_shape
+from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.run import drafter_shape, prepare
 from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetTables, TargetText
 
@@ -121,6 +122,28 @@ def test_tables_that_the_files_do_not_tell_come_out_of_the_model(target_folder, 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda config: {}["unknown"])
     assert tables(target_folder).head is target.head
     assert loaded == [str(folder)] * 2 + [str(target_folder)]
+
+
+def test_a_gguf_file_is_no_target(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for target in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(TrainingError, match="is a GGUF file, .*; give a Hugging Face folder"):
+            TargetText.load(str(target))
+
+
+def test_a_quantised_target_is_refused_before_it_is_loaded(tmp_path, rows_file, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("it was loaded"))
+    folder = make_target(tmp_path / "quantised")
+    described = json.loads((folder / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(described))
+    config = TrainConfig(str(folder), str(rows_file))
+    paths = RunPaths(tmp_path / "drafter", tmp_path / "work", tmp_path / "labels")
+    with pytest.raises(TrainingError, match=r"is quantised \(awq\), .*--features stored on what `vllm-ctc data"):
+        prepare(config, paths, False)
+    with pytest.raises(TrainingError, match=r"is quantised \(awq\), .*measure at a server"):
+        TargetText.load(str(folder)).refuse_quantised(str(folder), "measure at a server")
+    TargetText.load(str(make_target(tmp_path / "plain"))).refuse_quantised("", "")
 
 
 def test_a_target_whose_quantisation_needs_a_package_names_it(target_folder, monkeypatch):

@@ -184,10 +184,12 @@ def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(conf
     from_dataset = dataclasses.replace(config, data=str(labels))
     train(from_dataset, paths(tmp_path / "dataset"), overwrite=False)
     assert read_log(tmp_path / "dataset") == read_log(tmp_path / "prompts")
+    assert DrafterConfig.load(tmp_path / "dataset").target_dtype == "float32"
+    assert DrafterConfig.load(tmp_path / "prompts").target_dtype == "float32"
     layer_ids = drafter_shape(config, target).aux_hidden_state_layer_ids
     run = in_process(target, layer_ids)
 
-    def states(shards):
+    def states(shards, advance):
         for shard in shards:
             ids = [torch.tensor([e.prompt + e.response]) for e in read_shard(shard.path(labels))]
             yield shard, torch.cat([run([], each)[0] for each in ids])

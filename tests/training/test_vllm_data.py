@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -18,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_ctc_spec import cpu, plugin
 from vllm_ctc_spec.training import dataset, target, vllm_data
 from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.dataset import open_dataset, stored_states, target_fingerprint
+from vllm_ctc_spec.training.dataset import open_dataset, responses_dtype, stored_states, target_fingerprint
 from vllm_ctc_spec.training.generate import decode
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
@@ -61,10 +62,10 @@ def config(folder, rows_file, tmp_path):
 def generate(engine):
     """The engine of all tests in the place of a new one."""
 
-    def run(config, shards):
+    def run(config, shards, advance):
         assert config == dataclasses.replace(engine._config, max_model_len=config.max_model_len)
         for shard in shards:
-            yield shard, engine.responses(shard)
+            yield shard, engine.responses(shard, advance)
 
     return run
 
@@ -162,7 +163,7 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
         def __init__(self, config, **options):
             assert options["speculative_config"]["method"] == "extract_hidden_states"
 
-        def hidden_states(self, texts):
+        def hidden_states(self, texts, advance):
             return ["nowhere/0-a.safetensors" for _ in texts]
 
         def close(self):
@@ -207,13 +208,24 @@ def test_engine_options_reach_vllm(config, monkeypatch):
     assert {"dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 2}.items() <= asked[0].items()
 
 
-@pytest.mark.parametrize("on_gpu, dtype", [(False, "float32"), (True, "auto")])
-def test_nothing_chooses_bf16_on_a_cpu(config, monkeypatch, on_gpu, dtype):
-    asked = []
+@pytest.mark.parametrize(
+    "on_gpu, stored, dtype",
+    [(False, "bfloat16", "float32"), (True, "float32", "bfloat16"), (True, "float16", "float16")],
+)
+def test_auto_is_the_dtype_that_is_recorded(config, generate, monkeypatch, on_gpu, stored, dtype):
+    """On a CPU nothing chooses bf16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.setattr(vllm, "LLM", lambda *args, **options: asked.append(options) or Mock())
-    Engine(EngineConfig(config.target, "auto", 64, 40, 4, 0))
-    assert asked[0]["dtype"] == dtype
+    described = TargetText.load(config.target).config
+    described.dtype = stored
+    assert vllm_data.engine_dtype("auto", described) == dtype
+    assert vllm_data.engine_dtype("half", described) == "half"
+
+
+def test_the_dtype_of_a_dataset_is_that_of_its_engine(config, generate):
+    auto = dataclasses.replace(config, dtype="auto")
+    make_dataset(auto, False, generate)
+    assert responses_dtype(config.output) == "float32"
+    make_dataset(config, False, lambda *args: pytest.fail("these are the same settings"))
 
 
 def test_vllm_is_imported_before_torch_looks_for_a_gpu(config, monkeypatch):
@@ -229,7 +241,7 @@ def test_vllm_is_imported_before_torch_looks_for_a_gpu(config, monkeypatch):
 def test_the_engine_has_room_for_these_prompts_and_no_more(config, tmp_path):
     asked = []
 
-    def record(engine, shards):
+    def record(engine, shards, advance):
         asked.append(engine.max_model_len)
         raise KeyboardInterrupt
 
@@ -246,14 +258,14 @@ def test_other_settings_are_refused_before_anything_is_generated(config, generat
     for change, message in (
         ({"temperature": 0.5}, "--temperature 0.0 -> 0.5, --seed None -> 3"),
         ({"max_new_tokens": 5}, "--max-new-tokens 20 -> 5"),
-        ({"dtype": "auto"}, "--dtype float32 -> auto"),
+        ({"dtype": "bfloat16"}, "--dtype float32 -> bfloat16"),
         ({"chat_template_kwargs": {"a": 1}}, "--chat-template-kwargs None -> {'a': 1}"),
         ({"held_out": 1}, "--prompts .*--train-prompts 22 -> 23, --held-out 2 -> 1"),
     ):
         with pytest.raises(TrainingError, match=message):
             make_dataset(dataclasses.replace(config, **change), False, lambda *args: pytest.fail("too late"))
     shorter = dataclasses.replace(config, max_new_tokens=5)
-    make_dataset(shorter, True, lambda config, shards: ((s, [[4] for _ in s.prompts]) for s in shards))
+    make_dataset(shorter, True, lambda config, shards, advance: ((s, [[4] for _ in s.prompts]) for s in shards))
     assert {len(example.response) for example in opened(shorter)[0]} == {1}
 
 
@@ -311,6 +323,53 @@ def test_a_target_that_vllm_cannot_serve_is_one_sentence(config, tmp_path):
     refused(dataclasses.replace(config, target=str(unknown)), "vLLM cannot serve the target at .*; try `vllm serve")
 
 
+def test_answers_are_counted_before_their_shard_is_whole(engine, config, generate, monkeypatch):
+    counted = []
+
+    def counting(engine, shards, advance):
+        return generate(engine, shards, lambda n: counted.append(n) or advance(n))
+
+    make_dataset(config, False, counting)
+    train, held_out = opened(config)
+    assert counted == [1] * len(train + held_out)
+
+
+def test_the_engines_log_is_beside_the_dataset(config):
+    """In a process without the tests' own variables."""
+    names = ("LOGGING_LEVEL", "ENABLE_V1_MULTIPROCESSING")
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(names)}
+    command = [sys.executable, "-m", "vllm_ctc_spec.cli", "data", "--target", config.target, "--output"]
+    command += [str(config.output), "--prompts", config.prompts, "--max-new-tokens", "4", "--held-out", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = (config.output / dataset.LOG_NAME).read_text()
+    assert "Initializing a V1 LLM engine" in log
+    printed = done.stdout + done.stderr
+    assert "responses:" in printed and not [line for line in printed.splitlines() if " INFO " in line]
+    assert responses_dtype(config.output) == "float32"
+
+
+def test_a_chosen_log_stays_where_it_was_chosen(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("VLLM_LOGGING_"):
+            monkeypatch.delenv(name)
+    assert not vllm_data.log_is_chosen()
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert vllm_data.log_is_chosen()
+
+
+def test_an_engine_that_fails_names_its_log(config, engine, monkeypatch):
+    monkeypatch.setattr(vllm_data, "log_is_chosen", lambda: False)
+    monkeypatch.setattr(vllm, "LLM", Mock(side_effect=RuntimeError("no room")))
+    handlers = logging.getLogger("vllm").handlers[:]
+    with pytest.raises(TrainingError, match=rf"\(RuntimeError: no room\); see {config.output}/vllm.log"):
+        make_dataset(config, False)
+    assert logging.getLogger("vllm").handlers == handlers and vllm_data.LOGGING_VARIABLE not in os.environ
+    monkeypatch.undo()
+    assert [path.name for path in config.output.iterdir()] == [dataset.LOG_NAME]
+    assert not dataset.check_folder(config.output, {}, False)
+
+
 def test_an_engine_that_fails_is_one_sentence(config, engine, generate, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Unsupported CPU attention.\nmore")
@@ -346,7 +405,7 @@ def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):
         def __init__(self, config):
             events.append("start")
 
-        def responses(self, shard):
+        def responses(self, shard, advance):
             events.append(shard.part)
             return [[4] for _ in shard.prompts]
 

@@ -23,9 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.settings import TrainingError, differing_settings, new_file
+from vllm_ctc_spec.training.settings import DTYPES, TrainingError, differing_settings, new_file
 
 SETTINGS_NAME = "settings.json"
+LOG_NAME = "vllm.log"  # of the engines that generate
 PARTS = ("held-out", "train")
 SHARD_PROMPTS = 128  # generated and written together: what a kill can lose
 RESPONSES_SUFFIX, STATES_SUFFIX = ".jsonl", ".safetensors"
@@ -68,9 +69,11 @@ class Shard:
 
 
 Responses = list[list[int]]
-Respond = Callable[[Sequence[Shard]], Iterable[tuple[Shard, Responses]]]
+Advance = Callable[[int], object]
+"""Told of prompts that are answered before their shard is whole."""
+Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
 """Generates shards, in any order, each as soon as it is there; one response per prompt."""
-ComputeStates = Callable[[Sequence[Shard]], Iterable[tuple[Shard, Tensor]]]
+ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tensor]]]
 """The same for hidden states: `[tokens of the shard's examples, A * H]`."""
 
 
@@ -86,7 +89,7 @@ def plan_shards(prompts: Prompts, temperature: float) -> list[Shard]:
 
 
 def dataset_settings(
-    target: str, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int
+    target: str, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int, dtype: str
 ) -> dict[str, Any]:
     """What decides the responses, to be recorded with them."""
     return {
@@ -99,7 +102,23 @@ def dataset_settings(
         "temperature": temperature,
         "seed": seed if temperature else None,
         "chat_template_kwargs": prompts.chat_template_kwargs,
+        "dtype": dtype,
     }
+
+
+def responses_dtype(folder: Path) -> str:
+    """Of the target as it said what is in this dataset; "" where that is unknown."""
+    return (_recorded_settings(folder) or {}).get("dtype", "")
+
+
+def check_dtype(folder: Path, dtype: str) -> None:
+    """Say so if the target runs in another dtype than the one in which it said what is in this dataset."""
+    recorded = responses_dtype(folder)
+    if recorded and recorded != DTYPES[dtype]:
+        print(
+            f"The target said the responses in {folder} in {recorded} and runs in {DTYPES[dtype]} here, in which it "
+            "would say some of them otherwise."
+        )
 
 
 def target_fingerprint(folder: str) -> str:
@@ -125,8 +144,8 @@ def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> boo
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; give a folder for the dataset.")
-    # A kill while the settings were written leaves a temporary file and nothing else.
-    if not folder.exists() or all(path.suffix == ".tmp" for path in folder.iterdir()):
+    # A kill while the settings were written leaves a temporary file and the log, an engine that fails the log alone.
+    if not folder.exists() or all(path.suffix == ".tmp" or path.name == LOG_NAME for path in folder.iterdir()):
         return False
     if _recorded_settings(folder) is None:
         raise TrainingError(f"{folder} holds something that is not a dataset; use another folder.")
@@ -211,14 +230,16 @@ def _with_progress(
     label: str,
     shards: Sequence[Shard],
     missing: Sequence[Shard],
-    produce: Callable[[Sequence[Shard]], Iterable[tuple[Shard, Any]]],
+    produce: Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Any]]],
 ) -> Iterator[tuple[Shard, Any]]:
     """What `produce` makes of the missing shards; it is not even called when nothing is missing."""
     total, left = (sum(len(shard.prompts) for shard in some) for some in (shards, missing))
-    with tqdm(total=total, initial=total - left, desc=label, unit="prompt") as bar:
-        for shard, content in produce(missing) if missing else ():
+    whole = total - left
+    with tqdm(total=total, initial=whole, desc=label, unit="prompt") as bar:
+        for shard, content in produce(missing, bar.update) if missing else ():
             yield shard, content
-            bar.update(len(shard.prompts))
+            whole += len(shard.prompts)
+            bar.update(max(0, whole - bar.n))  # what the bar was not told of before
 
 
 def read_shard(path: Path) -> list[Example]:

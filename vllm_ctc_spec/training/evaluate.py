@@ -32,7 +32,7 @@ from vllm_ctc_spec.training.data import (
     skipped_rows,
     token_ids,
 )
-from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
 from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.features import Features, in_process
 from vllm_ctc_spec.training.generate import decode
@@ -94,8 +94,10 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
     drafter_config = DrafterConfig.load(config.drafter)
     check_weights(config.drafter, drafter_config)
     text = TargetText.load(config.target)
+    text.refuse_quantised(config.target, "measure at a server, whose metrics count drafts and accepted tokens")
     if config.is_dataset:
         _, held_out = open_dataset(Path(config.data), target_fingerprint(config.target))
+        check_dtype(Path(config.data), config.dtype)
         # They lie in order of length.
         held_out = random.Random(config.seed).sample(held_out, min(config.num_prompts, len(held_out)))
         report = f"{len(held_out)} held-out responses."
@@ -180,9 +182,9 @@ def respond(target: Target, prompts: Sequence[list[int]], config: EvalConfig, te
         for start in range(0, len(order), PROMPTS_AT_ONCE):
             chosen = order[start : start + PROMPTS_AT_ONCE]
             batch = [prompts[row] for row in chosen]
-            for row, response in zip(chosen, decode(target, batch, config.max_new_tokens, temperature, generator)):
+            answers = decode(target, batch, config.max_new_tokens, temperature, generator, bar.update)
+            for row, response in zip(chosen, answers):
                 responses[row] = response
-            bar.update(len(chosen))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 
 

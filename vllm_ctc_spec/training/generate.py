@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.dataset import (
+    Advance,
     Example,
     Shard,
     dataset_settings,
@@ -16,7 +17,7 @@ from vllm_ctc_spec.training.dataset import (
     read_examples,
     write_responses,
 )
-from vllm_ctc_spec.training.settings import TrainConfig
+from vllm_ctc_spec.training.settings import DTYPES, TrainConfig
 from vllm_ctc_spec.training.target import Target
 
 TOKENS_AT_ONCE = 65_536  # of prompts and responses in a batch: 10 GB of cache for an 8B model in bf16, and 5 GB of MLP
@@ -52,8 +53,9 @@ def decode(
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    advance: Advance = lambda _: None,
 ) -> list[list[int]]:
-    """The target's responses, end token included; temperature 0 is greedy.
+    """The target's responses, end token included; temperature 0 is greedy. `advance(1)` as each of them ends.
 
     A row's response does not depend on the rows that it is decoded with: all dice are thrown before they are split.
     """
@@ -65,13 +67,18 @@ def decode(
     responses = []
     for start in range(0, len(prompts), at_once):
         rows = slice(start, start + at_once)
-        responses += _decode_batch(target, prompts[rows], max_new_tokens, temperature, dice[rows])
+        responses += _decode_batch(target, prompts[rows], max_new_tokens, temperature, dice[rows], advance)
     return responses
 
 
 @torch.no_grad()
 def _decode_batch(
-    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, dice: Tensor
+    target: Target,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    dice: Tensor,
+    advance: Advance,
 ) -> list[list[int]]:
     """dice `[B, max_new_tokens]`, for sampling. Finished rows leave the batch."""
     device, width = target.model.device, max(map(len, prompts))
@@ -98,6 +105,7 @@ def _decode_batch(
                 responses[row].append(token_id)
                 if token_id in target.eos_ids or len(responses[row]) == limits[row]:
                     running.discard(row)
+                    advance(1)
         if not running:
             break
         # Finished rows that are still here may have no position left; what they say is not read.
@@ -122,11 +130,13 @@ def make_labels(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, decoded in this process."""
 
-    def respond(shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[list[int]]]]:
+    def respond(shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, list[list[int]]]]:
         for shard in shards:
             generator = torch.Generator(target.model.device).manual_seed(config.seed * 1_000_003 + shard.index)
-            yield shard, decode(target, shard.prompts, config.max_new_tokens, shard.temperature, generator)
+            yield shard, decode(target, shard.prompts, config.max_new_tokens, shard.temperature, generator, advance)
 
-    settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed)
+    settings = dataset_settings(
+        config.target, prompts, config.max_new_tokens, config.temperature, config.seed, DTYPES[config.dtype]
+    )
     write_responses(folder, settings, plan_shards(prompts, config.temperature), respond, overwrite)
     return read_examples(folder, "train"), read_examples(folder, "held-out")

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from vllm_ctc_spec.training.dataset import Responses, Shard
+import torch
+
+from vllm_ctc_spec.training.dataset import Advance, Responses, Shard
 from vllm_ctc_spec.training.ray_cluster import ray_cluster
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.vllm_data import Engine, EngineConfig
@@ -21,6 +23,15 @@ class RayOptions:
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise TrainingError(f"--num-workers must be 1 or more, not {self.num_workers}.")
+
+
+def check_dtype(dtype: str, address: str | None) -> None:
+    """Refuse to guess the dtype of a target on other machines (TrainingError)."""
+    if dtype == "auto" and address is not None and not torch.cuda.is_available():
+        raise TrainingError(
+            "--dtype auto follows this machine, which has no GPU, and --ray-address lets others generate: say "
+            "--dtype bfloat16 or --dtype float32."
+        )
 
 
 class EngineActor:
@@ -40,7 +51,7 @@ class EngineActor:
             if self._engine is None:
                 # The workers of one machine would all be bound to the same core.
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-                self._engine = Engine(self._config)
+                self._engine = Engine(dataclasses.replace(self._config, log=None))
             responses = json.dumps(self._engine.responses(shard))
         except TrainingError as caught:
             error = str(caught)
@@ -61,9 +72,9 @@ def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int
 
 
 def generate_with_ray(
-    config: EngineConfig, shards: Sequence[Shard], options: RayOptions
+    config: EngineConfig, shards: Sequence[Shard], advance: Advance, options: RayOptions
 ) -> Iterator[tuple[Shard, Responses]]:
-    """Shards in the order in which the actors finish them."""
+    """Shards in the order in which the actors finish them; nothing is known of them before, so nobody is told."""
     with ray_cluster(options.address, options.num_workers) as ray:
         data = _ray_data()
         count, resources = workers_that_fit(options, ray.cluster_resources(), config.tensor_parallel_size)

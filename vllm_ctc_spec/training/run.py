@@ -11,13 +11,13 @@ from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, responses_dtype, target_fingerprint
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
 from vllm_ctc_spec.training.features import in_process, stored
 from vllm_ctc_spec.training.generate import make_labels
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
 from vllm_ctc_spec.training.metrics import read_log
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError, fitting_a_gpu
+from vllm_ctc_spec.training.settings import DTYPES, TrainConfig, TrainingError, fitting_a_gpu
 from vllm_ctc_spec.training.target import Target, TargetTables, TargetText
 from vllm_ctc_spec.training.workers import ALONE, Workers
 
@@ -65,14 +65,22 @@ def prepare(
     """Nothing is written before everything is checked. in_workers: they load the target, which is loaded here only if
     it has to answer prompts."""
     paths.check(config, overwrite)
-    drafter_config = drafter_shape(config, TargetText.load(config.target))
+    text = TargetText.load(config.target)
+    if config.features == "target":
+        text.refuse_quantised(
+            config.target, "let it run the target: --features stored on what `vllm-ctc data --hidden-states` wrote"
+        )
+    drafter_config = drafter_shape(config, text)
     if in_workers and (Path(config.data).is_dir() or config.features == "stored"):
-        target = TargetText.load(config.target)
+        target = text
     else:
         target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if Path(config.data).is_dir():
         layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
         examples, held_out = open_dataset(Path(config.data), target_fingerprint(config.target), layer_ids)
+        if config.features == "target":
+            check_dtype(Path(config.data), config.dtype)
+        dtype = responses_dtype(Path(config.data))
         paths.start(config, overwrite)
     elif config.features == "stored":
         raise TrainingError(
@@ -84,6 +92,7 @@ def prepare(
         print(prompts.report())
         paths.start(config, overwrite)
         examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
+        dtype = DTYPES[config.dtype]
     if not any(anchor_positions(example) for example in examples):
         raise TrainingError(
             f"The responses of {config.target} are one token long, so there is nothing to draft; "
@@ -91,6 +100,7 @@ def prepare(
         )
     token_ids, sentence = choose_tokens(config.draft_vocab_size, drafter_config.vocab_size, examples)
     print(sentence)
+    drafter_config = dataclasses.replace(drafter_config, target_dtype=dtype)
     if token_ids is not None:
         drafter_config = dataclasses.replace(drafter_config, draft_vocab_size=len(token_ids))
     return Prepared(config, paths, drafter_config, examples, held_out, token_ids), target

@@ -57,6 +57,11 @@ class TargetText:
     @classmethod
     def load(cls, folder: str) -> "TargetText":
         if not (Path(folder) / "config.json").is_file():
+            if folder.endswith(".gguf") or any(Path(folder).glob("*.gguf")):
+                raise TrainingError(
+                    f"The target at {folder} is a GGUF file, which cannot be read here; give a Hugging Face folder of "
+                    "the model."
+                )
             raise TrainingError(f"No Hugging Face model at {folder}: config.json is missing; give the target's folder.")
         with _loading(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -68,6 +73,16 @@ class TargetText:
                 "use a chat model or add chat_template.jinja to the folder."
             )
         return cls(tokenizer, config, text.max_position_embeddings, text.num_hidden_layers)
+
+    def refuse_quantised(self, folder: str, remedy: str) -> None:
+        """Transformers and vLLM do not compute the same with quantised weights, and what counts is what is served
+        (TrainingError)."""
+        if (quantised := getattr(self.config, "quantization_config", None)) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            raise TrainingError(
+                f"The target at {folder} is quantised ({method}), and only vLLM computes with its weights as a server "
+                f"does: {remedy}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import io
+import json
+import logging.config
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.config import default_aux_layer_ids
 from vllm_ctc_spec.training.data import Prompts, read_prompts
 from vllm_ctc_spec.training.dataset import (
+    LOG_NAME,
+    Advance,
     Responses,
     Shard,
     check_folder,
@@ -32,6 +40,8 @@ from vllm_ctc_spec.training.settings import TrainingError, option
 from vllm_ctc_spec.training.target import TargetText
 
 States = Iterator[tuple[Shard, Tensor]]
+CPU_PROMPTS_AT_ONCE = 32  # more are no faster there, and the first answers would come later
+LOGGING_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 PASSING_PREFIX, PASSING_SUFFIX = "hidden-states-", ".tmp"  # of the folder through which vLLM hands them over
 
 
@@ -75,6 +85,7 @@ class EngineConfig:
     max_new_tokens: int
     seed: int
     tensor_parallel_size: int = 1
+    log: str | None = None  # file that vLLM's log goes to; None: where vLLM sends it
 
 
 class Engine:
@@ -83,32 +94,37 @@ class Engine:
     def __init__(self, config: EngineConfig, **options: Any):
         """options: more of vLLM's own, for its constructor."""
         self._config = config
+        self._end = contextlib.ExitStack()
+        if config.log is not None:
+            self._end.enter_context(vllm_logging_to(config.log))
         check_vllm()  # first: importing vLLM lets torch look for GPUs without starting CUDA, in Ray's workers too
         from vllm import LLM
 
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default asks for nearly all memory
-        # vLLM's "auto" is bf16 there, even for fp32 weights: slower on most CPUs, and other tokens than in fp32.
-        dtype = "float32" if on_cpu and config.dtype == "auto" else config.dtype
+            options["max_num_seqs"] = CPU_PROMPTS_AT_ONCE
         try:
             self._llm = LLM(
                 config.target,
-                dtype=dtype,
+                dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 tensor_parallel_size=config.tensor_parallel_size,
                 enforce_eager=on_cpu,  # where compiling takes longer than it saves
                 **options,
             )
         except Exception as error:  # as in `_generate`
+            self._end.close()
+            command = f"vllm serve {config.target} --dtype {config.dtype}"
+            says_more = f"see {config.log}" if config.log else f"try `{command}`"
             raise TrainingError(
-                f"vLLM cannot serve the target at {config.target} ({_reason(error)}); try `vllm serve {config.target} "
-                f"--dtype {dtype}`, which says more."
+                f"vLLM cannot serve the target at {config.target} ({_reason(error)}); {says_more}, which says more."
             ) from error
         _report_death(self._llm.llm_engine.engine_core)
 
-    def responses(self, shard: Shard) -> Responses:
-        """One response per prompt, end token included. Sampled ones depend on seed and row alone."""
+    def responses(self, shard: Shard, advance: Advance = lambda _: None) -> Responses:
+        """One response per prompt, end token included; `advance(1)` as each of them ends. Sampled ones depend on seed
+        and row alone."""
         from vllm import SamplingParams
 
         config = self._config
@@ -121,28 +137,86 @@ class Engine:
             )
             for row, prompt in zip(shard.rows, shard.prompts)
         ]
-        outputs = self._generate(shard.prompts, params, "it generated responses")
+        outputs = self._generate(shard.prompts, params, "it generated responses", advance)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def hidden_states(self, texts: Sequence[list[int]]) -> list[str]:
+    def hidden_states(self, texts: Sequence[list[int]], advance: Advance) -> list[str]:
         """Files into which the connector writes the hidden states of these token ids."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-        outputs = self._generate(texts, params, "it computed hidden states")
+        outputs = self._generate(texts, params, "it computed hidden states", advance)
         return [output.kv_transfer_params["hidden_states_path"] for output in outputs]
 
-    def _generate(self, prompts: Sequence[list[int]], params: Any, doing: str) -> list[Any]:
+    def _generate(self, prompts: Sequence[list[int]], params: Any, doing: str, advance: Advance) -> list[Any]:
+        bar = functools.partial(UnseenBar, advance)
         try:
-            return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=bar)
         except Exception as error:  # of any kind: what vLLM cannot run fails in its own or the model's code
             raise TrainingError(
-                f"vLLM failed while {doing} of {self._config.target} ({_reason(error)}); the same command continues."
+                f"vLLM failed while {doing} of {self._config.target} ({_reason(error)}); the same command continues"
+                f"{f', and {self._config.log} says more' if self._config.log else ''}."
             ) from error
 
     def close(self) -> None:
         """End the engine's process now: the engine that computes hidden states needs its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+        self._end.close()
+
+
+class UnseenBar(tqdm):
+    """vLLM's own bar, of one shard: passes on how many requests have ended."""
+
+    def __init__(self, advance: Advance, *args: Any, **options: Any):
+        super().__init__(*args, **{**options, "file": io.StringIO()})
+        self._advance = advance
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._advance(n)
+        return super().update(n)
+
+
+@contextlib.contextmanager
+def vllm_logging_to(file: str) -> Iterator[None]:
+    """vLLM's log goes to the end of this file, from this process and from those that it starts."""
+    settings = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(process)d %(levelname)s [%(name)s] %(message)s"}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": file, "formatter": "plain"}},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+    logger = logging.getLogger("vllm")
+    handlers = logger.handlers[:]
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "logging.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        os.environ[LOGGING_VARIABLE] = str(path)
+        try:
+            if "vllm" in sys.modules:  # else it reads the file as it is imported
+                logging.config.dictConfig(settings)
+            yield
+        finally:
+            del os.environ[LOGGING_VARIABLE]
+            logger.handlers = handlers
+
+
+def log_is_chosen() -> bool:
+    """Whether the user has set a variable of vLLM's for its log."""
+    return any(name.startswith("VLLM_LOGGING_") or name == "VLLM_CONFIGURE_LOGGING" for name in os.environ)
+
+
+def engine_dtype(asked: str, config: PreTrainedConfig) -> str:
+    """What "auto" means: on a CPU float32, where vLLM's own choice is bf16, even for fp32 weights: slower on most, and
+    other tokens than in fp32. On a GPU vLLM's own (`_resolve_auto_dtype` in its vllm/config/model.py): the weights'
+    dtype, and bfloat16 for those in fp32."""
+    if asked != "auto":
+        return asked
+    if not torch.cuda.is_available():
+        return "float32"
+    stored = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
+    return "bfloat16" if stored == "float32" else stored
 
 
 def _report_death(client: Any) -> None:
@@ -176,13 +250,13 @@ def check_vllm() -> None:
         ) from error
 
 
-def generate_here(config: EngineConfig, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Responses]]:
+def generate_here(config: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Responses]]:
     with contextlib.closing(Engine(config)) as engine:
         for shard in shards:
-            yield shard, engine.responses(shard)
+            yield shard, engine.responses(shard, advance)
 
 
-Generate = Callable[[EngineConfig, Sequence[Shard]], Iterable[tuple[Shard, Responses]]]
+Generate = Callable[[EngineConfig, Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
 
 
 def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = generate_here) -> str:
@@ -195,14 +269,16 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
         )
     prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
     shards = plan_shards(prompts, config.temperature)
-    settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed)
-    settings["dtype"] = config.dtype
+    config = dataclasses.replace(config, dtype=engine_dtype(config.dtype, text.config))
+    settings = dataset_settings(
+        config.target, prompts, config.max_new_tokens, config.temperature, config.seed, config.dtype
+    )
     check_folder(config.output, settings, overwrite)
     for leftover in config.output.glob(f"{PASSING_PREFIX}*{PASSING_SUFFIX}"):  # of a run that was killed
         shutil.rmtree(leftover)
     print(prompts.report())
     engine = _engine_config(config, text, prompts)
-    write_responses(config.output, settings, shards, lambda missing: generate(engine, missing), overwrite)
+    write_responses(config.output, settings, shards, functools.partial(generate, engine), overwrite)
     if config.hidden_states:
         print(check_room(config.output, shards, layer_ids, text.config.get_text_config().hidden_size))
         compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
@@ -221,10 +297,13 @@ def _engine_config(config: DataConfig, text: TargetText, prompts: Prompts) -> En
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel_size,
+        log=None if log_is_chosen() else str(config.output / LOG_NAME),
     )
 
 
-def compute_states(config: EngineConfig, folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...]) -> States:
+def compute_states(
+    config: EngineConfig, folder: Path, shards: Sequence[Shard], advance: Advance, layer_ids: tuple[int, ...]
+) -> States:
     """The target's auxiliary hidden states by vLLM, bfloat16 `[tokens of a shard, A * H]`.
 
     vLLM's method `extract_hidden_states` keeps them beside the KV cache, and a connector writes those of each finished
@@ -260,7 +339,7 @@ def compute_states(config: EngineConfig, folder: Path, shards: Sequence[Shard], 
             for shard in shards:
                 examples = read_shard(shard.path(folder))
                 rows = []
-                for path in engine.hidden_states([(e.prompt + e.response)[:-1] for e in examples]):
+                for path in engine.hidden_states([(e.prompt + e.response)[:-1] for e in examples], advance):
                     try:
                         states = load_hidden_states(path)["hidden_states"].flatten(1).bfloat16()
                     except (OSError, SafetensorError) as error:  # vLLM logs why, and goes on
