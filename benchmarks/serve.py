@@ -33,7 +33,7 @@ from prompts import PromptSet
 from report import Measurement, describe_run, save, with_ending, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from server import Endpoint, RunningServer, Server, StartupError, on_cpu, stop_on_sigterm
+from server import Endpoint, RunningServer, Server, StartupError, on_cpu, stop_on_sigterm, threads_record
 from vllm_bench import BenchError, Load, VllmBench
 
 IDLE_SECONDS = 5.0
@@ -232,7 +232,7 @@ def compare(comparison: Comparison, argv: Sequence[str]) -> None:
             "serve.py", argv, busy,
             prompts={}, max_tokens=args.max_tokens, repeats=args.repeats,
             methods={m.name: m.options() for m in comparison.methods},
-            idle_cpu_seconds_per_second=idle,
+            idle_cpu_seconds_per_second=idle, threads=threads_record(args.target),
         )  # fmt: skip
         comparison.measure_all(servers)
 

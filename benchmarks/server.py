@@ -25,12 +25,14 @@ from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from vllm_ctc_spec.cpu.threads import VARIABLE, threads_of
+
 HOST = "127.0.0.1"
 # Float32: without AMX, bfloat16 is several times slower as soon as a step verifies more than one token.
 # Eager: compiling costs more start-up time than a benchmark of a small model gets back.
 CPU_ARGS = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4")
 # The cache size is in GiB; unset, vLLM asks for nearly all memory.
-CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+CACHE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 LINES_SHOWN_ON_FAILURE = 30
@@ -51,6 +53,15 @@ def on_cpu() -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def cpu_env(target: Path) -> dict[str, str]:
+    return {**CACHE_ENV, **threads_of(target)}
+
+
+def threads_record(target: Path) -> str | None:
+    """What binds the threads of this target's servers, for a record."""
+    return {**cpu_env(target), **os.environ}.get(VARIABLE, "vLLM's choice") if on_cpu() else None
 
 
 def stop_on_sigterm() -> None:
@@ -135,7 +146,7 @@ class Server(Endpoint):
         if speculative_config is not None:
             self.command += ["--speculative-config", json.dumps(dict(speculative_config))]
         # What the caller's shell sets wins over our defaults, and `env` over both.
-        self.env = {**ENV, **(CPU_ENV if on_cpu() else {}), **os.environ, **(env or {})}
+        self.env = {**ENV, **(cpu_env(self.target) if on_cpu() else {}), **os.environ, **(env or {})}
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":

@@ -29,10 +29,11 @@ from report import describe_run
 from server import on_cpu
 from tqdm import tqdm
 
+from vllm_ctc_spec.cpu.threads import is_large
+
 if on_cpu():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the engines share this process's threads
     os.environ.update(V2_RUNNER)  # without a drafter too, so that nothing but the drafts differs
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
@@ -202,6 +203,10 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     ready(args.pair)
     busy = psutil.cpu_percent(BUSY_SECONDS)
+    threads = None
+    if on_cpu():  # torch, which vLLM imports, reads it then
+        threads = len(os.sched_getaffinity(0)) if is_large(args.target) else 1
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
     from vllm import LLM
 
     options = {"dtype": "float32", "enforce_eager": True} if on_cpu() else {}
@@ -225,7 +230,13 @@ def main(argv: list[str]) -> int:
     ]
     by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
     run = describe_run(
-        "step_time.py", argv, busy, prompts=args.pair.prompts.name, num_prompts=len(prompts), max_tokens=args.max_tokens
+        "step_time.py",
+        argv,
+        busy,
+        prompts=args.pair.prompts.name,
+        num_prompts=len(prompts),
+        max_tokens=args.max_tokens,
+        threads=threads,
     )
     write_record(args.output, {"run": run, "steps_ms": by_size}, to_markdown(run, by_size))
     return 0

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.config import default_aux_layer_ids
+from vllm_ctc_spec.cpu.threads import threads_of
 from vllm_ctc_spec.training.data import Prompts, read_prompts
 from vllm_ctc_spec.training.dataset import (
     LOG_NAME,
@@ -103,6 +104,8 @@ class Engine:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default asks for nearly all memory
+            for name, value in threads_of(config.target).items():
+                os.environ.setdefault(name, value)
             options["max_num_seqs"] = CPU_PROMPTS_AT_ONCE
         try:
             self._llm = LLM(
