@@ -122,7 +122,7 @@ def make_proposer(
     if draft_vocabulary:
         ids = empty(LABELS, dtype=torch.int64)
         model.vocabulary = DraftVocabulary(ids, empty(VOCABULARY, dtype=torch.int64))
-        model.draft_head = empty(LABELS, HIDDEN)
+        model.draft_head = lambda hidden: empty(hidden.shape[0], LABELS, dtype=torch.bfloat16)
         model.markov_tables = empty(LABELS + 1, RANK), empty(LABELS, RANK)
     model.compute_frames = lambda slots: CTCDraftModel.compute_frames(model, slots)
     is_tree = draft == "tree"
