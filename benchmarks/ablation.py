@@ -26,10 +26,10 @@ from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from record import processor
 from torch import Tensor
 from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 
 from vllm_ctc_spec.config import DrafterConfigError
-from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.training.acceptance import (
     Acceptance,

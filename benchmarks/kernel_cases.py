@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
+from vllm_ctc_spec.kernels.contract import ChainSampling
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain, prefix_chain_reference
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search, prefix_search_reference
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference

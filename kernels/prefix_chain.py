@@ -1,28 +1,18 @@
 """The chain of labels drafted from exact prefix conditionals."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, extend_kernel, root_kernel, score_kernel
+from vllm_ctc_spec.kernels.prefix_chain_sweep import extend_kernel, root_kernel, score_kernel
 
 # One program of a sweep scores a tile of tokens times (padded) frames, and with a Markov head does so for 16 rows: they
 # share a tile of W_out, and 16 is the least that a tensor core multiplies. Larger tiles spill registers on sm_90.
 _TILE = 4096
 _MAX_TOKENS, _MAX_TOKENS_MARKOV = 256, 128
 _MARKOV_ROWS = 16
-
-
-class ChainSampling(NamedTuple):
-    """How the labels of a chain are sampled. `R` request slots, `B` rows of this step."""
-
-    temperature: torch.Tensor  # [R] fp32; 0 is greedy
-    seeds: torch.Tensor  # [R] int64
-    positions: torch.Tensor  # [B] int64, the position of the first label; label k is drawn at positions + k
-    slots: torch.Tensor  # [B] int64, the request slot of each row; -1 is an inert row
-    draft_logits: torch.Tensor  # [R, N, V] fp32, written: log q(v | prefix) up to a constant, -inf where impossible
 
 
 def prefix_chain(
@@ -141,11 +131,11 @@ def prefix_chain_reference(
     return torch.cat(labels, 1), torch.cat(alive_at, 1).sum(1, dtype=torch.int32)
 
 
-Lattice = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+StateRecursion = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 """The root state [B, 2, T], and the state behind a label from p_t(y) [B, T] and the mass before it [B, T]."""
 
 
-def _ctc(log_blank: torch.Tensor) -> Lattice:
+def _ctc(log_blank: torch.Tensor) -> StateRecursion:
     """Both recursions in closed form: `n' = P w_y` with `P[t, s] = prod_{s<r<=t} p_r(y)`, `s < t`, and `b' = K n'` with
     the same matrix of the blank. Products of probabilities, so zeros and ones are exact and nothing cancels."""
     num_frames = log_blank.shape[1]
@@ -162,7 +152,7 @@ def _ctc(log_blank: torch.Tensor) -> Lattice:
     return blank.cumprod(1)[:, None].expand(-1, 2, -1), extend
 
 
-def _between_frames(transitions: torch.Tensor) -> Lattice:
+def _between_frames(transitions: torch.Tensor) -> StateRecursion:
     def extend(frame_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         emitted = (frame_p * weight)[:, None]
         # A second division, after which a label of one frame has exactly 1 there.

@@ -5,11 +5,9 @@ The mathematics and the reference are in `prefix_chain.py`.
 
 import triton
 import triton.language as tl
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
 from vllm_ctc_spec.kernels.noise import gumbel_noise
 
-# A label whose conditional probability is not above this counts as impossible, and a chain without a possible label
-# has ended. It keeps every division and every forward vector far from the subnormal numbers that GPUs flush to zero.
-IMPOSSIBLE = 1e-30
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
-from vllm_ctc_spec.config import MAX_NODES
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.limits import MAX_NODES
 
 
 def prefix_search(

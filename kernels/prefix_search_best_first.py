@@ -6,9 +6,8 @@ The mathematics and the reference are in `prefix_search.py`.
 import torch
 import triton
 import triton.language as tl
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE, along_transitions, then
-
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, DraftTree
+from vllm_ctc_spec.kernels.prefix_chain_sweep import along_transitions, then
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 _CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8

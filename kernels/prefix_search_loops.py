@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
 
 
 def compiled(function: Callable) -> Callable:

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
+from vllm_ctc_spec.kernels.contract import ChainSampling
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask

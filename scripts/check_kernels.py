@@ -10,9 +10,10 @@ import torch
 from frames64 import Frames, chain_gap, random_frames, sampled_rows, search_certificate
 from outcome import FAILED, OK, Outcome, Settings
 from vllm_ctc_spec.kernels.collapse import collapse_triton
+from vllm_ctc_spec.kernels.contract import ChainSampling
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_triton
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
 from vllm_ctc_spec import ctc

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling
-from vllm_ctc_spec.kernels.prefix_chain_sweep import IMPOSSIBLE
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.draft_tree import DraftTree
 
 LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
 ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less

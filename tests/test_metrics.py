@@ -12,7 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 from vllm_ctc_spec import metrics
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 
 SLOTS, LABELS, FRAMES = 5, 6, 9
 CPU = torch.device("cpu")

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_ctc_spec.kernels.limits import MAX_NODES
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 DRAFTER_SUBFOLDER = "ctc_drafter"
@@ -25,7 +27,6 @@ MAX_CONFIG_BYTES = 2**20  # a real one has two thousand
 MAX_LAYERS = 64
 MAX_SIZE = 2**20  # of one dimension of a weight: no vocabulary or layer is larger, and no product of three overflows
 MAX_FRAMES = 64
-MAX_NODES = 64  # of a tree: a row's ancestors are one 64-bit word, without the anchor, which every row sees
 LATTICES = ("ctc", "transitions", "slots")
 """How frames spell labels. "ctc": a blank, and repeats merge. "transitions": learned probabilities of the step from the
 frame of one label to the frame of the next. "slots": frame k is label k, as in parallel drafters without alignments."""

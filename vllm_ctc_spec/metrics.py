@@ -24,7 +24,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 
 logger = logging.getLogger("vllm.ctc_spec")
 

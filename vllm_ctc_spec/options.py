@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_ctc_spec.config import MAX_NODES, DrafterConfig, DrafterConfigError, shown
+from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError, shown
+from vllm_ctc_spec.kernels.limits import MAX_NODES
 
 DRAFTS = ("chain", "tree")
 SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}

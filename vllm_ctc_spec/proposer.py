@@ -20,11 +20,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import metrics
-from vllm_ctc_spec.draft_tree import DraftTree
 from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.contract import ChainSampling, DraftTree
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.options import ServingOptions, default_width
 from vllm_ctc_spec.tree.attach import attach_trees, target_layers

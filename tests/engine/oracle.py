@@ -5,7 +5,7 @@ import random
 import torch
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.proposer import CTCProposer
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 
 Nodes = dict[tuple[int, ...], float]  # the labels of each node and its score, in no order that a comparison may use
 

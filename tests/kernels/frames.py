@@ -1,7 +1,7 @@
 """Frames, heads and samplings that the tests of the chain share."""
 
 import torch
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling
+from vllm_ctc_spec.kernels.contract import ChainSampling
 
 from vllm_ctc_spec import ctc
 

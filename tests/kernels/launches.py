@@ -15,6 +15,7 @@ import triton
 import vllm_ctc_spec.kernels
 from vllm_ctc_spec.kernels import (
     collapse,
+    contract,
     ctc_transform,
     frame_stats,
     kv_compaction,
@@ -126,7 +127,7 @@ def chain(
     markov = (empty(num_tokens, rank, dtype=dtype), empty(num_tokens, rank, dtype=dtype)) if rank else None
     slots = empty(batch, dtype=torch.int64)
     draft_logits = empty(batch, num_labels, num_tokens)
-    sampling = prefix_chain.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
+    sampling = contract.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
     frames = empty(batch, num_frames)
     logits = empty(batch, num_frames, num_tokens, dtype=dtype)
     transitions = empty(batch, 1 + num_frames, num_frames) if steps else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 
 from .frames import from_odds, generator
 

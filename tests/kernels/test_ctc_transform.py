@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.draft_tree import DraftTree
 
 from .ctc_transform_oracle import assert_is_the_cut, raw_tree, transform, tree_nodes
 from .frames import ANCHOR, HARD, anchors, hard_frames, random_frames

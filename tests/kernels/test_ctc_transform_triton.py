@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 
-from vllm_ctc_spec.draft_tree import DraftTree
 
 from .ctc_transform_oracle import assert_is_the_cut, transform
 from .frames import HARD, anchors, hard_frames, random_frames

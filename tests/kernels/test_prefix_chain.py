@@ -5,11 +5,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.prefix_chain import (
-    IMPOSSIBLE,
-    ChainSampling,
-    prefix_chain,
-)
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
 from vllm_ctc_spec import ctc
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.prefix_chain import ChainSampling, prefix_chain_reference, prefix_chain_triton
+from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_reference, prefix_chain_triton
 
 from .frames import (
     HARD,

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter, Frames
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.options import default_width

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from vllm_ctc_spec.config import MAX_NODES
+from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.training.settings import DTYPES, TrainingError, default_dtype, option
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)

@@ -6,7 +6,7 @@ import enum
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.draft_tree import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree
 
 
 class TreeTable:

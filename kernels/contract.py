@@ -1,23 +1,37 @@
-"""DraftTree: the contract between the search for a tree, its verification and the compaction of what was accepted.
-
-A draft tree is a prefix-closed set of label sequences after the anchor: a node is the sequence on the path from the
-anchor to it, and two nodes with the same parent carry different tokens. Rows are sorted by score, best first. The
-score only falls along a path, so every parent stands before its children, and the first K rows of a tree are the
-tree that the search would have returned for a budget of K: whoever cuts the list (vLLM's scheduler does, at its token
-budget, at the end of the context and for large batches) is left with the best smaller tree.
-"""
+"""The contract of the kernels: what they read, and the chains and trees that they return. Torch only."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.config import MAX_NODES
+from vllm_ctc_spec.kernels.limits import MAX_NODES
+
+# A label whose conditional probability is not above this counts as impossible, and a chain without a possible label
+# has ended. It keeps every division and every forward vector far from the subnormal numbers that GPUs flush to zero.
+IMPOSSIBLE = 1e-30
+
+
+class ChainSampling(NamedTuple):
+    """How the labels of a chain are sampled. `R` request slots, `B` rows of this step."""
+
+    temperature: Tensor  # [R] fp32; 0 is greedy
+    seeds: Tensor  # [R] int64
+    positions: Tensor  # [B] int64, the position of the first label; label k is drawn at positions + k
+    slots: Tensor  # [B] int64, the request slot of each row; -1 is an inert row
+    draft_logits: Tensor  # [R, N, V] fp32, written: log q(v | prefix) up to a constant, -inf where impossible
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftTree:
     """One tree of up to N nodes for each of B requests, padded to N. Row 0 is the anchor, row i is node i.
+
+    A draft tree is a prefix-closed set of label sequences after the anchor: a node is the sequence on the path from the
+    anchor to it, and two nodes with the same parent carry different tokens. Rows are sorted by score, best first. The
+    score only falls along a path, so every parent stands before its children, and the first K rows of a tree are the
+    tree that the search would have returned for a budget of K: whoever cuts the list (vLLM's scheduler does, at its
+    token budget, at the end of the context and for large batches) is left with the best smaller tree.
 
     An unused row, always behind all used ones, has parent -1, depth 0, score -inf, no ancestors, and a real token id,
     because the target embeds every row.

@@ -1,11 +1,15 @@
-"""The contract's validator: a sound tree passes, and each rule, broken once, is named."""
+"""The contract: a sound tree passes its validator, each rule, broken once, is named, and kernels need nothing else."""
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_ctc_spec.draft_tree import DTYPES, DraftTree
+from vllm_ctc_spec.kernels.contract import DTYPES, DraftTree
+
+from .launches import kernel_modules
 
 #   anchor 9 - 3 - 5
 #            \ 4 - 3, and an unused row
@@ -66,3 +70,12 @@ def test_shapes_and_dtypes_are_checked():
     wide = {name: torch.zeros(1, 66, dtype=dtype) for name, dtype in DTYPES.items()}
     with pytest.raises(ValueError, match="65 nodes do not fit"):
         DraftTree(**wide).check(10)
+
+
+def test_kernels_import_nothing_of_the_package_that_imports_them() -> None:
+    for module in kernel_modules():
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            ours = [name for name in names if name.partition(".")[0] == "vllm_ctc_spec"]
+            assert all(name.startswith("vllm_ctc_spec.kernels.") for name in ours), (module.__name__, ours)
