@@ -42,7 +42,7 @@ MAX_HEADER_BYTES = 2**20  # of a weights file; a real one has at most a tenth
 
 
 class Lattice(NamedTuple):
-    """What spells labels with frames: the blank's odds or the steps between frames; `...` as in `Frames`."""
+    """What spells labels with frames: the blank's odds or the steps between frames; `...` as in `FrameOutputs`."""
 
     blank_odds: Tensor | None = None  # [..., T]: P(blank) = sigmoid(blank_odds); lattice "ctc" only
     log_transitions: Tensor | None = None  # [..., 1 + T, T], NEG where t <= s; the other lattices only
@@ -54,7 +54,7 @@ class Lattice(NamedTuple):
         return F.logsigmoid(-self.blank_odds) - logsumexp, F.logsigmoid(self.blank_odds), None
 
 
-class Frames(NamedTuple):
+class FrameOutputs(NamedTuple):
     """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
 
     logits: Tensor  # [..., T, L] over the labels, the target's vocabulary or a part of it; unnormalised
@@ -274,13 +274,13 @@ class CTCDrafter(nn.Module):
             hidden = layer(hidden, positions, context, context_positions, mask)
         return self.norm(hidden).unflatten(1, (num_anchors, slots))
 
-    def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Frames:
+    def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> FrameOutputs:
         """Frames for M anchors in each of B sequences; arguments as in `hidden_slots`."""
         return self.frames(self.hidden_slots(aux_hidden_states, anchor_tokens, anchor_positions))
 
-    def frames(self, slots: Tensor) -> Frames:
+    def frames(self, slots: Tensor) -> FrameOutputs:
         """Normalised hidden states `[..., 1 + T, H]` to frames."""
-        return Frames(F.linear(slots[..., 1:, :], self.draft_head), self.lattice(slots))
+        return FrameOutputs(F.linear(slots[..., 1:, :], self.draft_head), self.lattice(slots))
 
     def lattice(self, slots: Tensor) -> Lattice:
         """The same without what needs the vocabulary."""

@@ -23,7 +23,7 @@ from vllm.model_executor.models.qwen3_dflash import (
 
 from vllm_ctc_spec.config import DrafterConfigError
 from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
-from vllm_ctc_spec.drafter import Frames, TransitionHead, read_lattice
+from vllm_ctc_spec.drafter import FrameOutputs, TransitionHead, read_lattice
 
 
 class MarkovTables(nn.Module):
@@ -100,13 +100,13 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
         head.quant_method.process_weights_after_loading(head)  # packed on a CPU: several times faster than F.linear
         self.draft_head = head.requires_grad_(False)
 
-    def compute_frames(self, slots: torch.Tensor) -> Frames:
+    def compute_frames(self, slots: torch.Tensor) -> FrameOutputs:
         """Hidden states `[R, 1 + T, H]` of the anchor's slot and the frames to frames of the target's head, the
         lattice in fp32."""
         hidden = slots[:, 1:]
         compute_logits = self.compute_logits if self.draft_head is None else self.draft_head
         logits = compute_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        return Frames(logits, read_lattice(slots, self.model.blank_head, self.model.transition_head))
+        return FrameOutputs(logits, read_lattice(slots, self.model.blank_head, self.model.transition_head))
 
     @property
     def markov_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:

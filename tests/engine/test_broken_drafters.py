@@ -12,7 +12,7 @@ from vllm import SamplingParams
 
 from vllm_ctc_spec import metrics
 from vllm_ctc_spec.config import WEIGHTS_NAME
-from vllm_ctc_spec.drafter import Frames
+from vllm_ctc_spec.drafter import FrameOutputs
 from vllm_ctc_spec.proposer import CTCProposer
 
 from ..fuzz.checkpoints import lay_traps
@@ -111,7 +111,7 @@ def test_frames_of_any_kind(spoiled, drafting, plain, expected, monkeypatch):
     proposer = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
     steps = []
 
-    def compute_frames(slots: torch.Tensor) -> Frames:
+    def compute_frames(slots: torch.Tensor) -> FrameOutputs:
         dice = torch.Generator().manual_seed(len(steps))
         logits = torch.randn(slots.shape[0], slots.shape[1] - 1, 98, generator=dice)
         odds = torch.randn(logits.shape[:2], generator=dice)
@@ -120,7 +120,7 @@ def test_frames_of_any_kind(spoiled, drafting, plain, expected, monkeypatch):
             SPOILED[spoiled](odds[..., None])
         steps.append(logits)
         frames = real(torch.zeros_like(slots))
-        return Frames(logits, frames.lattice._replace(blank_odds=odds))
+        return FrameOutputs(logits, frames.lattice._replace(blank_odds=odds))
 
     real = proposer.model.compute_frames
     monkeypatch.setattr(proposer.model, "compute_frames", compute_frames)

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import ctc, proposer
 from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
-from vllm_ctc_spec.drafter import CTCDrafter, Frames, Lattice
+from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs, Lattice
 from vllm_ctc_spec.model import CTCDraftModel
 from vllm_ctc_spec.proposer import CTCProposer
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
@@ -38,13 +38,13 @@ class Step:
     accepted_rows: torch.Tensor  # [rows, A * H]
     num_rejected: int
     anchor: int
-    frames: Frames | None  # of T frames; None where vLLM wants no draft (from 0.33 on, in the first chunks of prompts)
+    frames: FrameOutputs | None  # None where vLLM wants no draft (from 0.33 on, in the first chunks of prompts)
     draft: list[int]  # [N]
     draft_logits: torch.Tensor | None  # [N, V], of sampled drafts
 
 
-def row_of(frames: Frames, row: int) -> Frames:
-    return Frames(frames.logits[row], Lattice(*(x if x is None else x[row] for x in frames.lattice)))
+def row_of(frames: FrameOutputs, row: int) -> FrameOutputs:
+    return FrameOutputs(frames.logits[row], Lattice(*(x if x is None else x[row] for x in frames.lattice)))
 
 
 @pytest.fixture(scope="module", params=DRAFTERS)
@@ -56,7 +56,7 @@ def pair(request, kind_of_pair):
 def served(pair, kind_of_pair, engine):
     """(sequences of token ids by request, recorded steps, the served model)."""
     steps: list[Step] = []
-    emitted: list[Frames] = []
+    emitted: list[FrameOutputs] = []
     models: list[CTCDraftModel] = []
     propose, compute_frames = CTCProposer.propose, CTCDraftModel.compute_frames
     signature = inspect.signature(DFlashSpeculator.propose)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.drafter import Frames, Lattice
+from vllm_ctc_spec.drafter import FrameOutputs, Lattice
 from vllm_ctc_spec.training.loss import LOSSES, RowLoss, position_weights
 from vllm_ctc_spec.training.vocabulary import label_scores
 
@@ -19,17 +19,17 @@ ANCHORS = torch.arange(len(ROWS)) % V
 VALID = torch.ones_like(LABELS, dtype=torch.bool)
 
 
-def random_frames(num_rows=V**U, num_frames=T, seed=0, lattice="ctc") -> Frames:
+def random_frames(num_rows=V**U, num_frames=T, seed=0, lattice="ctc") -> FrameOutputs:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num_rows, num_frames, V, generator=generator, dtype=torch.float64)
     odds = torch.randn(num_rows, num_frames, generator=generator, dtype=torch.float64)
     if lattice == "ctc":
-        return Frames(logits, Lattice(blank_odds=odds))
+        return FrameOutputs(logits, Lattice(blank_odds=odds))
     if lattice == "slots":
         steps = ctc.slot_transitions(num_frames).double().log().clamp_min(ctc.NEG)
-        return Frames(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
+        return FrameOutputs(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
     query, key = (torch.randn(num_rows, n, 2, generator=generator).double() for n in (1 + num_frames, num_frames))
-    return Frames(logits, Lattice(log_transitions=ctc.transition_log_probs(query, key, odds[0])))
+    return FrameOutputs(logits, Lattice(log_transitions=ctc.transition_log_probs(query, key, odds[0])))
 
 
 TABLE = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)  # row: the last label
@@ -43,7 +43,7 @@ def evaluate(name, frames, labels=LABELS, valid=VALID, table=None, anchors=ANCHO
     return LOSSES[name](frames.lattice, scores, labels, valid)
 
 
-def masses(frames: Frames, row: int) -> tuple[dict, dict]:
+def masses(frames: FrameOutputs, row: int) -> tuple[dict, dict]:
     """P(collapse starts with y) and P(collapse == y), by summing over all alignments."""
     log_probs = ctc.frame_log_probs(frames.logits[row], frames.lattice.blank_odds[row]).tolist()
     starts, exact = defaultdict(float), defaultdict(float)
@@ -56,7 +56,7 @@ def masses(frames: Frames, row: int) -> tuple[dict, dict]:
     return starts, exact
 
 
-def path_masses(frames: Frames, row: int) -> tuple[dict, dict]:
+def path_masses(frames: FrameOutputs, row: int) -> tuple[dict, dict]:
     """The same with transitions, by summing over all increasing sequences of frames and all tokens in them."""
     p = frames.logits[row].softmax(-1).tolist()
     steps = frames.lattice.log_transitions[row].exp().tolist()
@@ -156,7 +156,7 @@ def test_gradients(name, lattice, with_bias):
         if lattice == "transitions":  # an impossible step stays one when the checker moves it
             lattice_part = torch.where(possible, lattice_part, ctc.NEG)
         parts = {learned[0]: lattice_part} if learned else {"log_transitions": steps}
-        moved = Frames(logits, Lattice(**parts))
+        moved = FrameOutputs(logits, Lattice(**parts))
         return evaluate(name, moved, labels, valid, table, torch.tensor([0, 1, 2])).loss.sum()
 
     table = TABLE.clone().requires_grad_() if with_bias else None
@@ -210,7 +210,7 @@ def test_confident_frames_in_fp32_stay_finite():
     odds = torch.full((1, 6), -30.0, requires_grad=True)
     labels = torch.tensor([[0, 1, 2]])
     valid, anchors = torch.ones_like(labels, dtype=torch.bool), torch.tensor([2])
-    result = evaluate("prefix", Frames(logits, Lattice(odds)), labels, valid, torch.zeros(V, V), anchors)
+    result = evaluate("prefix", FrameOutputs(logits, Lattice(odds)), labels, valid, torch.zeros(V, V), anchors)
     assert result.loss.item() == pytest.approx(0, abs=1e-4)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
 
@@ -221,7 +221,7 @@ def test_frames_that_are_sure_of_stopping_stay_finite():
     labels = torch.tensor([[0, 1]])
     valid, anchors = torch.ones_like(labels, dtype=torch.bool), torch.tensor([2])
     for table in (None, torch.zeros(V, V)):
-        result = evaluate("prefix", Frames(logits, Lattice(odds)), labels, valid, table, anchors)
+        result = evaluate("prefix", FrameOutputs(logits, Lattice(odds)), labels, valid, table, anchors)
         assert torch.isfinite(result.loss).all()
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(result.loss.sum(), [logits, odds]))
 

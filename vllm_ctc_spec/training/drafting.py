@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.kernels.contract import DraftTree
-from vllm_ctc_spec.drafter import CTCDrafter, Frames
+from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.options import default_width
 from vllm_ctc_spec.training.batches import Batch, in_labels
@@ -20,7 +20,7 @@ class Drafting:
 
     drafter: CTCDrafter
     slots: Tensor  # [N, 1 + T, H]
-    frames: Frames
+    frames: FrameOutputs
     anchors: Tensor  # [N]
     labels: Tensor  # [N, U]
     valid: Tensor  # [N, U]
