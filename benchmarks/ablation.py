@@ -26,7 +26,7 @@ from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from record import processor
 from torch import Tensor
 from vllm_ctc_spec.kernels.collapse import collapse
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 
 from vllm_ctc_spec.config import DrafterConfigError
@@ -97,19 +97,18 @@ def slug(method: str, seed: int) -> str:
 
 def published_chain(drafting: Drafting) -> Tensor:
     """The paper's chain: the best symbol of every frame, collapsed. [N, U]"""
-    logits, lattice = drafting.frames
-    log_label, log_blank, _ = lattice.for_kernels(torch.logsumexp(logits, -1))
+    logits = drafting.frames.logits
+    frames = drafting.frames.for_kernels(torch.logsumexp(logits, -1), drafting.anchors, None)
     best, token = logits.max(-1)
-    alignment = torch.where(log_blank > best + log_label, logits.shape[-1], token)
+    alignment = torch.where(frames.log_blank > best + frames.log_label, logits.shape[-1], token)
     return collapse(alignment, logits.shape[-1], drafting.anchors, drafting.labels.shape[1])[0]
 
 
 def published_tree(drafting: Drafting, num_nodes: int) -> DraftTree:
     """The paper's tree: the best alignments of the frames' best symbols, collapsed."""
-    logits, lattice = drafting.frames
-    log_label, log_blank, _ = lattice.for_kernels(torch.logsumexp(logits, -1))
-    depth = drafting.labels.shape[1]
-    return ctc_transform(logits, log_label, log_blank, drafting.anchors, num_nodes, num_nodes, depth)
+    logsumexp = torch.logsumexp(drafting.frames.logits, -1)
+    frames = drafting.frames.for_kernels(logsumexp, drafting.anchors, None)
+    return ctc_transform(frames, Budget(num_nodes, num_nodes, drafting.labels.shape[1]))
 
 
 @torch.no_grad()

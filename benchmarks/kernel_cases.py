@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
-from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
@@ -85,10 +85,14 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     (v, t, b, n), e, on_gpu = shape, dtype.itemsize, device.type == "cuda"
     logits = (torch.randn(b, t, v, device=device) * 3).to(dtype)
     odds = torch.randn(b, t, device=device)
-    log_label = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
-    log_blank = torch.nn.functional.logsigmoid(odds)
     anchor = torch.randint(v, (b,), device=device)
-    markov = tuple((torch.randn(v, RANK, device=device) * 0.1).to(dtype) for _ in range(2))
+    frames = Frames(
+        logits=logits,
+        log_label=torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0],
+        log_blank=torch.nn.functional.logsigmoid(odds),
+        anchor=anchor,
+        markov=tuple((torch.randn(v, RANK, device=device) * 0.1).to(dtype) for _ in range(2)),
+    )
     alignment = torch.randint(v + 1, (b, t), device=device)
     labels = min(n, t)
     sampling = ChainSampling(
@@ -98,22 +102,17 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
         slots=torch.arange(b, device=device),
         draft_logits=torch.empty(b, labels, v, device=device),
     )
-    frames = (logits, log_label, log_blank, anchor)
     small = 8 * b * t + 8 * b  # log_label, log_blank, anchor
     head = 2 * RANK * e * b * n  # the rows of W_in and W_out at the nodes at least
     sweeps = labels * (e * b * t * v + e * v * RANK)
     tree = small + e * b * t * v + TREE_BYTES * b * (1 + n)
-    width = default_width(n)
-    greedy = (*frames, labels, markov)
-    search = (n, width, min(8, t), markov)
-    transform = (*frames, n, width, min(8, t))
-    oracle = None if on_gpu else partial(oracle_chains, frames, labels, markov)
-    search_reference = partial(oracle_trees, frames, n, min(8, t), markov)
+    budget = Budget(n, default_width(n), min(8, t))
+    oracle = None if on_gpu else partial(oracle_chains, frames, labels)
+    search_reference = partial(oracle_trees, frames, budget)
     if on_gpu:
         search_reference = None
         if logits.numel() <= LARGEST_ON_HOST:
-            host = [x.cpu() for x in frames]
-            search_reference = partial(prefix_search_reference, *host, *search[:3], tuple(w.cpu() for w in markov))
+            search_reference = partial(prefix_search_reference, frames.to("cpu"), budget)
     return [
         Case(
             "collapse", 8 * b * t + 8 * b + 8 * b * labels + 4 * b,  # alignment, anchor; labels, lengths
@@ -126,38 +125,40 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
         ),
         Case(
             "prefix_search, chain", tree + head,  # the search of a tree of as many nodes
-            partial(greedy_chain, *frames, labels, default_width(labels), markov), oracle,
+            partial(greedy_chain, frames, labels, default_width(labels)), oracle,
         ),
         Case(
             "prefix_chain, sampled", sweeps + small + 8 * b * labels + 4 * b + 4 * labels * b * v,  # and draft_logits
-            partial(prefix_chain, *greedy, sampling),
-            partial(prefix_chain_reference, *greedy, sampling) if on_gpu else None,
+            partial(prefix_chain, frames, labels, sampling),
+            partial(prefix_chain_reference, frames, labels, sampling) if on_gpu else None,
         ),
         Case(
             "prefix_search", tree + head,  # logits once, for the candidates; the tree
-            partial(prefix_search, *frames, *search), search_reference, on_host=on_gpu,
+            partial(prefix_search, frames, budget), search_reference, on_host=on_gpu,
         ),
         Case(
             "ctc_transform", tree,
-            partial(ctc_transform, *transform), partial(ctc_transform_reference, *transform) if on_gpu else None,
+            partial(ctc_transform, frames, budget),
+            partial(ctc_transform_reference, frames, budget) if on_gpu else None,
         ),
     ]  # fmt: skip
 
 
-def oracle_chains(frames: tuple, num_labels: int, markov: tuple) -> None:
+def oracle_chains(frames: Frames, num_labels: int) -> None:
     """ctc.py, request by request."""
-    for log_probs, anchor in oracle_rows(*frames):
-        ctc.chain(log_probs, num_labels, label_bias=LabelBias(markov), anchor=anchor)
+    for log_probs, anchor in oracle_rows(frames):
+        ctc.chain(log_probs, num_labels, label_bias=LabelBias(frames.markov), anchor=anchor)
 
 
-def oracle_trees(frames: tuple, num_nodes: int, depth: int, markov: tuple) -> None:
-    for log_probs, anchor in oracle_rows(*frames):
-        ctc.best_prefixes(log_probs, num_nodes, depth=depth, label_bias=LabelBias(markov), anchor=anchor)
+def oracle_trees(frames: Frames, budget: Budget) -> None:
+    for log_probs, anchor in oracle_rows(frames):
+        bias = LabelBias(frames.markov)
+        ctc.best_prefixes(log_probs, budget.nodes, depth=budget.depth, label_bias=bias, anchor=anchor)
 
 
-def oracle_rows(logits: torch.Tensor, log_label: torch.Tensor, log_blank: torch.Tensor, anchor: torch.Tensor) -> list:
-    log_probs = torch.cat([logits.float() + log_label[..., None], log_blank[..., None]], -1)
-    return list(zip(log_probs, anchor.tolist()))
+def oracle_rows(frames: Frames) -> list:
+    log_label = frames.logits.float() + frames.log_label[..., None]
+    return list(zip(torch.cat([log_label, frames.log_blank[..., None]], -1), frames.anchor.tolist()))
 
 
 def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.device) -> list[Case]:

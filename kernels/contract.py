@@ -13,6 +13,40 @@ from vllm_ctc_spec.kernels.limits import MAX_NODES
 IMPOSSIBLE = 1e-30
 
 
+class Frames(NamedTuple):
+    """T frames for each of B requests, and what else a search over them reads.
+
+        p_t(v)         = exp(logits[b, t, v] + log_label[b, t])     frame t holds label v; 0 where the logit is -inf
+        p_t(blank)     = exp(log_blank[b, t])                       frame t holds none
+        bias(v | last) = W_out[v] . W_in[last]                      of the label-conditional head
+        A[s, t]        the label after the one of frame s (0: the anchor) appears at frame t; 0 unless t > s
+
+    With transitions every frame holds a label.
+    """
+
+    logits: Tensor  # [B, T, V] fp16, bf16 or fp32, contiguous in V
+    log_label: Tensor  # [B, T] fp32
+    log_blank: Tensor  # [B, T] fp32, -inf with transitions
+    anchor: Tensor  # [B] int64, the token before the first label: a row of W_in, under no repeat rule
+    markov: tuple[Tensor, Tensor] | None = None  # W_in [V or more, r], W_out [V, r]: contiguous, of one dtype
+    transitions: Tensor | None = None  # A [B, 1 + T, T] fp32, rows s = 0..T, columns t = 1..T; None: CTC
+
+    def to(self, device: torch.device | str) -> "Frames":
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        markov = None if self.markov is None else (moved(self.markov[0]), moved(self.markov[1]))
+        return Frames(*map(moved, self[:4]), markov, moved(self.transitions))
+
+
+class Budget(NamedTuple):
+    """How large a tree may be, and what it is made of."""
+
+    nodes: int  # N, at most MAX_NODES
+    width: int  # C, candidates of each frame
+    depth: int  # D, no node is deeper
+
+
 class ChainSampling(NamedTuple):
     """How the labels of a chain are sampled. `R` request slots, `B` rows of this step."""
 

@@ -5,7 +5,7 @@ import triton
 from vllm_ctc_spec.kernels.ctc_transform_beam import beam_kernel, rank_kernel
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference, tree_mask_triton
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 
 # The order of the nodes is that of integer keys: the bits of a cost, which grow with it because no cost is negative,
@@ -14,20 +14,10 @@ _COST, _DEPTH = 1 << 32, 1 << 16
 _UNUSED = (1 << 63) - 1
 
 
-def ctc_transform(
-    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
-    log_label: torch.Tensor,  # [B, T] fp32
-    log_blank: torch.Tensor,  # [B, T] fp32
-    anchor: torch.Tensor,  # [B] int64
-    num_nodes: int,
-    width: int,
-    depth: int,
-    chain_only: torch.Tensor | None = None,  # [B] bool
-) -> DraftTree:
+def ctc_transform(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """The draft tree of arXiv 2412.00061: collapse every path of a tree of raw alignments and merge equal prefixes.
 
-    Frames give `p_t(v) = exp(logits[b, t, v] + log_label[b, t])` and `p_t(blank) = exp(log_blank[b, t])`. The `k - 1`
-    most probable tokens of a frame and its blank are its symbols. The raw tree is a beam of N:
+    The `k - 1` most probable tokens of a frame and its blank are its symbols. The raw tree is a beam of N:
 
         raw_t = the N most probable of raw_{t-1} x symbols_t,    P(s_1..s_t) = prod_{r<=t} p_r(s_r),    raw_0 = {()}
 
@@ -42,37 +32,27 @@ def ctc_transform(
     N most probable nodes of depth <= D; ties go to the shallower one, then to the one that was emitted first.
 
     Arguments:
-        logits: [B, T, V] fp16, bf16 or fp32; equal ones rank as `torch.topk` ranks them.
-        log_label, log_blank: [B, T] fp32. A log p_t above 0 counts as 0. A row with a NaN has a tree without nodes.
-        anchor: [B] int64, the token before the first label; it fills unused rows.
-        num_nodes: N, at most 64: the node budget and the beam.
-        width: k >= 1, symbols per frame; more than V + 1 are V + 1.
-        depth: D, no node is deeper; T frames hold no more than T labels.
+        frames: markov and transitions are not read. Equal logits rank as `torch.topk` ranks them. A log p_t above 0
+            counts as 0. A row with a NaN has a tree without nodes.
+        budget: N is the beam too. The width is k >= 1, the blank included; more than V + 1 are V + 1.
         chain_only: None, or [B] bool: rows with a beam of one, whose tree is the chain of the best raw alignment.
 
     Why custom: a step of the beam is a top-N of N * k sums and a search in the prefixes made so far, too small to fill
     a GPU and in torch some fifteen launches per frame. Here one program per request runs all frames; with the top-k of
     the frames, the ranking and the masks it is a static sequence of four steps that reads no tensor on the host.
     """
-    if not 1 <= num_nodes <= MAX_NODES:
-        raise ValueError(f"a tree has 1 to {MAX_NODES} nodes, not {num_nodes}")
-    run = ctc_transform_triton if logits.is_cuda else ctc_transform_reference
-    return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, chain_only)
+    if not 1 <= budget.nodes <= MAX_NODES:
+        raise ValueError(f"a tree has 1 to {MAX_NODES} nodes, not {budget.nodes}")
+    run = ctc_transform_triton if frames.logits.is_cuda else ctc_transform_reference
+    return run(frames, budget, chain_only)
 
 
-def ctc_transform_reference(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_nodes: int,
-    width: int,
-    depth: int,
-    chain_only: torch.Tensor | None = None,
-) -> DraftTree:
+def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """Only the costs and the prefixes go frame by frame; all that looks back one frame is done for all at once. Raw
     path i of frame t has the number t * N + i, and a prefix has the number of the raw path that emitted it first, plus
     one: 0 is the root."""
+    logits, log_label, log_blank, anchor = frames[:4]
+    num_nodes, width, depth = budget
     blank = logits.shape[2]
     best, tokens = _best_tokens(logits, num_nodes, width)
     log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
@@ -175,16 +155,9 @@ def _down_the_tree(
     return node_cost[:, 1:], depth[:, 1:]
 
 
-def ctc_transform_triton(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_nodes: int,
-    width: int,
-    depth: int,
-    chain_only: torch.Tensor | None = None,
-) -> DraftTree:
+def ctc_transform_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
+    logits, log_label, log_blank, anchor = frames[:4]
+    num_nodes, width, depth = budget
     batch, num_frames, num_tokens = logits.shape
     best, best_tokens = _best_tokens(logits, num_nodes, width)
     num_best = best.shape[2]

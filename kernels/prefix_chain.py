@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import triton
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 from vllm_ctc_spec.kernels.prefix_chain_sweep import extend_kernel, root_kernel, score_kernel
 
@@ -16,21 +16,14 @@ _MARKOV_ROWS = 16
 
 
 def prefix_chain(
-    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
-    log_label: torch.Tensor,  # [B, T] fp32
-    log_blank: torch.Tensor,  # [B, T] fp32
-    anchor: torch.Tensor,  # [B] int64
-    num_labels: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
-    sampling: ChainSampling | None = None,
-    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
+    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, N] int64, [B] int32
     """Draft `N` labels, each from its exact conditional given the labels before it.
 
-    Frames give `p_t(v) = exp(logits[b, t, v] + log_label[b, t])` and `p_t(blank) = exp(log_blank[b, t])`. For the
-    prefix `y_1..y_k` drafted so far, `n[t]` and `b[t]` are the masses of the alignments of frames `1..t` that collapse
-    to exactly this prefix and end in `y_k`, or in blank; `w = n + b`. A new label `v` can first appear at frame `t`
-    after all of `w[t-1]`, except that a repeat needs a blank between, so that only `b[t-1]` counts for `v = y_k`:
+    For the prefix `y_1..y_k` drafted so far, `n[t]` and `b[t]` are the masses of the alignments of frames `1..t` that
+    collapse to exactly this prefix and end in `y_k`, or in blank; `w = n + b`. A new label `v` can first appear at
+    frame `t` after all of `w[t-1]`, except that a repeat needs a blank between, so that only `b[t-1]` counts for
+    `v = y_k`:
 
         S(v)   = sum_{t=1..T} p_t(v) w_v[t-1],         w_v = b if v = y_k else w
         ell(v) = log S(v) + W_out[v] . W_in[last],      last = y_k, at the root the anchor
@@ -47,24 +40,18 @@ def prefix_chain(
     The chain ends where no `S(v)` is above `IMPOSSIBLE`; `T` frames hold at most `T - repeats` labels. The vectors are
     linear fp32: conditionals agree with fp64 to 1e-5, down to about 1e-10 in chains that use up their frames.
 
-    With transitions `A` between frames there is no blank and no repeat rule: `A[s, t]` is the probability that the
-    label after frame `s` (0: the anchor) appears at frame `t > s`, and both vectors of the state are `phi`, the mass
-    with which the next label appears at a frame. Only the state differs:
+    With transitions `A` between frames there is no blank and no repeat rule, and both vectors of the state are `phi`,
+    the mass with which the next label appears at a frame. Only the state differs:
 
         w[t-1] = b[t-1] = phi[t],   phi[t] = A[0, t] at the root,   phi'[t] = sum_{s<t} A[s, t] p_s(y) phi[s] / S(y)
 
     Arguments:
-        logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
-        log_label, log_blank: [B, T] fp32.
-        anchor: [B] int64, the token before the first label: a row of W_in, which may have more rows than V.
+        frames: log_blank is not read with transitions.
         num_labels: N, any relation to T.
-        markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
         sampling: None for greedy, or `ChainSampling` (draft_logits contiguous in V). `draft_logits[slot, k]` receives
             `ell` before the temperature, so that the law of label k is exactly
             `softmax(draft_logits[slot, k] / temperature)`; past the end it is the one-hot row of the fill token (0
             there, -inf elsewhere). Inert rows (slot -1) write nothing there and their labels are arbitrary token ids.
-        transitions: None for CTC, or A [B, 1 + T, T] fp32: rows s = 0..T, columns t = 1..T, 0 unless t > s. log_blank
-            is not read then.
     Returns:
         labels [B, N] int64 and lengths [B] int32, the number of labels before the end. Past the length stands the
         last label, or if there is none the anchor, at most V - 1.
@@ -75,22 +62,15 @@ def prefix_chain(
     single SM; so the host launches a static sequence of 1 + 2 N kernels (no value of a tensor is read on the host, so
     a CUDA graph can hold it) and each sweep spreads over the vocabulary.
     """
-    frames = logits, log_label, log_blank, anchor
-    run = prefix_chain_triton if logits.is_cuda else prefix_chain_reference
-    return run(*frames, num_labels, markov, sampling, transitions)
+    run = prefix_chain_triton if frames.logits.is_cuda else prefix_chain_reference
+    return run(frames, num_labels, sampling)
 
 
 def prefix_chain_reference(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_labels: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sampling: ChainSampling | None = None,
-    transitions: torch.Tensor | None = None,
+    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two vectors of the state, w = n + b and b, are rows 0 and 1 of [B, 2, T]."""
+    logits, log_label, log_blank, anchor, markov, transitions = frames
     num_frames = logits.shape[1]
     p = torch.exp(logits.float() + log_label[..., None])
     p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may come with an infinite log_label
@@ -179,15 +159,9 @@ def _noise(sampling: ChainSampling, num_labels: int, num_tokens: int) -> tuple[t
 
 
 def prefix_chain_triton(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_labels: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sampling: ChainSampling | None = None,
-    transitions: torch.Tensor | None = None,
+    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, log_label, log_blank, anchor, markov, transitions = frames
     if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
         raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
@@ -208,7 +182,7 @@ def prefix_chain_triton(
     block_token = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
     log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
     transitions = None if transitions is None else transitions.contiguous()
-    frames = (logits, logits.stride(0), logits.stride(1), log_label)
+    log_p = (logits, logits.stride(0), logits.stride(1), log_label)
     w_in, w_out = (None, None) if markov is None else markov
     draft = (None,) * 5 + (0, 0)
     if sampling is not None:
@@ -220,13 +194,13 @@ def prefix_chain_triton(
     )
     for k in range(num_labels):
         score_kernel[(triton.cdiv(batch, rows), num_blocks)](
-            *frames, state, last, w_in, w_out, *draft, block_best, block_token, k, batch, num_tokens,
+            *log_p, state, last, w_in, w_out, *draft, block_best, block_token, k, batch, num_tokens,
             T=num_frames, BLOCK_T=block_t, BLOCK_V=block_v, ROWS=rows,
             RANK=rank, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), SAMPLED=sampling is not None,
             num_warps=4,
         )  # fmt: skip
         extend_kernel[(batch,)](
-            *frames, log_blank, transitions, state, last, *draft[3:], block_best, block_token, labels, lengths, k,
+            *log_p, log_blank, transitions, state, last, *draft[3:], block_best, block_token, labels, lengths, k,
             num_labels, num_blocks, num_tokens, T=num_frames, BLOCK_T=block_t,
             BLOCK_N=triton.next_power_of_2(num_blocks), SAMPLED=sampling is not None, num_warps=4,
         )  # fmt: skip

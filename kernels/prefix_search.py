@@ -4,26 +4,15 @@ import numpy as np
 import torch
 from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 
 
-def prefix_search(
-    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
-    log_label: torch.Tensor,  # [B, T] fp32
-    log_blank: torch.Tensor,  # [B, T] fp32
-    anchor: torch.Tensor,  # [B] int64
-    num_nodes: int,
-    width: int,
-    depth: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
-    chain_only: torch.Tensor | None = None,  # [B] bool
-    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
-) -> DraftTree:
+def prefix_search(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """The `N` most probable label prefixes, given that they consist of candidates: the `C` best tokens of each frame.
 
-    With the frames' `p_t(v)`, the forward vectors `w`, `b` and the exact conditional `S(v)` of a prefix as in
-    `prefix_chain`, the score of a node is the sum of `log q` along its path:
+    With the forward vectors `w`, `b` and the exact conditional `S(v)` of a prefix as in `prefix_chain`, the score of a
+    node is the sum of `log q` along its path:
 
         q(v | prefix) = S(v)                                        the rest of 1 is the mass of stopping here
         q(v | prefix) = S(v) e^{bias(v)} / Z                        with a head, bias(v) = W_out[v] . W_in[last]
@@ -38,16 +27,8 @@ def prefix_search(
     Their order is score, then depth (shallower first), then the parent's row, then the token.
 
     Arguments:
-        logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
-        log_label, log_blank: [B, T] fp32.
-        anchor: [B] int64, the token before the first label: a row of W_in, which may have more rows than V. It is under
-            no repeat rule.
-        num_nodes: N <= 64.
-        width: C, clamped to V. Small trees lose by C = N where a head moves mass to tokens that no frame ranks high.
-        depth: D, no node is deeper.
-        markov: None, or the label-conditional head (W_in, W_out), each [V, r], contiguous, of one dtype.
+        budget: C is clamped to V. Small trees lose by C = N where a head moves mass to tokens that no frame ranks high.
         chain_only: None, or [B] bool: rows that get the best child of the best child and so on, one node per depth.
-        transitions: None for CTC, or A [B, 1 + T, T] fp32 as in `prefix_chain`; log_blank is -inf then.
     Returns:
         The DraftTree [B, 1 + N]; unused rows hold the anchor's token.
 
@@ -56,24 +37,17 @@ def prefix_search(
     per request holds the search and expands only the nodes of the tree: a topk, a sort and two kernels whatever N and
     D, and nothing of size N * V.
     """
-    if not 1 <= num_nodes <= MAX_NODES:
-        raise ValueError(f"prefix_search finds 1 to {MAX_NODES} nodes, not {num_nodes}")
-    run = prefix_search_triton if logits.is_cuda else prefix_search_reference
-    return run(logits, log_label, log_blank, anchor, num_nodes, width, depth, markov, chain_only, transitions)
+    if not 1 <= budget.nodes <= MAX_NODES:
+        raise ValueError(f"prefix_search finds 1 to {MAX_NODES} nodes, not {budget.nodes}")
+    run = prefix_search_triton if frames.logits.is_cuda else prefix_search_reference
+    return run(frames, budget, chain_only)
 
 
 def greedy_chain(
-    logits: torch.Tensor,  # [B, T, V] fp16, bf16 or fp32
-    log_label: torch.Tensor,  # [B, T] fp32
-    log_blank: torch.Tensor,  # [B, T] fp32
-    anchor: torch.Tensor,  # [B] int64
-    num_labels: int,
-    width: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,  # W_in [V or more, r], W_out [V, r]
-    transitions: torch.Tensor | None = None,  # [B, 1 + T, T] fp32
+    frames: Frames, num_labels: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, N] int64, [B] int32
     """The most probable label, the most probable one behind it, and so on: the tree of `prefix_search` in which every
-    row is a chain. Arguments as there, with `N` labels.
+    row is a chain of up to `N` labels, `width` tokens of each frame being candidates.
 
     `prefix_chain` without sampling finds the same labels among all tokens, and has to sum over the vocabulary once a
     label for it. Here it is read once, for the candidates.
@@ -81,40 +55,28 @@ def greedy_chain(
     Returns:
         labels [B, N] int64, the anchor past the end, and lengths [B] int32, the number of labels before the end.
     """
-    every = torch.ones_like(anchor, dtype=torch.bool)
-    tree = prefix_search(
-        logits, log_label, log_blank, anchor, num_labels, width, num_labels, markov, every, transitions
-    )
+    every = torch.ones_like(frames.anchor, dtype=torch.bool)
+    tree = prefix_search(frames, Budget(num_labels, width, num_labels), every)
     return tree.tokens[:, 1:], (tree.parents[:, 1:] >= 0).sum(1, dtype=torch.int32)
 
 
 @torch.no_grad()
-def prefix_search_reference(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_nodes: int,
-    width: int,
-    depth: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
-    chain_only: torch.Tensor | None = None,
-    transitions: torch.Tensor | None = None,
-) -> DraftTree:
+def prefix_search_reference(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
     in torch or numpy is mostly the overhead of calls."""
     from vllm_ctc_spec.kernels.prefix_search_loops import best_first  # numba is for a CPU only
 
+    logits, log_label, log_blank, anchor, markov, transitions = frames
     batch, num_frames, num_tokens = logits.shape
-    width = min(width, num_tokens)
+    width, rows = min(budget.width, num_tokens), 1 + budget.nodes
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
     chains = [False] * batch if chain_only is None else chain_only.tolist()
     tree = {
-        "tokens": np.repeat(anchor.numpy()[:, None], 1 + num_nodes, 1),
-        "parents": np.full((batch, 1 + num_nodes), -1, np.int32),
-        "depths": np.zeros((batch, 1 + num_nodes), np.int32),
-        "scores": np.full((batch, 1 + num_nodes), -np.inf, np.float32),
-        "ancestors": np.zeros((batch, 1 + num_nodes), np.int64),
+        "tokens": np.repeat(anchor.numpy()[:, None], rows, 1),
+        "parents": np.full((batch, rows), -1, np.int32),
+        "depths": np.zeros((batch, rows), np.int32),
+        "scores": np.full((batch, rows), -np.inf, np.float32),
+        "ancestors": np.zeros((batch, rows), np.int64),
     }
     p_blank = np.exp(log_blank.numpy())
     label_mass = np.where(log_label.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
@@ -132,7 +94,7 @@ def prefix_search_reference(
         columns = best_first(
             p.numpy(), label_mass[row], p_blank[row],
             no_transitions if transitions is None else transitions[row].contiguous().numpy(),
-            inner, outer, min(depth, num_frames), is_chain, markov is not None, width == num_tokens,
+            inner, outer, min(budget.depth, num_frames), is_chain, markov is not None, width == num_tokens,
             *(tree[name][row] for name in list(tree)[1:]),
         )  # fmt: skip
         tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]

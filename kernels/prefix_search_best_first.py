@@ -6,7 +6,7 @@ The mathematics and the reference are in `prefix_search.py`.
 import torch
 import triton
 import triton.language as tl
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, DraftTree
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.prefix_chain_sweep import along_transitions, then
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
@@ -15,27 +15,14 @@ _CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
 _HEAD_TILE_OF_WARP = 1024
 
 
-def prefix_search_triton(
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_nodes: int,
-    width: int,
-    depth: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
-    chain_only: torch.Tensor | None = None,
-    transitions: torch.Tensor | None = None,
-) -> DraftTree:
+def prefix_search_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
+    logits, markov = frames.logits, frames.markov
     if logits.stride(2) != 1:
         raise ValueError("prefix_search needs logits that are contiguous in the vocabulary")
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
         raise ValueError("prefix_search needs contiguous Markov weights [V, r]")
-    width = min(width, logits.shape[2])
-    candidates = best_tokens(logits, width)
-    return search_candidates(
-        candidates, width, logits, log_label, log_blank, anchor, num_nodes, depth, markov, chain_only, transitions
-    )
+    budget = budget._replace(width=min(budget.width, logits.shape[2]))
+    return search_candidates(best_tokens(logits, budget.width), frames, budget, chain_only)
 
 
 def best_tokens(logits: torch.Tensor, width: int) -> torch.Tensor:
@@ -44,25 +31,19 @@ def best_tokens(logits: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def search_candidates(
-    tokens: torch.Tensor,  # [B, T * width] int64, from `best_tokens`
-    width: int,
-    logits: torch.Tensor,
-    log_label: torch.Tensor,
-    log_blank: torch.Tensor,
-    anchor: torch.Tensor,
-    num_nodes: int,
-    depth: int,
-    markov: tuple[torch.Tensor, torch.Tensor] | None,
-    chain_only: torch.Tensor | None,
-    transitions: torch.Tensor | None,
+    tokens: torch.Tensor,  # [B, T * budget.width] int64, from `best_tokens`
+    frames: Frames,
+    budget: Budget,
+    chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
+    logits, log_label, log_blank, anchor, markov, transitions = frames
     (batch, num_frames, num_tokens), num_candidates, device = logits.shape, tokens.shape[1], logits.device
     log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    rows = 1 + num_nodes
+    rows = 1 + budget.nodes
     tree = DraftTree(
         tokens=empty(batch, rows, dtype=torch.int64),
         parents=empty(batch, rows, dtype=torch.int32),
@@ -83,11 +64,11 @@ def search_candidates(
     search_kernel[(batch,)](
         tokens, p, log_label, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
-        w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, num_nodes, num_candidates),
+        w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, budget.nodes, num_candidates),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
-        num_candidates, min(depth, num_frames), N=num_nodes, T=num_frames,
-        BLOCK_N=triton.next_power_of_2(num_nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
-        RANK=rank, BLOCK_R=block_r, COMPLETE=width == num_tokens, num_warps=num_warps,
+        num_candidates, min(budget.depth, num_frames), N=budget.nodes, T=num_frames,
+        BLOCK_N=triton.next_power_of_2(budget.nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
+        RANK=rank, BLOCK_R=block_r, COMPLETE=budget.width == num_tokens, num_warps=num_warps,
     )  # fmt: skip
     return tree
 

@@ -13,6 +13,7 @@ import triton
 from kernel_cases import RANK, Model, Shape, attention_arguments
 from kernel_time import copy_bandwidth
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings, verdict
+from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_candidates
@@ -82,17 +83,16 @@ def stage(name: str, time: float, budget: float, floor: Floor, bandwidth: float,
     return verdict(PART, name, time <= budget, detail, bytes_floor=of_bytes, operations_floor=of_operations, **figures)
 
 
-def frames(batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """logits, log_label, log_blank, anchor"""
+def frames(batch: int, device: torch.device) -> Frames:
     logits = (torch.randn(batch, FRAMES, VOCABULARY, device=device) * 3).bfloat16()
     odds = torch.randn(batch, FRAMES, device=device)
     log_label = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
     anchor = torch.randint(VOCABULARY, (batch,), device=device)
-    return logits, log_label, torch.nn.functional.logsigmoid(odds), anchor
+    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchor)
 
 
 def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
-    logits, width = frames(batch, device)[0], default_width(NODES)
+    logits, width = frames(batch, device).logits, default_width(NODES)
 
     def run() -> None:
         frame_stats(logits)
@@ -109,11 +109,10 @@ def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: flo
 
 
 def search_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
-    logits, log_label, log_blank, anchor = frames(batch, device)
-    width = default_width(NODES)
-    tokens = best_tokens(logits, width)
+    without_head, budget = frames(batch, device), Budget(NODES, default_width(NODES), DEPTH)
+    tokens = best_tokens(without_head.logits, budget.width)
     head = tuple((torch.randn(VOCABULARY, RANK, device=device) * 0.1).bfloat16() for _ in range(2))
-    arguments = (tokens, width, logits, log_label, log_blank, anchor, NODES, DEPTH, head, None, None)
+    arguments = tokens, without_head._replace(markov=head), budget
     num_candidates = tokens.shape[1]
     # Every node: T products and RANK products a candidate. One program a request: its peak is one multiprocessor's.
     operations = 2.0 * NODES * num_candidates * (FRAMES + RANK)

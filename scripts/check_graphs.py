@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
-from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
@@ -119,18 +119,14 @@ def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
 
     @torch.no_grad()
     def step() -> list[torch.Tensor]:
-        frames = drafter.frames(drafter.hidden_slots(states, anchors, positions)[:, 0])
-        logsumexp, _, _ = frame_stats(frames.logits)
-        log_label, log_blank, transitions = frames.lattice.for_kernels(logsumexp)
-        inputs_of_kernels = frames.logits, log_label, log_blank, anchors[:, 0]
+        outputs = drafter.frames(drafter.hidden_slots(states, anchors, positions)[:, 0])
+        logsumexp, _, _ = frame_stats(outputs.logits)
+        frames = outputs.for_kernels(logsumexp, anchors[:, 0], drafter.markov_tables)
         if draft == "chain":
-            width = default_width(LABELS)
-            return list(greedy_chain(*inputs_of_kernels, LABELS, width, drafter.markov_tables, transitions))
+            return list(greedy_chain(frames, LABELS, default_width(LABELS)))
         if draft == "sampled chain":
-            chain = prefix_chain(*inputs_of_kernels, LABELS, drafter.markov_tables, sampling, transitions)
-            return [*chain, draft_logits]
-        budget = NODES, default_width(NODES), LABELS
-        tree = prefix_search(*inputs_of_kernels, *budget, drafter.markov_tables, chain_only, transitions)
+            return [*prefix_chain(frames, LABELS, sampling), draft_logits]
+        tree = prefix_search(frames, Budget(NODES, default_width(NODES), LABELS), chain_only)
         table.store(slots, tree)
         return [table.parents, table.depths, table.ancestors, tree.tokens, tree.scores]
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import check_trees
 import torch
-from frames64 import Frames, chain_gap, random_frames, sampled_rows, search_certificate
+from frames64 import chain_gap, random_frames, row_of, sampled_rows, search_certificate
 from outcome import FAILED, OK, Outcome, Settings
 from vllm_ctc_spec.kernels.collapse import collapse_triton
-from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
@@ -99,18 +99,9 @@ def run_check(
 
 
 def frames_of(case: Case, transitions: bool = False) -> Frames:
-    return random_frames(*case.shape[:3], case.dtype, case.generator, transitions).to(case.device)
-
-
-def head_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    size = case.shape.vocabulary, case.shape.rank
-    weights = (torch.randn(size, generator=case.generator) * (2 / size[1] ** 0.5) ** 0.5 for _ in range(2))
-    w_in, w_out = (w.to(case.dtype).to(case.device) for w in weights)
-    return w_in, w_out
-
-
-def anchors_of(case: Case) -> torch.Tensor:
-    return torch.randint(case.shape.vocabulary, (case.shape.batch,), generator=case.generator).to(case.device)
+    shape = case.shape
+    sizes = shape.vocabulary, shape.frames, shape.batch, shape.rank
+    return random_frames(*sizes, case.dtype, case.generator, transitions).to(case.device)
 
 
 def frame_stats_error(case: Case) -> Error:
@@ -131,7 +122,7 @@ def first_of(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def collapse_error(case: Case) -> Error:
     shape, blank = case.shape, case.shape.vocabulary
     alignment = torch.randint(blank - 3, blank + 1, (shape.batch, shape.frames), generator=case.generator)
-    anchor = anchors_of(case)
+    anchor = torch.randint(shape.vocabulary, (shape.batch,), generator=case.generator).to(case.device)
     labels, lengths = collapse_triton(alignment.to(case.device), blank, anchor, shape.nodes)
     wrong = 0
     for row, symbols in enumerate(alignment.tolist()):
@@ -143,18 +134,17 @@ def collapse_error(case: Case) -> Error:
 
 
 def chain_error(case: Case, transitions: bool = False) -> Error:
-    frames, head, anchor = frames_of(case, transitions), head_of(case), anchors_of(case)
-    labels, lengths = prefix_chain_triton(*frames[:3], anchor, case.shape.frames, head, None, frames.transitions)
+    frames = frames_of(case, transitions)
+    labels, lengths = prefix_chain_triton(frames, case.shape.frames)
     gaps = [
-        chain_gap(frames.row(row), labels[row, : lengths[row]].tolist(), case.shape.frames, head, int(anchor[row]))
+        chain_gap(row_of(frames, row), labels[row, : lengths[row]].tolist(), case.shape.frames)
         for row in range(case.shape.batch)
     ]
     return max(gaps), LOG
 
 
 def sampled_chain_error(case: Case) -> Error:
-    shape, device = case.shape, case.device
-    frames, head, anchor = frames_of(case), head_of(case), anchors_of(case)
+    shape, device, frames = case.shape, case.device, frames_of(case)
     num_labels = min(4, shape.frames)
     sampling = ChainSampling(
         temperature=(torch.rand(shape.batch, generator=case.generator) + 0.3).to(device),
@@ -163,35 +153,40 @@ def sampled_chain_error(case: Case) -> Error:
         slots=torch.randperm(shape.batch, generator=case.generator).to(device),
         draft_logits=torch.full((shape.batch, num_labels, shape.vocabulary), torch.nan, device=device),
     )
-    labels, lengths = prefix_chain_triton(*frames[:3], anchor, num_labels, head, sampling)
-    return max(sampled_rows(frames, labels, lengths, head, anchor, sampling)), LOG
+    labels, lengths = prefix_chain_triton(frames, num_labels, sampling)
+    return max(sampled_rows(frames, labels, lengths, sampling)), LOG
+
+
+def budget_of(case: Case) -> Budget:
+    shape = case.shape
+    return Budget(shape.nodes, min(default_width(shape.nodes), shape.vocabulary), min(8, shape.frames))
 
 
 def search_error(case: Case, transitions: bool = False) -> Error:
-    shape, frames, head, anchor = case.shape, frames_of(case, transitions), head_of(case), anchors_of(case)
-    width, depth = min(default_width(shape.nodes), shape.vocabulary), min(8, shape.frames)
-    tree = prefix_search_triton(*frames[:3], anchor, shape.nodes, width, depth, head, None, frames.transitions)
+    shape, frames, budget = case.shape, frames_of(case, transitions), budget_of(case)
+    tree = prefix_search_triton(frames, budget)
     tree.check(shape.vocabulary)
-    candidates = frames.logits.topk(width, dim=2, sorted=False).indices.flatten(1)  # the kernel's own call
+    candidates = frames.logits.topk(budget.width, dim=2, sorted=False).indices.flatten(1)  # the kernel's own call
     rows = range(min(shape.batch, 4))
-    errors = [search_certificate(frames.row(row), tree, row, candidates[row].unique(), depth, head) for row in rows]
+    errors = [
+        search_certificate(row_of(frames, row), tree, row, candidates[row].unique(), budget.depth) for row in rows
+    ]
     return max(errors), LOG_OF_SEARCH
 
 
 def transform_error(case: Case) -> Error:
     """Scores are those of the reference, and no score is above the prefix's exact probability."""
-    shape, frames, anchor = case.shape, frames_of(case), anchors_of(case)
-    options = shape.nodes, default_width(shape.nodes), min(8, shape.frames)
-    tree = ctc_transform_triton(*frames[:3], anchor, *options)
+    shape, frames, budget = case.shape, frames_of(case), budget_of(case)
+    tree = ctc_transform_triton(frames, budget)
     tree.check(shape.vocabulary)
-    reference = ctc_transform_reference(*(x.cpu() for x in (*frames[:3], anchor)), *options)
+    reference = ctc_transform_reference(frames.to("cpu"), budget)
     scores, expected = tree.scores.cpu(), reference.scores
     if not torch.equal(scores.isneginf(), expected.isneginf()):
         return torch.inf, LOG
     used = ~expected.isneginf()
     errors = [(scores - expected)[used].abs().max().item()]
     for row in range(min(shape.batch, 2)):
-        one = frames.row(row)
+        one = row_of(frames, row)
         for node in range(1, 1 + min(8, int(tree.num_nodes[row]))):
             prefix = one.root()
             for label in tree.path(row, node):

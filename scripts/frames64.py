@@ -5,45 +5,48 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
 from vllm_ctc_spec import ctc
 
 LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
 ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less
-Head = tuple[torch.Tensor, torch.Tensor]
 
 
 class Row(NamedTuple):
-    """The frames of one request in fp64."""
+    """The frames of one request in fp64, and what goes with them."""
 
     log_probs: torch.Tensor  # [T, V + 1]
     log_transitions: torch.Tensor | None  # [1 + T, T]
+    markov: tuple[torch.Tensor, torch.Tensor]
+    anchor: int
 
     def root(self) -> ctc.Prefix | ctc.TransitionPrefix:
         return ctc.root_prefix(self.log_probs, self.log_transitions)
 
+    def bias(self, last: int, tokens: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """The head's, fp64, of `tokens` or of all."""
+        w_in, w_out = self.markov
+        return w_out[tokens].double() @ w_in[last].double()
 
-class Frames(NamedTuple):
-    logits: torch.Tensor  # [B, T, V]
-    log_label: torch.Tensor  # [B, T] fp32
-    log_blank: torch.Tensor  # [B, T] fp32
-    transitions: torch.Tensor | None  # [B, 1 + T, T] fp32
 
-    def to(self, device: torch.device) -> "Frames":
-        return Frames(*(None if x is None else x.to(device) for x in self))
-
-    def row(self, row: int) -> Row:
-        logits, log_label, log_blank = (x[row].double() for x in self[:3])
-        log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(ctc.NEG)
-        if self.transitions is None:
-            return Row(log_probs, None)
-        return Row(log_probs, self.transitions[row].double().log().clamp_min(ctc.NEG))
+def row_of(frames: Frames, row: int) -> Row:
+    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
+    log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(ctc.NEG)
+    transitions = frames.transitions
+    log_transitions = None if transitions is None else transitions[row].double().log().clamp_min(ctc.NEG)
+    return Row(log_probs, log_transitions, frames.markov, int(frames.anchor[row]))
 
 
 def random_frames(
-    vocabulary: int, num_frames: int, batch: int, dtype: torch.dtype, generator: torch.Generator, transitions: bool
+    vocabulary: int,
+    num_frames: int,
+    batch: int,
+    rank: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    with_transitions: bool,
 ) -> Frames:
     """A few tokens carry a frame, neighbours share them, over a heavy tail; so that labels repeat, too."""
     logits = torch.randn(batch, num_frames, vocabulary, generator=generator) * 2
@@ -52,33 +55,33 @@ def random_frames(
     logits.scatter_add_(2, peaks, 6 + 10 * torch.rand(peaks.shape, generator=generator))
     logits = logits.to(dtype)
     odds = torch.randn(batch, num_frames, generator=generator) * 1.5 - 0.7
-    between = None
-    if transitions:
+    transitions = None
+    if with_transitions:
         odds = torch.full_like(odds, -torch.inf)
-        between = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
-        behind = torch.ones_like(between, dtype=torch.bool).tril(-1)
-        between = torch.softmax(between.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
+        transitions = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
+        behind = torch.ones_like(transitions, dtype=torch.bool).tril(-1)
+        transitions = torch.softmax(transitions.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
     log_label = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
-    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), between)
+    log_blank = torch.nn.functional.logsigmoid(odds)
+    scale = (2 / rank**0.5) ** 0.5
+    w_in, w_out = ((torch.randn(vocabulary, rank, generator=generator) * scale).to(dtype) for _ in range(2))
+    anchor = torch.randint(vocabulary, (batch,), generator=generator)
+    return Frames(logits, log_label, log_blank, anchor, (w_in, w_out), transitions)
 
 
-def bias_of(head: Head, last: int, tokens: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-    return head[1][tokens].double() @ head[0][last].double()
-
-
-def conditionals(row: Row, labels: list[int], head: Head, anchor: int) -> Iterator[torch.Tensor]:
+def conditionals(row: Row, labels: list[int]) -> Iterator[torch.Tensor]:
     """log q(v | labels[:k]) plus the head's bias `[V]` in fp64, for k = 0..len(labels)."""
-    prefix, last = row.root(), anchor
+    prefix, last = row.root(), row.anchor
     for label in [*labels, None]:
-        yield prefix.conditional(row.log_probs) + bias_of(head, last)
+        yield prefix.conditional(row.log_probs) + row.bias(last)
         if label is not None:
             prefix, last = prefix.extend(row.log_probs, label), label
 
 
-def chain_gap(row: Row, labels: list[int], num_labels: int, head: Head, anchor: int) -> float:
+def chain_gap(row: Row, labels: list[int], num_labels: int) -> float:
     """How far the worst label is below the best of its step, or how much a chain that ended has left."""
     gap = 0.0
-    for scores, label in zip(conditionals(row, labels, head, anchor), [*labels, None]):
+    for scores, label in zip(conditionals(row, labels), [*labels, None]):
         if label is not None:
             gap = max(gap, (scores.max() - scores[label]).item())
         elif len(labels) < num_labels and scores.max() > ENDED:
@@ -87,19 +90,14 @@ def chain_gap(row: Row, labels: list[int], num_labels: int, head: Head, anchor: 
 
 
 def sampled_rows(
-    frames: Frames,
-    labels: torch.Tensor,
-    lengths: torch.Tensor,
-    head: Head,
-    anchor: torch.Tensor,
-    sampling: ChainSampling,
+    frames: Frames, labels: torch.Tensor, lengths: torch.Tensor, sampling: ChainSampling
 ) -> Iterator[float]:
     """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
     score, with its noise, is below the best."""
     for b in range(labels.shape[0]):
         chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.slots[b])
         temperature = sampling.temperature[slot].double()
-        for k, exact in enumerate(conditionals(frames.row(b), chain, head, int(anchor[b]))):
+        for k, exact in enumerate(conditionals(row_of(frames, b), chain)):
             if k == len(chain):
                 break
             law = sampling.draft_logits[slot, k].double()
@@ -112,7 +110,7 @@ def sampled_rows(
             yield (scores.max() - scores[chain[k]]).item()
 
 
-def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int, head: Head) -> float:
+def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int) -> float:
     """How far the tree of request b is from the best one that consists of `tokens`: the worst error of a score, and how
     far the best child that is not in the tree is above the worst node that is.
 
@@ -140,7 +138,7 @@ def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, 
             error = max(error, abs(exact[node] - scores[node]))
             prefixes[node] = prefixes[parent].extend(reduced, place)
         if depths[node] < depth:
-            laws[node] = normalised(prefixes[node], reduced, log_rest, bias_of(head, drafted[node], tokens).cpu())
+            laws[node] = normalised(prefixes[node], reduced, log_rest, row.bias(drafted[node], tokens).cpu())
             left = laws[node].clone()
             left[list(children[node])] = -torch.inf
             error = max(error, exact[node] + left.max().item() - least)

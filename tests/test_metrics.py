@@ -12,7 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 from vllm_ctc_spec import metrics
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
 SLOTS, LABELS, FRAMES = 5, 6, 9
 CPU = torch.device("cpu")
@@ -160,12 +160,13 @@ def test_what_was_counted_is_forgotten(meter, tmp_path):
         wait_until(lambda: exposed(tmp_path)["vllm_ctc_spec:draft_nodes_total"] == 0)
 
 
-def frames(broken: list[tuple[int, int, float]]) -> torch.Tensor:
-    """log_label of two requests, with (request, frame, value) in place of numbers."""
+def frames(broken: list[tuple[int, int, float]], transitions: torch.Tensor | None = None) -> Frames:
+    """Of two requests, with (request, frame, value) in place of numbers."""
     log_label = torch.full((2, FRAMES), -3.0)
     for request, frame, value in broken:
         log_label[request, frame] = value
-    return log_label
+    logits, log_blank = torch.zeros(2, FRAMES, 1), torch.zeros(2, FRAMES)
+    return Frames(logits, log_label, log_blank, torch.tensor([0, 0]), transitions=transitions)
 
 
 def test_broken_frames_are_counted_where_a_draft_is_verified(meter):
@@ -173,15 +174,15 @@ def test_broken_frames_are_counted_where_a_draft_is_verified(meter):
     nan, inf = float("nan"), float("inf")
     transitions = torch.zeros(2, 1 + FRAMES, FRAMES)
     transitions[1, 4, [5, 6]] = nan
-    for log_label, steps, logits, counted in (
-        (frames([]), None, [2, 2], 0),
-        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), None, [2, 1 + LABELS], 3),
-        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), None, [1, 2], 1),  # no draft of the first was scheduled
-        (frames([(0, 0, nan), (1, 5, nan)]), transitions, [2, 2], 3),
-        (frames([]), None, [2, 2], 0),
+    for given, logits, counted in (
+        (frames([]), [2, 2], 0),
+        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), [2, 1 + LABELS], 3),
+        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), [1, 2], 1),  # no draft of the first was scheduled
+        (frames([(0, 0, nan), (1, 5, nan)], transitions), [2, 2], 3),
+        (frames([]), [2, 2], 0),
     ):
         before = int(meter.totals[metrics.BROKEN])
-        meter.record_frames(slots, log_label, steps)
+        meter.record_frames(slots, given)
         meter.record_chain(slots, lengths)
         meter.observe(slots.int(), torch.tensor(logits).int())
         assert meter.totals[metrics.BROKEN] - before == counted
@@ -196,7 +197,7 @@ def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, mo
         meter._counter_file = None
     slots, lengths = torch.tensor([0, 1]), torch.tensor([0, 0], dtype=torch.int32)
     for step, broken in enumerate(([], [(0, 2, float("nan"))], [(1, 2, float("nan"))])):
-        meter.record_frames(slots, frames(broken), None)
+        meter.record_frames(slots, frames(broken))
         meter.record_chain(slots, lengths)
         meter.observe(slots, torch.tensor([2, 2]))
         wait_for_timers()

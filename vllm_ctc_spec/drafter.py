@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfig, DrafterConfigError, shown
 from vllm_ctc_spec.ctc import NEG, slot_transitions, transition_log_probs
 from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
+from vllm_ctc_spec.kernels.contract import Frames
 
 INIT_STD = 0.02
 WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, and not both
@@ -47,18 +48,20 @@ class Lattice(NamedTuple):
     blank_odds: Tensor | None = None  # [..., T]: P(blank) = sigmoid(blank_odds); lattice "ctc" only
     log_transitions: Tensor | None = None  # [..., 1 + T, T], NEG where t <= s; the other lattices only
 
-    def for_kernels(self, logsumexp: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log_label, log_blank and transitions as `kernels/` take them, from the logits' logsumexp `[..., T]`."""
-        if self.blank_odds is None:
-            return -logsumexp, torch.full_like(logsumexp, -torch.inf), self.log_transitions.exp()
-        return F.logsigmoid(-self.blank_odds) - logsumexp, F.logsigmoid(self.blank_odds), None
-
 
 class FrameOutputs(NamedTuple):
     """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
 
     logits: Tensor  # [..., T, L] over the labels, the target's vocabulary or a part of it; unnormalised
     lattice: Lattice
+
+    def for_kernels(self, logsumexp: Tensor, anchor: Tensor, markov: tuple[Tensor, Tensor] | None) -> Frames:
+        """Of `...` = [B]: logsumexp [B, T] of the logits, anchor [B] as labels, the label-conditional head's tables."""
+        odds, log_transitions = self.lattice
+        if odds is None:
+            no_blank = torch.full_like(logsumexp, -torch.inf)
+            return Frames(self.logits, -logsumexp, no_blank, anchor, markov, log_transitions.exp())
+        return Frames(self.logits, F.logsigmoid(-odds) - logsumexp, F.logsigmoid(odds), anchor, markov)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:

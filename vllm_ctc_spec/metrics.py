@@ -24,7 +24,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from torch import Tensor
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
 logger = logging.getLogger("vllm.ctc_spec")
 
@@ -101,11 +101,11 @@ class DraftMeter:
         self._publishing = threading.Lock()
         self._warned = False
 
-    def record_frames(self, slots: Tensor, log_label: Tensor, transitions: Tensor | None) -> None:
-        """Frames, as the kernels take them, of drafts for the request slots [B]. Fixed shapes, as below."""
-        broken = ~log_label.isfinite()  # [B, T]
-        if transitions is not None:
-            broken |= transitions.isnan().any(1)
+    def record_frames(self, slots: Tensor, frames: Frames) -> None:
+        """Frames of drafts for the request slots [B]. Fixed shapes, as below."""
+        broken = ~frames.log_label.isfinite()  # [B, T]
+        if frames.transitions is not None:
+            broken |= frames.transitions.isnan().any(1)
         self._by_num_drafted[slots, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]
 
     def record_chain(self, slots: Tensor, lengths: Tensor) -> None:

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import metrics
 from vllm_ctc_spec.kernels.collapse import collapse
-from vllm_ctc_spec.kernels.contract import ChainSampling, DraftTree
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
@@ -166,17 +166,17 @@ class CTCProposer(DFlashSpeculator):
         )
         num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
         slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
-        logits, lattice = self.model.compute_frames(slots)
-        logsumexp, best, best_logit = frame_stats(logits)
-        log_label, log_blank, transitions = lattice.for_kernels(logsumexp)
+        outputs = self.model.compute_frames(slots)
+        logsumexp, best, best_logit = frame_stats(outputs.logits)
         anchor_tokens = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         vocabulary = self.model.vocabulary
         anchor = anchor_tokens if vocabulary is None else vocabulary.to_labels(anchor_tokens)
+        frames = outputs.for_kernels(logsumexp, anchor, self.model.markov_tables)
         requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
         if self.meter is not None:
-            self.meter.record_frames(requests, log_label, transitions)
+            self.meter.record_frames(requests, frames)
         if self.trees is not None:
-            tree = self._search_tree(logits, log_label, log_blank, anchor, requests, transitions)
+            tree = self._search_tree(frames, requests)
             self.trees.store(requests, tree)
             labels = tree.tokens[:, 1:]
             if self.meter is not None:
@@ -184,17 +184,15 @@ class CTCProposer(DFlashSpeculator):
                 self.meter.record_tree(requests, tree, most)
         else:
             if self.options.search == "argmax":
-                blank = logits.shape[-1]
-                alignment = torch.where(log_blank > best_logit + log_label, blank, best)
+                blank = frames.logits.shape[-1]
+                alignment = torch.where(frames.log_blank > best_logit + frames.log_label, blank, best)
                 labels, lengths = collapse(alignment, blank, anchor, self.num_labels)
             else:
-                frames, markov = (logits, log_label, log_blank, anchor), self.model.markov_tables
                 sampling = self._sampling(num_reqs)
                 if sampling is None:
-                    width = default_width(self.num_labels)
-                    labels, lengths = greedy_chain(*frames, self.num_labels, width, markov, transitions)
+                    labels, lengths = greedy_chain(frames, self.num_labels, default_width(self.num_labels))
                 else:
-                    labels, lengths = prefix_chain(*frames, self.num_labels, markov, sampling, transitions)
+                    labels, lengths = prefix_chain(frames, self.num_labels, sampling)
             if self.meter is not None:
                 self.meter.record_chain(requests, lengths)
         self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
@@ -208,21 +206,12 @@ class CTCProposer(DFlashSpeculator):
         label = torch.arange(self.num_labels, device=columns.device)
         self.draft_logits[requests[:, None, None], label[:, None], columns] = self.label_logits[requests]
 
-    def _search_tree(
-        self,
-        logits: torch.Tensor,  # [B, T, V]
-        log_label: torch.Tensor,  # [B, T]
-        log_blank: torch.Tensor,  # [B, T]
-        anchor: torch.Tensor,  # [B]
-        slots: torch.Tensor,  # [B], the request slot of each row, -1 is inert
-        transitions: torch.Tensor | None,  # [B, 1 + T, T]
-    ) -> DraftTree:
-        width, depth = self.options.tree_width or default_width(self.num_labels), self.options.tree_depth
-        budget, chain_only = (self.num_labels, width, depth), self.trees.chain_only[slots]
-        if self.options.search == "transform":
-            return ctc_transform(logits, log_label, log_blank, anchor, *budget, chain_only)
-        markov = self.model.markov_tables
-        return prefix_search(logits, log_label, log_blank, anchor, *budget, markov, chain_only, transitions)
+    def _search_tree(self, frames: Frames, requests: torch.Tensor) -> DraftTree:
+        """requests [B]: the request slot of each row, -1 is inert."""
+        width = self.options.tree_width or default_width(self.num_labels)
+        budget = Budget(self.num_labels, width, self.options.tree_depth)
+        search = ctc_transform if self.options.search == "transform" else prefix_search
+        return search(frames, budget, self.trees.chain_only[requests])
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the

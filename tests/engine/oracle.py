@@ -5,7 +5,7 @@ import random
 import torch
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 from vllm_ctc_spec.proposer import CTCProposer
 
 
@@ -20,11 +20,11 @@ class OracleProposer(CTCProposer):
     request_states = None
     seed = 0
 
-    def _search_tree(self, logits, log_label, log_blank, anchor, slots, transitions) -> DraftTree:
+    def _search_tree(self, frames: Frames, requests: torch.Tensor) -> DraftTree:
         self.random = getattr(self, "random", None) or random.Random(self.seed)
-        vocab_size = logits.shape[-1]
+        vocab_size = frames.logits.shape[-1]
         tokens, parents = [], []
-        for slot in slots.tolist():
+        for slot in requests.tolist():
             truth = self._truth(slot)
             tree = self._chain if self.trees.chain_only[slot] else self._tree
             row_tokens, row_parents = tree(truth, vocab_size)
@@ -35,7 +35,7 @@ class OracleProposer(CTCProposer):
         scores = -torch.arange(parents.shape[1]).float().expand(parents.shape).contiguous()
         scores[parents < 0] = -torch.inf
         scores[:, 0] = 0
-        tokens = torch.cat([anchor[:, None], torch.tensor(tokens)], 1)
+        tokens = torch.cat([frames.anchor[:, None], torch.tensor(tokens)], 1)
         tree = DraftTree(tokens, parents, depths, scores, ancestors)
         tree.check(vocab_size)
         return tree

@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm_ctc_spec import metrics
 from vllm_ctc_spec.config import WEIGHTS_NAME
 from vllm_ctc_spec.drafter import FrameOutputs
+from vllm_ctc_spec.kernels.contract import Frames
 from vllm_ctc_spec.proposer import CTCProposer
 
 from ..fuzz.checkpoints import lay_traps
@@ -137,7 +138,8 @@ def test_broken_frames_are_looked_for_without_statistics():
         model_config=SimpleNamespace(served_model_name="m"),
     )
     meter = proposer._make_meter(config)
-    meter.record_frames(torch.tensor([0]), torch.full((1, 4), NAN), None)
+    not_numbers = torch.full((1, 4), NAN)
+    meter.record_frames(torch.tensor([0]), Frames(not_numbers[..., None], not_numbers, not_numbers, torch.tensor([0])))
     meter.record_chain(torch.tensor([0]), torch.tensor([0], dtype=torch.int32))
     meter._timer = object()  # nothing is published here
     meter.observe(torch.tensor([0]), torch.tensor([4]))

@@ -29,13 +29,14 @@ class Recorder(CTCProposer):
         self.frames: dict[tuple[int, ...], torch.Tensor] = {}
         self.instances.append(self)
 
-    def _search_tree(self, logits, log_label, log_blank, anchor, slots, transitions):
+    def _search_tree(self, frames, requests):
         if self.request_states is not None:
-            for frames, slot in zip(logits + log_label[:, :, None], slots.tolist(), strict=True):
+            log_label = frames.logits + frames.log_label[:, :, None]
+            for of_request, slot in zip(log_label, requests.tolist(), strict=True):
                 length = int(self.request_states.total_len.gpu[slot])
                 context = self.request_states.all_token_ids.gpu[slot][:length]
-                self.frames[tuple(context.tolist())] = frames.clone()
-        return super()._search_tree(logits, log_label, log_blank, anchor, slots, transitions)
+                self.frames[tuple(context.tolist())] = of_request.clone()
+        return super()._search_tree(frames, requests)
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import numpy as np
 import torch
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
 Nodes = dict[tuple[int, ...], float]  # the labels of each node and its score, in no order that a comparison may use
 
 
-def raw_tree(frames: tuple, row: int, beam: int, width: int) -> tuple[list[list[tuple[float, tuple[int, ...]]]], int]:
+def raw_tree(frames: Frames, row: int, beam: int, width: int) -> tuple[list[list[tuple[float, tuple[int, ...]]]], int]:
     """The kept raw paths of every frame, (exact log probability, symbols), best first, and the blank.
 
     The rank of a path is the definition's fp32 sum; what its probability adds to a node is the fp64 sum.
     """
-    logits, log_label, log_blank = frames
+    logits, log_label, log_blank = frames[:3]
     blank = logits.shape[2]
     # More tokens than paths change nothing, except for how topk ranks equal logits.
     best, tokens = logits.topk(min(width - 1, blank, beam), dim=2)
@@ -39,7 +39,7 @@ def raw_tree(frames: tuple, row: int, beam: int, width: int) -> tuple[list[list[
     return levels, blank
 
 
-def transform(frames: tuple, row: int, beam: int, width: int, depth: int) -> Nodes:
+def transform(frames: Frames, row: int, beam: int, width: int, depth: int) -> Nodes:
     """Every draft-tree node with its score, before the cut to the budget."""
     levels, blank = raw_tree(frames, row, beam, width)
     emitted = defaultdict(list)

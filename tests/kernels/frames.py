@@ -1,7 +1,7 @@
-"""Frames, heads and samplings that the tests of the chain share."""
+"""Frames, heads and samplings that the tests of the searches share."""
 
 import torch
-from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 from vllm_ctc_spec import ctc
 
@@ -13,18 +13,18 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> tuple:
+def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> Frames:
     logits = torch.randn(batch, num_frames, num_tokens, generator=generator(seed)) * scale
     return from_odds(logits, torch.randn(batch, num_frames, generator=generator(seed + 1)))
 
 
-def from_odds(logits: torch.Tensor, odds: torch.Tensor) -> tuple:
-    """`logits, log_label, log_blank` where P(blank) = sigmoid(odds)."""
+def from_odds(logits: torch.Tensor, odds: torch.Tensor) -> Frames:
+    """P(blank) = sigmoid(odds)."""
     log_label = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
-    return logits, log_label, torch.nn.functional.logsigmoid(odds)
+    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchors(len(logits)))
 
 
-def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> tuple:
+def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> Frames:
     """Frames that break careless code; ids near both ends of the vocabulary carry the mass."""
     logits, odds = torch.zeros(batch, num_frames, num_tokens), torch.zeros(batch, num_frames)
     if name == "flat":
@@ -76,9 +76,9 @@ HARD = [
 ]
 
 
-def token_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> tuple:
+def token_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> Frames:
     """Frames without blank, as transitions between frames have them."""
-    logits, _, _ = random_frames(batch, num_frames, num_tokens, seed, scale)
+    logits = random_frames(batch, num_frames, num_tokens, seed, scale).logits
     return from_odds(logits, torch.full((batch, num_frames), -torch.inf))
 
 
@@ -124,3 +124,14 @@ def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list
 
 def anchors(batch: int) -> torch.Tensor:
     return torch.full((batch,), ANCHOR)
+
+
+def log_probs(frames: Frames, row: int) -> torch.Tensor:
+    """`[T, V + 1]` of one request in fp64, the blank last."""
+    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
+    log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
+    return log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(ctc.NEG)
+
+
+def log_transitions(frames: Frames, row: int) -> torch.Tensor | None:
+    return None if frames.transitions is None else frames.transitions[row].double().log().clamp_min(ctc.NEG)

@@ -15,7 +15,6 @@ import triton
 import vllm_ctc_spec.kernels
 from vllm_ctc_spec.kernels import (
     collapse,
-    contract,
     ctc_transform,
     frame_stats,
     kv_compaction,
@@ -25,6 +24,7 @@ from vllm_ctc_spec.kernels import (
     tree_layout,
     tree_walk,
 )
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 
 from vllm_ctc_spec.options import default_width
 
@@ -114,55 +114,43 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def chain(
+def frames_of(
     num_frames: int,
     dtype: torch.dtype,
     rank: int,
-    sampled: bool,
     steps: bool = False,
-    num_labels: int = 16,
     batch: int = BATCH,
     num_tokens: int = VOCABULARY,
-) -> None:
-    markov = (empty(num_tokens, rank, dtype=dtype), empty(num_tokens, rank, dtype=dtype)) if rank else None
-    slots = empty(batch, dtype=torch.int64)
-    draft_logits = empty(batch, num_labels, num_tokens)
-    sampling = contract.ChainSampling(empty(batch), slots, slots, slots, draft_logits) if sampled else None
-    frames = empty(batch, num_frames)
-    logits = empty(batch, num_frames, num_tokens, dtype=dtype)
-    transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
-    prefix_chain.prefix_chain_triton(logits, frames, frames, slots, num_labels, markov, sampling, transitions)
+) -> Frames:
+    """rank: of the head, 0 for none; steps: with transitions."""
+    return Frames(
+        logits=empty(batch, num_frames, num_tokens, dtype=dtype),
+        log_label=empty(batch, num_frames),
+        log_blank=empty(batch, num_frames),
+        anchor=empty(batch, dtype=torch.int64),
+        markov=(empty(num_tokens, rank, dtype=dtype),) * 2 if rank else None,
+        transitions=empty(batch, 1 + num_frames, num_frames) if steps else None,
+    )
 
 
-def transform(
-    num_frames: int, num_nodes: int, width: int, dtype: torch.dtype, chains: bool, batch: int = BATCH
-) -> None:
-    logits, frames = empty(batch, num_frames, VOCABULARY, dtype=dtype), empty(batch, num_frames)
-    chain_only = empty(batch, dtype=torch.bool) if chains else None
-    anchor = empty(batch, dtype=torch.int64)
-    ctc_transform.ctc_transform_triton(logits, frames, frames, anchor, num_nodes, width, 8, chain_only)
+def chain(frames: Frames, sampled: bool, num_labels: int = 16) -> None:
+    batch, _, num_tokens = frames.logits.shape
+    sampling = None
+    if sampled:
+        slots = empty(batch, dtype=torch.int64)
+        sampling = ChainSampling(empty(batch), slots, slots, slots, empty(batch, num_labels, num_tokens))
+    prefix_chain.prefix_chain_triton(frames, num_labels, sampling)
 
 
-def search(
-    num_frames: int,
-    num_nodes: int,
-    dtype: torch.dtype,
-    rank: int,
-    chains: bool = False,
-    steps: bool = False,
-    width: int | None = None,
-    batch: int = BATCH,
-    num_tokens: int = VOCABULARY,
-) -> None:
-    logits, frames = empty(batch, num_frames, num_tokens, dtype=dtype), empty(batch, num_frames)
-    markov = (empty(num_tokens, rank, dtype=dtype),) * 2 if rank else None
-    chain_only = empty(batch, dtype=torch.bool) if chains else None
-    anchor = empty(batch, dtype=torch.int64)
-    transitions = empty(batch, 1 + num_frames, num_frames) if steps else None
-    prefix_search_best_first.prefix_search_triton(
-        logits, frames, frames, anchor, num_nodes, width or default_width(num_nodes), 8, markov, chain_only,
-        transitions,
-    )  # fmt: skip
+def transform(frames: Frames, num_nodes: int, width: int | None = None, chains: bool = True) -> None:
+    budget = Budget(num_nodes, width or default_width(num_nodes), 8)
+    ctc_transform.ctc_transform_triton(frames, budget, empty(len(frames.anchor), dtype=torch.bool) if chains else None)
+
+
+def search(frames: Frames, num_nodes: int, width: int | None = None, chains: bool = False) -> None:
+    budget = Budget(num_nodes, width or default_width(num_nodes), 8)
+    chain_only = empty(len(frames.anchor), dtype=torch.bool) if chains else None
+    prefix_search_best_first.prefix_search_triton(frames, budget, chain_only)
 
 
 def verification(num_nodes: int, batch: int = BATCH) -> None:
@@ -202,12 +190,13 @@ def default_shapes() -> None:
     one, whose context is split."""
     collapse.collapse_triton(empty(BATCH, 12, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 8)
     for num_frames, steps in ((12, False), (24, True)):
-        frame_stats.frame_stats_triton(empty(BATCH, num_frames, VOCABULARY, dtype=torch.bfloat16))
+        frames = frames_of(num_frames, torch.bfloat16, 64, steps)
+        frame_stats.frame_stats_triton(frames.logits)
         for sampled in (False, True):
-            chain(num_frames, torch.bfloat16, 64, sampled, steps, num_labels=8)
+            chain(frames, sampled, num_labels=8)
         for num_nodes in TREE_NODES:
-            search(num_frames, num_nodes, torch.bfloat16, rank=64, chains=True, steps=steps)
-    transform(12, 16, default_width(16), torch.bfloat16, chains=True)
+            search(frames, num_nodes, chains=True)
+    transform(frames_of(12, torch.bfloat16, 0), 16)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
         for requests in (1, BATCH):
@@ -222,9 +211,9 @@ def largest_shapes() -> None:
         empty(LARGE_BATCH, 64, dtype=torch.int64), LARGE_VOCABULARY, empty(LARGE_BATCH, dtype=torch.int64), 64
     )
     frame_stats.frame_stats_triton(empty(LARGE_BATCH, 24, LARGE_VOCABULARY, dtype=torch.bfloat16))
-    chain(24, torch.bfloat16, 256, sampled=True, steps=True, num_labels=24, **large)
-    search(64, 64, torch.bfloat16, 256, chains=True, steps=True, width=128, **large)
-    transform(64, 64, 64, torch.bfloat16, chains=True, batch=LARGE_BATCH)
+    chain(frames_of(24, torch.bfloat16, 256, steps=True, **large), sampled=True, num_labels=24)
+    search(frames_of(64, torch.bfloat16, 256, steps=True, **large), 64, width=128, chains=True)
+    transform(frames_of(64, torch.bfloat16, 0, batch=LARGE_BATCH), 64)
     verification(64, LARGE_BATCH)
     attention(128, torch.bfloat16, group=4, requests=LARGE_BATCH, num_blocks=2**17)
     attention(128, torch.bfloat16, group=4, requests=1, num_blocks=2**17)
@@ -233,38 +222,38 @@ def largest_shapes() -> None:
 def other_chains() -> None:
     collapse.collapse_triton(empty(BATCH, 32, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 16)
     frame_stats.frame_stats_triton(empty(BATCH, 12, VOCABULARY))
-    chain(12, torch.bfloat16, rank=0, sampled=False)
-    chain(12, torch.float32, rank=64, sampled=False)
-    chain(32, torch.float16, rank=0, sampled=True)
-    chain(32, torch.float32, rank=256, sampled=True)
-    chain(1, torch.bfloat16, rank=5, sampled=True)
-    chain(12, torch.bfloat16, rank=0, sampled=False, steps=True)
-    chain(64, torch.float32, rank=0, sampled=True, steps=True)
-    chain(1, torch.float16, rank=0, sampled=False, steps=True)
+    chain(frames_of(12, torch.bfloat16, 0), sampled=False)
+    chain(frames_of(12, torch.float32, 64), sampled=False)
+    chain(frames_of(32, torch.float16, 0), sampled=True)
+    chain(frames_of(32, torch.float32, 256), sampled=True)
+    chain(frames_of(1, torch.bfloat16, 5), sampled=True)
+    chain(frames_of(12, torch.bfloat16, 0, steps=True), sampled=False)
+    chain(frames_of(64, torch.float32, 0, steps=True), sampled=True)
+    chain(frames_of(1, torch.float16, 0, steps=True), sampled=False)
 
 
 def other_transforms() -> None:
     """The largest tree, one of no power of two, and the smallest one."""
-    transform(12, 64, default_width(64), torch.bfloat16, chains=True)
-    transform(12, 33, 9, torch.float16, chains=False)
-    transform(64, 64, 64, torch.float32, chains=True)
-    transform(12, 1, 5, torch.bfloat16, chains=True)
-    transform(1, 1, 1, torch.bfloat16, chains=False)
+    transform(frames_of(12, torch.bfloat16, 0), 64)
+    transform(frames_of(12, torch.float16, 0), 33, width=9, chains=False)
+    transform(frames_of(64, torch.float32, 0), 64)
+    transform(frames_of(12, torch.bfloat16, 0), 1, width=5)
+    transform(frames_of(1, torch.bfloat16, 0), 1, width=1, chains=False)
 
 
 def other_searches() -> None:
     """Without a head, of other dtypes, the largest ones, and the smallest ones."""
-    search(12, 16, torch.bfloat16, rank=0)
-    search(12, 16, torch.float32, rank=64, chains=True)
-    search(12, 64, torch.float32, rank=256)
-    search(32, 64, torch.float32, rank=256)
-    search(64, 64, torch.float32, rank=64)
-    search(64, 64, torch.float32, rank=64, width=128)
-    search(1, 1, torch.bfloat16, rank=5)
-    search(12, 16, torch.bfloat16, rank=0, steps=True)
-    search(64, 64, torch.float32, rank=64, steps=True)
-    search(64, 1, torch.bfloat16, rank=0, steps=True)
-    search(1, 1, torch.bfloat16, rank=5, steps=True)
+    search(frames_of(12, torch.bfloat16, 0), 16)
+    search(frames_of(12, torch.float32, 64), 16, chains=True)
+    search(frames_of(12, torch.float32, 256), 64)
+    search(frames_of(32, torch.float32, 256), 64)
+    search(frames_of(64, torch.float32, 64), 64)
+    search(frames_of(64, torch.float32, 64), 64, width=128)
+    search(frames_of(1, torch.bfloat16, 5), 1)
+    search(frames_of(12, torch.bfloat16, 0, steps=True), 16)
+    search(frames_of(64, torch.float32, 64, steps=True), 64)
+    search(frames_of(64, torch.bfloat16, 0, steps=True), 1)
+    search(frames_of(1, torch.bfloat16, 5, steps=True), 1)
 
 
 def other_trees() -> None:

@@ -2,14 +2,14 @@
 
 import torch
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
-from .frames import from_odds, generator
+from .frames import anchors, from_odds, generator
 
 Nodes = list[tuple[tuple[int, ...], float]]  # labels and log score, best first
 
 
-def realistic_frames(batch: int, num_frames: int, num_tokens: int, seed: int) -> tuple:
+def realistic_frames(batch: int, num_frames: int, num_tokens: int, seed: int) -> Frames:
     """As a trained drafter gives: a few tokens carry a frame, neighbours share them, over a heavy tail."""
     draw = generator(seed)
     logits = torch.randn(batch, num_frames, num_tokens, generator=draw) * 2
@@ -19,11 +19,11 @@ def realistic_frames(batch: int, num_frames: int, num_tokens: int, seed: int) ->
     return from_odds(logits, torch.randn(batch, num_frames, generator=draw) * 1.5 - 0.7)
 
 
-def certain_frames(num_frames: int) -> tuple:
+def certain_frames(num_frames: int) -> Frames:
     """Frame t holds token t, with a little more than all mass: what rounding does to frames that are sure."""
     logits = torch.full((1, num_frames, num_frames), -torch.inf)
     logits[0].fill_diagonal_(0)
-    return logits, torch.full((1, num_frames), 1e-6), torch.full((1, num_frames), -torch.inf)
+    return Frames(logits, torch.full((1, num_frames), 1e-6), torch.full((1, num_frames), -torch.inf), anchors(1))
 
 
 def nodes_of(tree: DraftTree, row: int) -> Nodes:

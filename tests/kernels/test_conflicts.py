@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
@@ -13,27 +14,28 @@ from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
 from .conflicts import watched
 from .conftest import INTERPRETED
-from .frames import anchors, markov_head, random_frames, sampling_for, transitions_between
+from .frames import markov_head, random_frames, sampling_for, transitions_between
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory cannot be watched")
-FRAMES = random_frames(2, 4, 20, seed=0)
+FRAMES, BUDGET = random_frames(2, 4, 20, seed=0), Budget(6, 8, 3)
+WITH_HEAD = FRAMES._replace(markov=markov_head(20, 5))
 
 
 def chain() -> None:
-    prefix_chain_triton(*FRAMES, anchors(2), 3, markov_head(20, 5), sampling_for(2, 3, 20, [1.0, 0.0]))
+    prefix_chain_triton(WITH_HEAD, 3, sampling_for(2, 3, 20, [1.0, 0.0]))
 
 
 def search() -> None:
-    prefix_search_triton(*FRAMES, anchors(2), 6, 8, 3, markov_head(20, 5))
+    prefix_search_triton(WITH_HEAD, BUDGET)
 
 
 def search_with_transitions() -> None:
-    lattice = transitions_between("spread", 2, 4)
-    prefix_search_triton(*FRAMES, anchors(2), 6, 8, 3, None, torch.tensor([True, False]), lattice)
+    frames = FRAMES._replace(transitions=transitions_between("spread", 2, 4))
+    prefix_search_triton(frames, BUDGET, torch.tensor([True, False]))
 
 
 def transform() -> None:
-    ctc_transform_triton(*FRAMES, anchors(2), 6, 8, 3, torch.tensor([True, False]))
+    ctc_transform_triton(FRAMES, BUDGET, torch.tensor([True, False]))
 
 
 def compaction() -> None:

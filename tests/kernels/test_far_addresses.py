@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
@@ -18,7 +19,7 @@ from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 
 from .conftest import INTERPRETED
-from .frames import anchors, markov_head, random_frames, sampling_for
+from .frames import markov_head, random_frames, sampling_for
 from .test_tree_attention import NEVER, make_step
 
 
@@ -68,21 +69,17 @@ def test_frame_stats(dimension: int, far: Far, triton_device: str) -> None:
 @pytest.mark.parametrize("dimension", [0, 1])
 @pytest.mark.parametrize("rank", [0, 5])
 def test_prefix_chain(rank: int, dimension: int, what: str, far: Far, triton_device: str) -> None:
-    logits, log_label, log_blank = (x.to(triton_device) for x in random_frames(3, 4, 40, seed=1))
-    markov = markov_head(40, rank)
-    markov = None if markov is None else tuple(x.to(triton_device) for x in markov)
+    near = random_frames(3, 4, 40, seed=1)._replace(markov=markov_head(40, rank)).to(triton_device)
 
     def run(is_far: bool) -> tuple[torch.Tensor, ...]:
         sampling = sampling_for(3, 4, 40, [1.0, 0.0, 0.7])
         sampling = type(sampling)(*(x.to(triton_device) for x in sampling))
-        x = logits
+        frames = near
         if is_far and what == "logits":
-            x = far(logits, dimension)
+            frames = near._replace(logits=far(near.logits, dimension))
         elif is_far:
             sampling = sampling._replace(draft_logits=far(sampling.draft_logits, dimension))
-        labels, lengths = prefix_chain_triton(
-            x, log_label, log_blank, anchors(3).to(triton_device), 4, markov, sampling
-        )
+        labels, lengths = prefix_chain_triton(frames, 4, sampling)
         return labels, lengths, sampling.draft_logits.clone()
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
@@ -90,8 +87,9 @@ def test_prefix_chain(rank: int, dimension: int, what: str, far: Far, triton_dev
 
 @pytest.mark.parametrize("dimension", [0, 1])
 def test_prefix_search(dimension: int, far: Far, triton_device: str) -> None:
-    logits, *rest = (x.to(triton_device) for x in (*random_frames(3, 4, 40, seed=2), anchors(3)))
-    trees = [vars(prefix_search_triton(x, *rest, 8, 40, 4)) for x in (logits, far(logits, dimension))]
+    near = random_frames(3, 4, 40, seed=2).to(triton_device)
+    both = near, near._replace(logits=far(near.logits, dimension))
+    trees = [vars(prefix_search_triton(frames, Budget(8, 40, 4))) for frames in both]
     torch.testing.assert_close(trees[1], trees[0], rtol=0, atol=0)
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
@@ -28,14 +29,13 @@ alignments = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 
 
 @st.composite
-def frames(
-    draw, logits=LOGITS, odds=ODDS, max_frames=4, max_tokens=3
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits [1, T, V], log_label and log_blank [1, T]."""
+def frames(draw, logits=LOGITS, odds=ODDS, max_frames=4, max_tokens=3) -> Frames:
+    """Of one request, whose anchor is token 0."""
     num_frames, num_tokens = draw(st.integers(1, max_frames)), draw(st.integers(1, max_tokens))
     values = draw(st.lists(logits, min_size=num_frames * num_tokens, max_size=num_frames * num_tokens))
     blanks = draw(st.lists(odds, min_size=num_frames, max_size=num_frames))
-    return from_odds(torch.tensor(values).view(1, num_frames, num_tokens), torch.tensor([blanks]))
+    given = from_odds(torch.tensor(values).view(1, num_frames, num_tokens), torch.tensor([blanks]))
+    return given._replace(anchor=torch.tensor([0]))
 
 
 def labels_of(alignment: list[int], num_labels: int = 24) -> list[int]:
@@ -82,9 +82,10 @@ def test_collapse_is_idempotent_where_no_label_repeats(examples):
     holds()
 
 
-def prefix_masses(logits: torch.Tensor, log_label: torch.Tensor, log_blank: torch.Tensor) -> dict[tuple, float]:
+def prefix_masses(given_frames: Frames) -> dict[tuple, float]:
     """The probability that the labels begin so, for every beginning, by enumeration of all alignments in fp64. A frame
     without any token is no distribution."""
+    logits, log_label, log_blank = given_frames[:3]
     assume((logits > -INF).any(2).all())
     p = (logits[0].double() + log_label[0].double()[:, None]).exp().masked_fill(logits[0] == -INF, 0)
     p = torch.cat([log_blank[0].double().exp()[:, None], p], 1).tolist()
@@ -101,9 +102,9 @@ def test_the_tree_is_the_most_probable_prefixes_of_all_alignments(examples):
     @examples(150)
     @given(frames(MILD, MILD), st.integers(1, 12), st.integers(1, 4))
     def holds(given_frames, num_nodes, depth):
-        masses = {labels: mass for labels, mass in prefix_masses(*given_frames).items() if len(labels) <= depth}
-        tree = prefix_search(*given_frames, torch.tensor([0]), num_nodes, 3, depth)
-        tree.check(given_frames[0].shape[2])
+        masses = {labels: mass for labels, mass in prefix_masses(given_frames).items() if len(labels) <= depth}
+        tree = prefix_search(given_frames, Budget(num_nodes, 3, depth))
+        tree.check(given_frames.logits.shape[2])
         found = {
             tuple(tree.path(0, node)): tree.scores[0, node].double().exp().item()
             for node in range(1, 1 + int(tree.num_nodes[0]))
@@ -125,7 +126,7 @@ def test_children_share_their_parents_probability(examples):
     @examples(60)
     @given(frames(max_frames=8, max_tokens=6), st.integers(1, 64))
     def holds(given_frames, num_nodes):
-        tree = prefix_search(*given_frames, torch.tensor([0]), num_nodes, 6, 8)
+        tree = prefix_search(given_frames, Budget(num_nodes, 6, 8))
         shares: Counter[int] = Counter()
         for node in range(1, 1 + int(tree.num_nodes[0])):
             shares[int(tree.parents[0, node])] += tree.scores[0, node].double().exp().item()
@@ -139,7 +140,7 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(examples):
     @examples(60)
     @given(frames(max_frames=8, max_tokens=6), st.integers(1, 63), st.integers(1, 8))
     def holds(given_frames, num_nodes, depth):
-        small, large = (prefix_search(*given_frames, torch.tensor([0]), nodes, 6, depth) for nodes in (num_nodes, 64))
+        small, large = (prefix_search(given_frames, Budget(nodes, 6, depth)) for nodes in (num_nodes, 64))
         for name, values in vars(large).items():
             assert torch.equal(getattr(small, name), values[:, : 1 + num_nodes]), name
 
@@ -151,10 +152,10 @@ def test_a_chain_follows_the_conditionals_of_all_alignments(temperature, example
     @examples(80)
     @given(frames(MILD, MILD))
     def holds(given_frames):
-        masses = prefix_masses(*given_frames)
-        num_tokens = given_frames[0].shape[2]
+        masses = prefix_masses(given_frames)
+        num_tokens = given_frames.logits.shape[2]
         sampling = sampling_for(1, 4, num_tokens, [temperature])
-        labels, lengths = prefix_chain(*given_frames, torch.tensor([0]), 4, sampling=sampling)
+        labels, lengths = prefix_chain(given_frames, 4, sampling)
         prefix: tuple = ()
         for step, label in enumerate(labels[0, : lengths[0]].tolist()):
             conditionals = torch.tensor([masses[(*prefix, token)] for token in range(num_tokens)])
@@ -173,21 +174,20 @@ def test_frames_of_any_kind_draft_real_tokens(examples):
     @examples(150)
     @given(frames(BROKEN, BROKEN, 6, 5), st.sampled_from([0.0, 0.7]), st.integers(1, 7))
     def holds(given_frames, temperature, budget):
-        logits, log_label, log_blank = given_frames
-        num_tokens, anchor = logits.shape[2], torch.tensor([0])
-        logsumexp, best, best_logit = frame_stats(logits)
+        num_tokens = given_frames.logits.shape[2]
+        _, best, best_logit = frame_stats(given_frames.logits)
         assert ((best >= 0) & (best < num_tokens)).all()
-        alignment = torch.where(log_blank > best_logit + log_label, num_tokens, best)
-        labels, lengths = collapse(alignment, num_tokens, anchor, budget)
+        alignment = torch.where(given_frames.log_blank > best_logit + given_frames.log_label, num_tokens, best)
+        labels, lengths = collapse(alignment, num_tokens, given_frames.anchor, budget)
         assert_labels(labels, lengths, num_tokens)
         sampling = sampling_for(1, budget, num_tokens, [temperature])
-        labels, lengths = prefix_chain(*given_frames, anchor, budget, sampling=sampling)
+        labels, lengths = prefix_chain(given_frames, budget, sampling)
         assert_labels(labels, lengths, num_tokens)
         law = torch.softmax(sampling.draft_logits[0], -1)
         assert not law.isnan().any()
         assert (law.gather(1, labels.T) > 0).all()  # what is drafted could have been drafted
         for search in (prefix_search, ctc_transform):
-            search(*given_frames, anchor, budget, 5, 4).check(num_tokens)
+            search(given_frames, Budget(budget, 5, 4)).check(num_tokens)
 
     holds()
 

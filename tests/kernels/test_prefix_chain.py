@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
 from vllm_ctc_spec import ctc
@@ -17,6 +17,8 @@ from .frames import (
     TRANSITIONS,
     anchors,
     hard_frames,
+    log_probs,
+    log_transitions,
     markov_head,
     random_frames,
     sampling_for,
@@ -41,18 +43,17 @@ def prefix_probabilities(p: torch.Tensor) -> dict[tuple, float]:
 SMALL = [(v, t, seed) for v in (1, 2, 3) for t in (1, 2, 3, 4, 5) for seed in (0, 1) if (v + 1) ** t <= 1024]
 
 
-def small_frames(num_tokens: int, num_frames: int, seed: int) -> tuple:
+def small_frames(num_tokens: int, num_frames: int, seed: int) -> tuple[Frames, dict[tuple, float]]:
+    """The anchor is token 0: there may be no other."""
     frames = random_frames(1, num_frames, num_tokens, seed=10 * seed + num_frames, scale=1.5)
-    logits, log_label, log_blank = (x.double() for x in frames)
-    p = torch.cat([(logits + log_label[..., None]).exp()[0], log_blank.exp()[0, :, None]], 1)
-    return frames, prefix_probabilities(p)
+    return frames._replace(anchor=torch.tensor([0])), prefix_probabilities(log_probs(frames, 0).exp())
 
 
 @pytest.mark.parametrize("num_tokens, num_frames, seed", SMALL)
 def test_greedy_chain_against_brute_force(num_tokens: int, num_frames: int, seed: int) -> None:
     frames, starts = small_frames(num_tokens, num_frames, seed)
     num_labels = num_frames + 2
-    labels, lengths = prefix_chain(*frames, torch.tensor([0]), num_labels)
+    labels, lengths = prefix_chain(frames, num_labels)
     prefix = ()
     for label in labels[0, : lengths[0]].tolist():
         best = max(starts[(*prefix, v)] for v in range(num_tokens))
@@ -70,7 +71,7 @@ def test_draft_logits_against_brute_force(num_tokens: int, num_frames: int, seed
     frames, starts = small_frames(num_tokens, num_frames, seed)
     markov = markov_head(num_tokens, rank)
     sampling = sampling_for(1, num_frames, num_tokens, [1.3])
-    labels, lengths = prefix_chain(*frames, torch.tensor([0]), num_frames, markov, sampling)
+    labels, lengths = prefix_chain(frames._replace(markov=markov), num_frames, sampling)
     prefix, last = (), 0
     for k in range(lengths.item()):
         q = torch.tensor([starts[(*prefix, v)] for v in range(num_tokens)], dtype=torch.float64) / starts[prefix]
@@ -86,11 +87,12 @@ def test_draft_logits_against_brute_force(num_tokens: int, num_frames: int, seed
 def test_an_anchor_that_is_no_label_is_a_row_of_the_head_alone(temperature: list[float] | None) -> None:
     """As if the frames had that label too, and never held it."""
     frames, (w_in, w_out) = random_frames(1, 5, 40, seed=2), markov_head(41, 5)
-    wide = (torch.nn.functional.pad(frames[0], (0, 1), value=-torch.inf), *frames[1:])
+    wide = torch.nn.functional.pad(frames.logits, (0, 1), value=-torch.inf)
     chains = []
-    for (logits, *rest), outer in ((frames, w_out[:40]), (wide, w_out)):
+    for logits, outer in ((frames.logits, w_out[:40]), (wide, w_out)):
         sampling = None if temperature is None else sampling_for(1, 4, logits.shape[2], temperature)
-        chains.append(prefix_chain(logits, *rest, torch.tensor([40]), 4, (w_in, outer), sampling))
+        given = frames._replace(logits=logits, anchor=torch.tensor([40]), markov=(w_in, outer))
+        chains.append(prefix_chain(given, 4, sampling))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*chains, strict=True))
 
 
@@ -99,7 +101,7 @@ def test_a_chain_that_ends_at_the_root_is_filled_with_a_label(temperature: list[
     frames = hard_frames("all blank", 1, 3, 10)
     sampling = None if temperature is None else sampling_for(1, 2, 10, temperature)
     for anchor, fill in ((10, 9), (4, 4)):
-        labels, lengths = prefix_chain(*frames, torch.tensor([anchor]), 2, None, sampling)
+        labels, lengths = prefix_chain(frames._replace(anchor=torch.tensor([anchor])), 2, sampling)
         assert labels.tolist() == [[fill, fill]] and lengths.tolist() == [0]
         if sampling is not None:
             assert torch.equal(sampling.draft_logits[0].exp(), torch.eye(10)[[fill, fill]])
@@ -109,19 +111,11 @@ def test_a_chain_that_ends_at_the_root_is_filled_with_a_label(temperature: list[
 
 
 def assert_follows_the_oracle(
-    frames: tuple,
-    row: int,
-    labels: list[int],
-    length: int,
-    drafts: torch.Tensor,
-    atol: float = 0.0,
-    transitions: torch.Tensor | None = None,
+    frames: Frames, row: int, labels: list[int], length: int, drafts: torch.Tensor, atol: float = 0.0
 ) -> None:
     """Every drafted conditional equals the oracle's, given the labels that were drafted, and the end is the same."""
-    logits, log_label, log_blank = (x[row].double() for x in frames)
-    log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
-    log_p = log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(ctc.NEG)
-    prefix = ctc.root_prefix(log_p, None if transitions is None else transitions[row].double().log().clamp_min(ctc.NEG))
+    log_p = log_probs(frames, row)
+    prefix = ctc.root_prefix(log_p, log_transitions(frames, row))
     for k, label in enumerate(labels):
         q = prefix.conditional(log_p).exp()
         if k >= length:
@@ -140,7 +134,7 @@ def assert_follows_the_oracle(
 def test_hard_frames_against_the_oracle(name: str, temperature: float) -> None:
     frames = hard_frames(name, 2, 12, 37)
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
-    labels, lengths = prefix_chain(*frames, anchors(2), 16, sampling=sampling)
+    labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
         drafts = sampling.draft_logits[sampling.slots[row]]
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
@@ -150,7 +144,7 @@ def test_hard_frames_against_the_oracle(name: str, temperature: float) -> None:
 def test_long_chains_against_the_oracle(scale: float) -> None:
     frames = random_frames(3, 32, 50, seed=8, scale=scale)
     sampling = sampling_for(3, 40, 50, [1.0, 0.0, 2.0])
-    labels, lengths = prefix_chain(*frames, anchors(3), 40, sampling=sampling)
+    labels, lengths = prefix_chain(frames, 40, sampling)
     assert (lengths <= 32).all()
     for row in range(3):
         drafts = sampling.draft_logits[sampling.slots[row]]
@@ -162,13 +156,12 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
 @pytest.mark.parametrize("num_frames", [1, 5, 12, 32])
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_transitions_against_the_oracle(name: str, num_frames: int, temperature: float) -> None:
-    frames, transitions = token_frames(2, num_frames, 37, seed=3), transitions_between(name, 2, num_frames)
+    frames = token_frames(2, num_frames, 37, seed=3)._replace(transitions=transitions_between(name, 2, num_frames))
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
-    labels, lengths = prefix_chain(*frames, anchors(2), 16, sampling=sampling, transitions=transitions)
+    labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
         drafts = sampling.draft_logits[sampling.slots[row]]
-        length = lengths[row].item()
-        assert_follows_the_oracle(frames, row, labels[row].tolist(), length, drafts, transitions=transitions)
+        assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -176,12 +169,12 @@ def test_slots_are_frames_one_by_one(rank: int) -> None:
     """The cross-entropy twin: label k is the best token of frame k, the head's bias included."""
     frames, markov = token_frames(3, 6, 40, seed=5), markov_head(40, rank, scale=3.0)
     sampling = sampling_for(3, 8, 40, [0.0] * 3)
-    slots = transitions_between("slots", 3, 6)
-    labels, lengths = prefix_chain(*frames, anchors(3), 8, markov, sampling, slots)
+    frames = frames._replace(markov=markov, transitions=transitions_between("slots", 3, 6))
+    labels, lengths = prefix_chain(frames, 8, sampling)
     assert lengths.tolist() == [6] * 3
     last = anchors(3)
     for k in range(6):
-        scores = frames[0][:, k] + frames[1][:, k, None]
+        scores = frames.logits[:, k] + frames.log_label[:, k, None]
         if markov is not None:
             scores = scores + markov[0][last] @ markov[1].T
         assert torch.equal(labels[:, k], scores.argmax(1))
@@ -192,11 +185,11 @@ def test_slots_are_frames_one_by_one(rank: int) -> None:
 
 
 def test_transitions_are_under_no_repeat_rule_and_have_no_blank() -> None:
-    logits, log_label, _ = hard_frames("repeats", 2, 12, 37)
-    log_blank = torch.full((2, 12), torch.nan)  # nobody reads it
-    labels, lengths = prefix_chain(
-        logits, log_label, log_blank, anchors(2), 14, transitions=transitions_between("slots", 2, 12)
+    frames = hard_frames("repeats", 2, 12, 37)._replace(
+        log_blank=torch.full((2, 12), torch.nan),  # nobody reads it
+        transitions=transitions_between("slots", 2, 12),
     )
+    labels, lengths = prefix_chain(frames, 14)
     assert labels.tolist() == [[36] * 14] * 2 and lengths.tolist() == [12] * 2
 
 
@@ -210,32 +203,33 @@ def test_transitions_are_under_no_repeat_rule_and_have_no_blank() -> None:
     ],
 )
 def test_chains_known_in_advance(name: str, label: int, length: int) -> None:
-    labels, lengths = prefix_chain(*hard_frames(name, 2, 12, 37), anchors(2), 6)
+    labels, lengths = prefix_chain(hard_frames(name, 2, 12, 37), 6)
     assert labels.tolist() == [[label] * 6] * 2
     assert lengths.tolist() == [length] * 2
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    labels, _ = prefix_chain(*hard_frames("ties", 1, 1, 37), anchors(1), 1)
+    labels, _ = prefix_chain(hard_frames("ties", 1, 1, 37), 1)
     assert labels.tolist() == [[2]]
 
 
 def test_the_anchor_is_under_no_repeat_rule_but_feeds_the_markov_head() -> None:
     frames = random_frames(1, 6, 9, seed=1)
-    assert torch.equal(*(prefix_chain(*frames, torch.tensor([a]), 4)[0] for a in (0, 5)))
+    behind_0, behind_5 = (frames._replace(anchor=torch.tensor([a])) for a in (0, 5))
+    assert torch.equal(prefix_chain(behind_0, 4)[0], prefix_chain(behind_5, 4)[0])
     w_in, w_out = torch.zeros(9, 1), torch.zeros(9, 1)
     w_in[5], w_out[7] = 1.0, 100.0
     markov = (w_in, w_out)
-    assert prefix_chain(*frames, torch.tensor([5]), 1, markov)[0].item() == 7
-    assert prefix_chain(*frames, torch.tensor([0]), 1, markov)[0].item() != 7
+    assert prefix_chain(behind_5._replace(markov=markov), 1)[0].item() == 7
+    assert prefix_chain(behind_0._replace(markov=markov), 1)[0].item() != 7
 
 
 def test_frames_that_are_not_numbers_end_the_chain() -> None:
-    logits, log_label, log_blank = random_frames(1, 6, 9, seed=1)
+    frames = random_frames(1, 6, 9, seed=1)._replace(anchor=torch.tensor([5]))
     sampling = sampling_for(1, 4, 9, [1.0])
-    labels, lengths = prefix_chain(logits, log_label, log_blank * torch.nan, torch.tensor([5]), 4, sampling=sampling)
+    labels, lengths = prefix_chain(frames._replace(log_blank=frames.log_blank * torch.nan), 4, sampling)
     assert labels[0, lengths[0] :].unique().numel() == 1
-    labels, lengths = prefix_chain(logits * torch.nan, log_label, log_blank, torch.tensor([5]), 4, sampling=sampling)
+    labels, lengths = prefix_chain(frames._replace(logits=frames.logits * torch.nan), 4, sampling)
     assert labels.tolist() == [[5] * 4] and lengths.tolist() == [0]
     assert not sampling.draft_logits.isnan().any()
 
@@ -247,7 +241,7 @@ def test_frames_that_are_not_numbers_end_the_chain() -> None:
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> None:
     rows, num_labels, num_tokens = 20_000, 3, 5
-    frames = tuple(x.expand(rows, *x.shape[1:]) for x in random_frames(1, 5, num_tokens, seed=2, scale=1.0))
+    frames = Frames(*(x.expand(rows, *x.shape[1:]) for x in random_frames(1, 5, num_tokens, seed=2, scale=1.0)[:4]))
     varied, fixed = torch.arange(rows) * num_labels, torch.full((rows,), 41)
     sampling = ChainSampling(
         temperature=torch.full((rows,), temperature),
@@ -256,7 +250,7 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
         slots=torch.arange(rows),
         draft_logits=torch.empty(rows, num_labels, num_tokens),
     )
-    labels, _ = prefix_chain(*frames, anchors(rows), num_labels, markov_head(num_tokens, 5), sampling)
+    labels, _ = prefix_chain(frames._replace(markov=markov_head(num_tokens, 5)), num_labels, sampling)
     statistic = freedom = 0.0
     for k in range(num_labels):
         # Given the labels before it, so that noise shared between steps would show.
@@ -278,8 +272,8 @@ def test_greedy_rows_and_inert_rows_of_a_sampled_batch() -> None:
     frames = random_frames(3, 6, 40, seed=3)
     sampling = sampling_for(3, 4, 40, [0.0, 1.0, 0.0])
     sampling.slots[1] = -1
-    labels, lengths = prefix_chain(*frames, anchors(3), 4, sampling=sampling)
-    greedy, greedy_lengths = prefix_chain(*frames, anchors(3), 4)
+    labels, lengths = prefix_chain(frames, 4, sampling)
+    greedy, greedy_lengths = prefix_chain(frames, 4)
     assert torch.equal(labels[[0, 2]], greedy[[0, 2]])
     assert torch.equal(lengths[[0, 2]], greedy_lengths[[0, 2]])
     assert ((labels >= 0) & (labels < 40)).all()

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.contract import ChainSampling
+from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_reference, prefix_chain_triton
 
 from .frames import (
     HARD,
     NEVER,
     TRANSITIONS,
-    anchors,
     hard_frames,
     markov_head,
     random_frames,
@@ -20,17 +19,9 @@ from .frames import (
 
 
 def assert_triton_equals_reference(
-    frames: tuple,
-    num_labels: int,
-    device: str,
-    markov: tuple[torch.Tensor, torch.Tensor] | None = None,
-    temperature: list[float] | None = None,
-    inert: int | None = None,
-    transitions: torch.Tensor | None = None,
-    anchor: torch.Tensor | None = None,
+    frames: Frames, num_labels: int, device: str, temperature: list[float] | None = None, inert: int | None = None
 ) -> None:
-    anchor = anchors(len(frames[0])) if anchor is None else anchor
-    batch, _, num_tokens = frames[0].shape
+    batch, _, num_tokens = frames.logits.shape
     calls = []
     for run, where in ((prefix_chain_reference, "cpu"), (prefix_chain_triton, device)):
         sampling = None
@@ -39,9 +30,7 @@ def assert_triton_equals_reference(
             if inert is not None:
                 sampling.slots[inert] = -1
             sampling = ChainSampling(*(x.to(where) for x in sampling))
-        weights = None if markov is None else tuple(x.to(where) for x in markov)
-        lattice = None if transitions is None else transitions.to(where)
-        labels, lengths = run(*(x.to(where) for x in frames), anchor.to(where), num_labels, weights, sampling, lattice)
+        labels, lengths = run(frames.to(where), num_labels, sampling)
         assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
         assert ((labels >= 0) & (labels < num_tokens)).all()
         calls.append((labels.cpu(), lengths.cpu(), None if sampling is None else sampling.draft_logits.cpu()))
@@ -56,7 +45,7 @@ def assert_triton_equals_reference(
 @pytest.mark.parametrize("temperature", [None, [1.0, 0.0]])
 @pytest.mark.parametrize("name", HARD)
 def test_triton_on_hard_frames(name: str, temperature: list[float] | None, triton_device: str) -> None:
-    assert_triton_equals_reference(hard_frames(name, 2, 5, 300), 7, triton_device, temperature=temperature)
+    assert_triton_equals_reference(hard_frames(name, 2, 5, 300), 7, triton_device, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -65,19 +54,18 @@ def test_triton_on_hard_frames(name: str, temperature: list[float] | None, trito
 def test_triton_with_a_markov_head(
     rank: int, temperature: list[float] | None, dtype: torch.dtype, triton_device: str
 ) -> None:
-    logits, log_label, log_blank = random_frames(3, 6, 300, seed=rank)
+    frames = random_frames(3, 6, 300, seed=rank)
     # The interpreter's tl.dot multiplies the bit patterns of bfloat16: there the head of bf16 logits is fp16.
     head_dtype = torch.float16 if (dtype, triton_device) == (torch.bfloat16, "cpu") else dtype
     markov = tuple(x.to(head_dtype) for x in markov_head(300, rank, scale=3.0))
-    assert_triton_equals_reference(
-        (logits.to(dtype), log_label, log_blank), 4, triton_device, markov=markov, temperature=temperature
-    )
+    frames = frames._replace(logits=frames.logits.to(dtype), markov=markov)
+    assert_triton_equals_reference(frames, 4, triton_device, temperature)
 
 
 @pytest.mark.parametrize("num_frames, num_labels", [(1, 1), (1, 3), (3, 8), (12, 2), (17, 3), (32, 2)])
 def test_triton_for_any_number_of_frames_and_labels(num_frames: int, num_labels: int, triton_device: str) -> None:
     frames = random_frames(2, num_frames, 130, seed=num_frames)
-    assert_triton_equals_reference(frames, num_labels, triton_device, temperature=[1.0, 0.0])
+    assert_triton_equals_reference(frames, num_labels, triton_device, [1.0, 0.0])
 
 
 @pytest.mark.parametrize("temperature", [None, [1.0, 0.0]])
@@ -86,26 +74,23 @@ def test_triton_for_any_number_of_frames_and_labels(num_frames: int, num_labels:
 def test_triton_with_transitions(
     name: str, num_frames: int, temperature: list[float] | None, triton_device: str
 ) -> None:
-    logits, log_label, log_blank = token_frames(2, num_frames, 70, seed=num_frames)
-    log_blank.fill_(torch.nan)  # nobody reads it
-    assert_triton_equals_reference(
-        (logits, log_label, log_blank), 7, triton_device, markov_head(70, 5), temperature,
-        transitions=transitions_between(name, 2, num_frames),
-    )  # fmt: skip
+    frames = token_frames(2, num_frames, 70, seed=num_frames)
+    frames.log_blank.fill_(torch.nan)  # nobody reads it
+    frames = frames._replace(markov=markov_head(70, 5), transitions=transitions_between(name, 2, num_frames))
+    assert_triton_equals_reference(frames, 7, triton_device, temperature)
 
 
 def test_triton_keeps_zeros_and_ones_of_transitions(triton_device: str) -> None:
     """Slots: what is drafted of frame k is the frame, to the last bit, whatever came before it."""
-    frames = token_frames(2, 12, 70, seed=1)
+    frames = token_frames(2, 12, 70, seed=1)._replace(transitions=transitions_between("slots", 2, 12))
+    frames = frames.to(triton_device)
     sampling = ChainSampling(*(x.to(triton_device) for x in sampling_for(2, 12, 70, [0.0, 0.0])))
-    inputs = (x.to(triton_device) for x in (*frames, anchors(2)))
-    slots = transitions_between("slots", 2, 12).to(triton_device)
-    labels, lengths = prefix_chain_triton(*inputs, 12, None, sampling, slots)
-    assert torch.equal(labels.cpu(), frames[0].argmax(2)) and lengths.tolist() == [12, 12]
+    labels, lengths = prefix_chain_triton(frames, 12, sampling)
+    assert torch.equal(labels, frames.logits.argmax(2)) and lengths.tolist() == [12, 12]
     first = ChainSampling(*(x.to(triton_device) for x in sampling_for(2, 1, 70, [0.0, 0.0])))
     for k in (3, 11):
-        alone = (x[:, k : k + 1].to(triton_device) for x in frames)
-        prefix_chain_triton(*alone, anchors(2).to(triton_device), 1, None, first, slots[:, :2, :1])
+        alone = (x[:, k : k + 1] for x in frames[:3])
+        prefix_chain_triton(Frames(*alone, frames.anchor, transitions=frames.transitions[:, :2, :1]), 1, first)
         assert torch.equal(first.draft_logits[:2, 0], sampling.draft_logits[:2, k])
 
 
@@ -114,51 +99,41 @@ def test_triton_keeps_zeros_and_ones_of_transitions(triton_device: str) -> None:
 def test_triton_with_an_anchor_that_is_no_label(name: str, temperature: list[float] | None, triton_device: str) -> None:
     """It has a row of W_in alone; "all blank" ends at the root, where a chain is filled with a label all the same."""
     w_in, w_out = markov_head(71, 5)
-    assert_triton_equals_reference(
-        hard_frames(name, 2, 5, 70), 4, triton_device, (w_in, w_out[:70].contiguous()), temperature,
-        anchor=torch.tensor([70, 3]),
-    )  # fmt: skip
+    frames = hard_frames(name, 2, 5, 70)._replace(anchor=torch.tensor([70, 3]), markov=(w_in, w_out[:70].contiguous()))
+    assert_triton_equals_reference(frames, 4, triton_device, temperature)
 
 
 def test_triton_rows_of_more_than_one_group(triton_device: str) -> None:
-    frames = random_frames(18, 3, 70, seed=9)
-    temperature = [0.5, 0.0, 1.0] * 6
-    assert_triton_equals_reference(frames, 2, triton_device, markov_head(70, 5), temperature, inert=17)
+    frames = random_frames(18, 3, 70, seed=9)._replace(markov=markov_head(70, 5))
+    assert_triton_equals_reference(frames, 2, triton_device, [0.5, 0.0, 1.0] * 6, inert=17)
 
 
 @pytest.mark.parametrize("inert", [0, 1])
 def test_triton_inert_rows_write_nothing(inert: int, triton_device: str) -> None:
     frames = random_frames(2, 4, 300, seed=inert)
-    assert_triton_equals_reference(frames, 6, triton_device, temperature=[1.0, 1.0], inert=inert)
+    assert_triton_equals_reference(frames, 6, triton_device, [1.0, 1.0], inert)
     # Slot -1 of a view is a slot that can be looked at; six labels in four frames end the chain as well.
     sampling = sampling_for(2, 6, 300, [1.0, 1.0])
     sampling.slots.fill_(-1)
     sampling = ChainSampling(*(x.to(triton_device) for x in sampling))
     before = sampling.draft_logits
-    prefix_chain_triton(
-        *(x.to(triton_device) for x in frames),
-        anchors(2).to(triton_device),
-        6,
-        sampling=sampling._replace(draft_logits=before[1:]),
-    )
+    prefix_chain_triton(frames.to(triton_device), 6, sampling._replace(draft_logits=before[1:]))
     assert (before == NEVER).all()
 
 
 def test_triton_on_a_slice_of_frames(triton_device: str) -> None:
-    logits, log_label, log_blank = random_frames(2, 6, 40, seed=11)
-    frames = (logits[:, 1:5], log_label[:, 1:5], log_blank[:, 1:5])
-    moved = tuple(x.to(triton_device)[:, 1:5] for x in (logits, log_label, log_blank))
-    expected = prefix_chain_reference(*frames, anchors(2), 4)
-    got = prefix_chain_triton(*moved, anchors(2).to(triton_device), 4)
+    frames = random_frames(2, 6, 40, seed=11)
+    sliced, moved = (Frames(*(x[:, 1:5] for x in f[:3]), f.anchor) for f in (frames, frames.to(triton_device)))
+    expected = prefix_chain_reference(sliced, 4)
+    got = prefix_chain_triton(moved, 4)
     assert torch.equal(got[0].cpu(), expected[0])
     assert torch.equal(got[1].cpu(), expected[1])
 
 
 def test_triton_refuses_strided_inputs(triton_device: str) -> None:
-    logits, log_label, log_blank = (x.to(triton_device) for x in random_frames(1, 4, 4, seed=0))
-    anchor = anchors(1).to(triton_device)
+    frames = random_frames(1, 4, 4, seed=0).to(triton_device)
     with pytest.raises(ValueError, match="contiguous in the vocabulary"):
-        prefix_chain_triton(logits.mT, log_label, log_blank, anchor, 2)
+        prefix_chain_triton(frames._replace(logits=frames.logits.mT), 2)
     with pytest.raises(ValueError, match="contiguous Markov weights"):
         weights = torch.zeros(3, 4, device=triton_device).T
-        prefix_chain_triton(logits, log_label, log_blank, anchor, 2, (weights, weights))
+        prefix_chain_triton(frames._replace(markov=(weights, weights)), 2)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.kernels.contract import DraftTree
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.options import default_width
@@ -32,21 +32,15 @@ class Drafting:
         slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept]
         return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
 
-    def _kernel_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, tuple | Tensor | None]]:
-        """logits, log_label, log_blank, anchor, and what is optional."""
-        (logits, lattice), vocabulary = self.frames, self.drafter.vocabulary
+    def _frames_for_kernels(self) -> Frames:
+        vocabulary = self.drafter.vocabulary
         anchors = self.anchors if vocabulary is None else vocabulary.to_labels(self.anchors)
-        log_label, log_blank, transitions = lattice.for_kernels(torch.logsumexp(logits, -1))
-        return (logits, log_label, log_blank, anchors), {
-            "markov": self.drafter.markov_tables,
-            "transitions": transitions,
-        }
+        return self.frames.for_kernels(torch.logsumexp(self.frames.logits, -1), anchors, self.drafter.markov_tables)
 
     def chain(self) -> Tensor:
         """Greedy labels as tokens of the target, `[N, U]`."""
-        frames, options = self._kernel_arguments()
         num_labels = self.labels.shape[1]
-        return self._tokens(greedy_chain(*frames, num_labels, default_width(num_labels), **options)[0])
+        return self._tokens(greedy_chain(self._frames_for_kernels(), num_labels, default_width(num_labels))[0])
 
     def _tokens(self, labels: Tensor) -> Tensor:
         vocabulary = self.drafter.vocabulary
@@ -54,8 +48,8 @@ class Drafting:
 
     def tree(self, num_nodes: int) -> DraftTree:
         """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
-        frames, options = self._kernel_arguments()
-        tree = prefix_search(*frames, num_nodes, default_width(num_nodes), self.labels.shape[1], **options)
+        budget = Budget(num_nodes, default_width(num_nodes), self.labels.shape[1])
+        tree = prefix_search(self._frames_for_kernels(), budget)
         return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))
 
     def log_q(self) -> Tensor:
