@@ -25,9 +25,6 @@ import torch
 from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from record import processor
 from torch import Tensor
-from vllm_ctc_spec.kernels.collapse import collapse
-from vllm_ctc_spec.kernels.contract import Budget, DraftTree
-from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 
 from vllm_ctc_spec.config import DrafterConfigError
 from vllm_ctc_spec.drafter import CTCDrafter
@@ -95,35 +92,21 @@ def slug(method: str, seed: int) -> str:
     return "".join(c if c.isalnum() else "-" for c in method.lower()) + f"-seed-{seed}"
 
 
-def published_chain(drafting: Drafting) -> Tensor:
-    """The paper's chain: the best symbol of every frame, collapsed. [N, U]"""
-    logits = drafting.frames.logits
-    frames = drafting.frames.for_kernels(torch.logsumexp(logits, -1), drafting.anchors, None)
-    best, token = logits.max(-1)
-    alignment = torch.where(frames.log_blank > best + frames.log_label, logits.shape[-1], token)
-    return collapse(alignment, logits.shape[-1], drafting.anchors, drafting.labels.shape[1])[0]
-
-
-def published_tree(drafting: Drafting, num_nodes: int) -> DraftTree:
-    """The paper's tree: the best alignments of the frames' best symbols, collapsed."""
-    logsumexp = torch.logsumexp(drafting.frames.logits, -1)
-    frames = drafting.frames.for_kernels(logsumexp, drafting.anchors, None)
-    return ctc_transform(frames, Budget(num_nodes, num_nodes, drafting.labels.shape[1]))
-
-
 @torch.no_grad()
 def measure_published(drafter: CTCDrafter, features: Features, examples: Sequence[Example]) -> dict[str, Acceptance]:
-    """Drafts as the paper makes them: arg-max frames, and its transform of a token tree."""
+    """Drafts as the paper makes them: arg-max frames, and its transform of a tree, with as many symbols as nodes."""
     found: dict[str, Acceptance] = {"arg-max chain": Acceptance([], [])}
     found |= {f"transform {size}": Acceptance([], []) for size in SIZES}
-    for _, parts in draft_everywhere(drafter, features, examples):
-        depths = {"arg-max chain": [p.accepted(published_chain(p)) for p in parts]}
-        for size in SIZES:
-            depths[f"transform {size}"] = [p.accepted_in(published_tree(p, size)) for p in parts]
-        for name, accepted in depths.items():
+
+    def depths(part: Drafting) -> list[Tensor]:
+        trees = (part.tree(size, "transform", width=size) for size in SIZES)
+        return [part.accepted(part.chain("argmax")), *map(part.accepted_in, trees)]
+
+    for _, parts in draft_everywhere(drafter, features, examples, depths):
+        for acceptance, accepted in zip(found.values(), zip(*parts)):
             every = torch.cat(accepted).tolist()
-            found[name].tokens.append(len(every))
-            found[name].steps.append(walk(every))
+            acceptance.tokens.append(len(every))
+            acceptance.steps.append(walk(every))
     return found
 
 

@@ -23,7 +23,7 @@ from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_reference
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.options import default_width
+from vllm_ctc_spec.draft.ctc import default_width
 
 RANK = 64  # of the label-conditional head
 BLOCK_SIZE = 16

@@ -128,13 +128,14 @@ def instrument_engine(stopwatch: Stopwatch, llm) -> None:
 
 def instrument_functions(stopwatch: Stopwatch) -> None:
     """What all engines share."""
+    import vllm_ctc_spec.draft.ctc
     import vllm_ctc_spec.proposer
     import vllm_ctc_spec.tree.compaction
     import vllm_ctc_spec.tree.model_state
     import vllm_ctc_spec.tree.verification
 
-    stopwatch.wrap(vllm_ctc_spec.proposer, "frame_stats", "frame statistics")
-    for search in ("greedy_chain", "prefix_chain", "prefix_search", "ctc_transform"):
+    stopwatch.wrap(vllm_ctc_spec.draft.ctc, "frame_stats", "frame statistics")
+    for search in ("draft_chain", "draft_tree"):
         stopwatch.wrap(vllm_ctc_spec.proposer, search, "chain or tree search, masks included")
     stopwatch.wrap(vllm_ctc_spec.tree.model_state, "tree_layout", "tree layout")
     stopwatch.wrap(vllm_ctc_spec.tree.verification, "tree_walk", "tree walk")

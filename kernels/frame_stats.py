@@ -1,5 +1,7 @@
 """Normaliser and best token of every frame in one pass over the logits."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,13 @@ _BLOCK_V = 4096
 _NUM_WARPS = 8
 
 
-def frame_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class FrameStats(NamedTuple):
+    logsumexp: torch.Tensor  # [B, T] fp32
+    best: torch.Tensor  # [B, T] int64, the lowest index among ties
+    best_logit: torch.Tensor  # [B, T] fp32
+
+
+def frame_stats(logits: torch.Tensor) -> FrameStats:
     """Log-partition and argmax of each frame:
 
         logsumexp[b, t] = log sum_v exp(logits[b, t, v]),   best[b, t] = argmax_v logits[b, t, v]
@@ -20,8 +28,7 @@ def frame_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     Arguments:
         logits: [B, T, V] fp16, bf16 or fp32, contiguous in V.
     Returns:
-        logsumexp [B, T] fp32; best [B, T] int64, the lowest index among ties; best_logit [B, T] fp32.
-        A frame of -inf only has logsumexp = best_logit = -inf and best = 0.
+        FrameStats. A frame of -inf only has logsumexp = best_logit = -inf and best = 0.
 
     Why custom: torch makes two reductions (three passes: max, sum of exp, argmax) and an fp32 copy of 16-bit logits;
     one online-softmax pass reads each logit once and writes 16 bytes a frame.
@@ -29,13 +36,13 @@ def frame_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return (frame_stats_triton if logits.is_cuda else frame_stats_reference)(logits)
 
 
-def frame_stats_reference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def frame_stats_reference(logits: torch.Tensor) -> FrameStats:
     logits = logits.float()
     best_logit, best = logits.max(dim=-1)
-    return torch.logsumexp(logits, dim=-1), best, best_logit
+    return FrameStats(torch.logsumexp(logits, dim=-1), best, best_logit)
 
 
-def frame_stats_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def frame_stats_triton(logits: torch.Tensor) -> FrameStats:
     batch, num_frames, num_tokens = logits.shape
     if logits.stride(2) != 1:
         raise ValueError("frame_stats needs logits that are contiguous in the vocabulary")
@@ -53,7 +60,7 @@ def frame_stats_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         BLOCK_V=_BLOCK_V,
         num_warps=_NUM_WARPS,
     )
-    return logsumexp, best, best_logit
+    return FrameStats(logsumexp, best, best_logit)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_c
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
-from vllm_ctc_spec.options import default_width
+from vllm_ctc_spec.draft.ctc import default_width
 
 PART = "budgets"
 VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8

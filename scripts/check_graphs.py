@@ -9,17 +9,14 @@ import torch
 from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
-from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
 from vllm_ctc_spec.config import DrafterConfig
+from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.options import default_width
 from vllm_ctc_spec.tree.state import TreeTable
 
 PART = "graphs"
@@ -99,7 +96,7 @@ def draft_inputs(batch: int, device: torch.device) -> list[torch.Tensor]:
 
 
 def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
-    """The drafter's forward, frames, and chain or tree, as `CTCProposer` has them, with random weights."""
+    """The drafter's forward with random weights, and its chain or tree."""
     config = DrafterConfig(
         hidden_size=HIDDEN, vocab_size=VOCABULARY, target_num_layers=5, aux_hidden_state_layer_ids=(1, 2, 3, 4, 5),
         num_frames=FRAMES, num_labels=LABELS, lattice=lattice, markov_rank=64,
@@ -120,13 +117,11 @@ def draft_step(lattice: str, draft: str, inputs: list[torch.Tensor]) -> Step:
     @torch.no_grad()
     def step() -> list[torch.Tensor]:
         outputs = drafter.frames(drafter.hidden_slots(states, anchors, positions)[:, 0])
-        logsumexp, _, _ = frame_stats(outputs.logits)
-        frames = outputs.for_kernels(logsumexp, anchors[:, 0], drafter.markov_tables)
-        if draft == "chain":
-            return list(greedy_chain(frames, LABELS, default_width(LABELS)))
-        if draft == "sampled chain":
-            return [*prefix_chain(frames, LABELS, sampling), draft_logits]
-        tree = prefix_search(frames, Budget(NODES, default_width(NODES), LABELS), chain_only)
+        frames, stats = read_frames(outputs, anchors[:, 0], drafter.markov_tables)
+        if draft != "tree":
+            chain = draft_chain("prefix", frames, stats, LABELS, sampling)
+            return [*chain] if sampling is None else [*chain, sampling.draft_logits]
+        tree = draft_tree("prefix", frames, Budget(NODES, default_width(NODES), LABELS), chain_only)
         table.store(slots, tree)
         return [table.parents, table.depths, table.ancestors, tree.tokens, tree.scores]
 

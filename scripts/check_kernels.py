@@ -17,7 +17,7 @@ from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
 from vllm_ctc_spec import ctc
-from vllm_ctc_spec.options import default_width
+from vllm_ctc_spec.draft.ctc import default_width
 
 PART = "kernels"
 # Triton's interpreter multiplies matrices of bf16 as if they were integers.

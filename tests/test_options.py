@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, default_width, tree_schedule
+from vllm_ctc_spec.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, tree_schedule
 
 SMALL = dict(
     hidden_size=32, vocab_size=64, target_num_layers=4, aux_hidden_state_layer_ids=(1,), num_frames=6, num_labels=4
@@ -95,7 +95,3 @@ def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes,
     for batch, size in by_batch.items():
         allowed = [n for n in (*TREE_SIZES, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
         assert size == max(allowed)
-
-
-def test_small_trees_have_more_candidates_than_nodes():
-    assert [default_width(nodes) for nodes in (1, 8, 16, 24, 32, 64)] == [32, 32, 32, 48, 64, 64]

@@ -26,7 +26,7 @@ class ServingOptions:
         `num_speculative_tokens` nodes, the most probable prefixes. None: a tree if the checkpoint has a `tree_nodes`.
     search: "prefix" follows the exact prefix probabilities. The paper's own ways: "argmax" (chain), the best symbol
         of each frame, collapsed (greedy drafts only), and "transform" (tree), the best alignments, collapsed.
-    tree_width: symbols of each frame that a tree may use; None: `default_width`.
+    tree_width: symbols of each frame that a tree may use; None: `draft.ctc.default_width`.
     tree_depth: labels on a tree's longest path; None: the checkpoint's label horizon U.
     tree_rows: how many rows, anchors and nodes of all requests together, a step may verify: larger batches draft
         smaller trees. None: a default for the device.
@@ -100,15 +100,6 @@ class ServingOptions:
                 f"or leave it out for {default}."
             )
         return budget
-
-
-def default_width(num_nodes: int) -> int:
-    """Symbols of each frame that a tree of this size, or a greedy chain, is made of: twice its nodes, but 32 to 64.
-
-    Measured with the embedded pair, as many as nodes cost 5 % of the acceptance length at 8 nodes, 3 % at 16 and 1 % at
-    32 against the whole vocabulary; these cost less than 0.5 %.
-    """
-    return min(max(2 * num_nodes, 32), 64)
 
 
 def tree_schedule(num_nodes: int, rows: int) -> list[tuple[int, int, int]]:

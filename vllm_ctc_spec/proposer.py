@@ -20,13 +20,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from vllm_ctc_spec import metrics
-from vllm_ctc_spec.kernels.collapse import collapse
+from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
-from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
-from vllm_ctc_spec.kernels.frame_stats import frame_stats
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
-from vllm_ctc_spec.options import ServingOptions, default_width
+from vllm_ctc_spec.options import ServingOptions
 from vllm_ctc_spec.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.tree.state import TreeStep, TreeTable
 
@@ -166,38 +162,27 @@ class CTCProposer(DFlashSpeculator):
         )
         num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
         slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
-        outputs = self.model.compute_frames(slots)
-        logsumexp, best, best_logit = frame_stats(outputs.logits)
         anchor_tokens = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         vocabulary = self.model.vocabulary
         anchor = anchor_tokens if vocabulary is None else vocabulary.to_labels(anchor_tokens)
-        frames = outputs.for_kernels(logsumexp, anchor, self.model.markov_tables)
+        frames, stats = read_frames(self.model.compute_frames(slots), anchor, self.model.markov_tables)
         requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
-        if self.meter is not None:
-            self.meter.record_frames(requests, frames)
-        if self.trees is not None:
+        if self.trees is None:
+            labels, lengths = draft_chain(self.options.search, frames, stats, self.num_labels, self._sampling(num_reqs))
+        else:
             tree = self._search_tree(frames, requests)
             self.trees.store(requests, tree)
             labels = tree.tokens[:, 1:]
-            if self.meter is not None:
-                most = torch.where(self.trees.chain_only[requests], self.options.tree_depth, self.num_labels)
-                self.meter.record_tree(requests, tree, most)
-        else:
-            if self.options.search == "argmax":
-                blank = frames.logits.shape[-1]
-                alignment = torch.where(frames.log_blank > best_logit + frames.log_label, blank, best)
-                labels, lengths = collapse(alignment, blank, anchor, self.num_labels)
-            else:
-                sampling = self._sampling(num_reqs)
-                if sampling is None:
-                    labels, lengths = greedy_chain(frames, self.num_labels, default_width(self.num_labels))
-                else:
-                    labels, lengths = prefix_chain(frames, self.num_labels, sampling)
-            if self.meter is not None:
-                self.meter.record_chain(requests, lengths)
         self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
         if self.label_logits is not None:
             self._scatter_label_logits(requests.clamp_min(0))
+        if self.meter is not None:
+            self.meter.record_frames(requests, frames)
+            if self.trees is None:
+                self.meter.record_chain(requests, lengths)
+            else:
+                most = torch.where(self.trees.chain_only[requests], self.options.tree_depth, self.num_labels)
+                self.meter.record_tree(requests, tree, most)
 
     def _scatter_label_logits(self, requests: torch.Tensor) -> None:
         """The law of each label to the columns of its token. Tokens that are no labels have kept the -inf of
@@ -210,8 +195,7 @@ class CTCProposer(DFlashSpeculator):
         """requests [B]: the request slot of each row, -1 is inert."""
         width = self.options.tree_width or default_width(self.num_labels)
         budget = Budget(self.num_labels, width, self.options.tree_depth)
-        search = ctc_transform if self.options.search == "transform" else prefix_search
-        return search(frames, budget, self.trees.chain_only[requests])
+        return draft_tree(self.options.search, frames, budget, self.trees.chain_only[requests])
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the

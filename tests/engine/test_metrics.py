@@ -38,8 +38,7 @@ class HostCount:
         self.parents: dict[int, list[int]] = {}  # by request slot, of rows 1 to N
         self.counts: Counter[str] = Counter()
         self.lengths: list[int] = []
-        for name in ("collapse", "greedy_chain", "prefix_chain"):
-            patch.setattr(proposer, name, self.keep_lengths(getattr(proposer, name)))
+        patch.setattr(proposer, "draft_chain", self.keep_lengths(proposer.draft_chain))
         self.generate, self.propose = self.proposer._generate_draft, self.proposer.propose
         patch.setattr(self.proposer, "_generate_draft", self.after_a_draft)
         patch.setattr(self.proposer, "propose", self.after_a_verification)

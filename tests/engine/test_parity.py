@@ -16,7 +16,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-from vllm_ctc_spec import ctc, proposer
+from vllm_ctc_spec import ctc
+from vllm_ctc_spec.draft import ctc as draft_ctc
 from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
 from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs, Lattice
 from vllm_ctc_spec.model import CTCDraftModel
@@ -97,7 +98,7 @@ def served(pair, kind_of_pair, engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CTCDraftModel, "compute_frames", recording_frames)
         patch.setattr(CTCProposer, "propose", recording_propose)
-        patch.setattr(proposer, "default_width", lambda num_labels: 100)  # every token, as the oracle's chain
+        patch.setattr(draft_ctc, "default_width", lambda num_labels: 100)  # every token, as the oracle's chain
         llm = engine(
             pair.target, {"method": "ctc", "model": str(pair.drafter), **method},
             max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False, block_size=32,

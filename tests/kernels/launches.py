@@ -26,7 +26,7 @@ from vllm_ctc_spec.kernels import (
 )
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 
-from vllm_ctc_spec.options import default_width
+from vllm_ctc_spec.draft.ctc import default_width
 
 VOCABULARY = 151_936
 BATCH = 64

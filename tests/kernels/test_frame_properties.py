@@ -11,10 +11,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, Frames
-from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
+
+from vllm_ctc_spec.draft.ctc import CHAINS, TREES, draft_chain, draft_tree
 
 from .frames import from_odds, sampling_for
 
@@ -175,19 +176,18 @@ def test_frames_of_any_kind_draft_real_tokens(examples):
     @given(frames(BROKEN, BROKEN, 6, 5), st.sampled_from([0.0, 0.7]), st.integers(1, 7))
     def holds(given_frames, temperature, budget):
         num_tokens = given_frames.logits.shape[2]
-        _, best, best_logit = frame_stats(given_frames.logits)
-        assert ((best >= 0) & (best < num_tokens)).all()
-        alignment = torch.where(given_frames.log_blank > best_logit + given_frames.log_label, num_tokens, best)
-        labels, lengths = collapse(alignment, num_tokens, given_frames.anchor, budget)
-        assert_labels(labels, lengths, num_tokens)
+        stats = frame_stats(given_frames.logits)
+        assert ((stats.best >= 0) & (stats.best < num_tokens)).all()
+        for search in CHAINS:
+            assert_labels(*draft_chain(search, given_frames, stats, budget), num_tokens)
         sampling = sampling_for(1, budget, num_tokens, [temperature])
-        labels, lengths = prefix_chain(given_frames, budget, sampling)
+        labels, lengths = draft_chain("prefix", given_frames, stats, budget, sampling)
         assert_labels(labels, lengths, num_tokens)
         law = torch.softmax(sampling.draft_logits[0], -1)
         assert not law.isnan().any()
         assert (law.gather(1, labels.T) > 0).all()  # what is drafted could have been drafted
-        for search in (prefix_search, ctc_transform):
-            search(given_frames, Budget(budget, 5, 4)).check(num_tokens)
+        for search in TREES:
+            draft_tree(search, given_frames, Budget(budget, 5, 4)).check(num_tokens)
 
     holds()
 

@@ -59,7 +59,7 @@ def draft(drafter, features, example=EXAMPLE) -> Drafting:
 
 def oracle(drafting: Drafting, row: int) -> dict:
     """The frames, as the oracle's functions take them, which know labels only."""
-    logits, (odds, log_transitions) = drafting.frames
+    logits, (odds, log_transitions) = drafting.outputs
     if odds is None:
         odds = torch.full(logits.shape[:2], -torch.inf)
     drafter = drafting.drafter
@@ -223,7 +223,7 @@ def test_the_logits_of_few_anchors_are_there_at_a_time(make_drafter, monkeypatch
     def watched(*args):
         most.append(sum(there() is not None for there in logits))
         drafting = at(*args)
-        logits.append(weakref.ref(drafting.frames.logits))
+        logits.append(weakref.ref(drafting.outputs.logits))
         return drafting
 
     monkeypatch.setattr(Drafting, "at", watched)

@@ -13,7 +13,6 @@ import pytest
 import torch
 import triton
 import vllm_ctc_spec.kernels
-import vllm_ctc_spec.kernels.prefix_search
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -32,11 +31,7 @@ from vllm_ctc_spec.tree.verification import TreeRejectionSampler
 
 META = torch.device("meta")
 REQUESTS, FRAMES, NODES, VOCABULARY, LABELS, HIDDEN, RANK, TOKENS = 4, 24, 16, 1000, 300, 32, 8, 256
-ON_GPU = {
-    "frame_stats": "frame_stats", "collapse": "collapse", "prefix_chain": "prefix_chain", "tree_walk": "tree_walk",
-    "prefix_search": "prefix_search_best_first", "ctc_transform": "ctc_transform", "tree_layout": "tree_layout",
-}  # fmt: skip
-"""Function to the module of its Triton version."""
+ON_GPU = "frame_stats", "collapse", "prefix_chain", "prefix_search", "ctc_transform", "tree_layout", "tree_walk"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,17 +85,9 @@ def launched(monkeypatch) -> list[str]:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, Recorder(name))
-    users = (
-        vllm_ctc_spec.proposer,
-        vllm_ctc_spec.kernels.prefix_search,
-        vllm_ctc_spec.tree.model_state,
-        vllm_ctc_spec.tree.verification,
-    )
-    for user in users:
-        for function, module in ON_GPU.items():
-            if hasattr(user, function):
-                kernels = importlib.import_module(f"vllm_ctc_spec.kernels.{module}")
-                monkeypatch.setattr(user, function, getattr(kernels, f"{function}_triton"))
+    for function in ON_GPU:  # tensors without a device get the reference
+        module = importlib.import_module(f"vllm_ctc_spec.kernels.{function}")
+        monkeypatch.setattr(module, f"{function}_reference", getattr(module, f"{function}_triton"))
     return names
 
 

@@ -1,14 +1,15 @@
 """What a drafter would propose at given anchors: chains, trees and exact probabilities, without a server."""
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
-from vllm_ctc_spec.options import default_width
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.training.batches import Batch, in_labels
 from vllm_ctc_spec.training.loss import log_labels
 from vllm_ctc_spec.training.vocabulary import label_scores
@@ -20,7 +21,7 @@ class Drafting:
 
     drafter: CTCDrafter
     slots: Tensor  # [N, 1 + T, H]
-    frames: FrameOutputs
+    outputs: FrameOutputs
     anchors: Tensor  # [N]
     labels: Tensor  # [N, U]
     valid: Tensor  # [N, U]
@@ -32,29 +33,29 @@ class Drafting:
         slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept]
         return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
 
-    def _frames_for_kernels(self) -> Frames:
+    @functools.cached_property
+    def _frames(self) -> tuple[Frames, FrameStats]:
         vocabulary = self.drafter.vocabulary
         anchors = self.anchors if vocabulary is None else vocabulary.to_labels(self.anchors)
-        return self.frames.for_kernels(torch.logsumexp(self.frames.logits, -1), anchors, self.drafter.markov_tables)
+        return read_frames(self.outputs, anchors, self.drafter.markov_tables)
 
-    def chain(self) -> Tensor:
+    def chain(self, search: str = "prefix") -> Tensor:
         """Greedy labels as tokens of the target, `[N, U]`."""
-        num_labels = self.labels.shape[1]
-        return self._tokens(greedy_chain(self._frames_for_kernels(), num_labels, default_width(num_labels))[0])
+        return self._tokens(draft_chain(search, *self._frames, self.labels.shape[1])[0])
 
     def _tokens(self, labels: Tensor) -> Tensor:
         vocabulary = self.drafter.vocabulary
         return labels if vocabulary is None else vocabulary.to_tokens(labels)
 
-    def tree(self, num_nodes: int) -> DraftTree:
-        """The `num_nodes` most probable prefixes of at most U labels, of as many candidates a frame as are served."""
-        budget = Budget(num_nodes, default_width(num_nodes), self.labels.shape[1])
-        tree = prefix_search(self._frames_for_kernels(), budget)
+    def tree(self, num_nodes: int, search: str = "prefix", width: int | None = None) -> DraftTree:
+        """Of labels at most U deep, from `width` symbols of each frame, by default as many as are served."""
+        budget = Budget(num_nodes, width or default_width(num_nodes), self.labels.shape[1])
+        tree = draft_tree(search, self._frames[0], budget)
         return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))
 
     def log_q(self) -> Tensor:
         """log q(y_k | y_<k) of the target's labels, given that the drafter goes on: `[N, U]`, -inf where impossible."""
-        lattice = self.frames.lattice
+        lattice = self.outputs.lattice
         anchors, labels, valid = in_labels(self.drafter.vocabulary, self.anchors, self.labels, self.valid)
         scores = label_scores(
             self.slots[:, 1:],
