@@ -10,6 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+
+from vllm_ctc_spec import ctc
+from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
@@ -21,9 +24,6 @@ from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_reference
-
-from vllm_ctc_spec import ctc
-from vllm_ctc_spec.draft.ctc import default_width
 
 RANK = 64  # of the label-conditional head
 BLOCK_SIZE = 16

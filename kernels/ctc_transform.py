@@ -2,11 +2,11 @@
 
 import torch
 import triton
-from vllm_ctc_spec.kernels.ctc_transform_beam import beam_kernel, rank_kernel
-from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference, tree_mask_triton
 
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+from vllm_ctc_spec.kernels.ctc_transform_beam import beam_kernel, rank_kernel
 from vllm_ctc_spec.kernels.limits import MAX_NODES
+from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference, tree_mask_triton
 
 # The order of the nodes is that of integer keys: the bits of a cost, which grow with it because no cost is negative,
 # then the depth, then the place of the first emission.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 from vllm_ctc_spec.kernels.prefix_chain_sweep import extend_kernel, root_kernel, score_kernel

@@ -5,6 +5,7 @@ The mathematics and the reference are in `prefix_chain.py`.
 
 import triton
 import triton.language as tl
+
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
 from vllm_ctc_spec.kernels.noise import gumbel_noise
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.limits import MAX_NODES
+from vllm_ctc_spec.kernels.prefix_search_best_first import prefix_search_triton
 
 
 def prefix_search(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:

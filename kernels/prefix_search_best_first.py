@@ -6,6 +6,7 @@ The mathematics and the reference are in `prefix_search.py`.
 import torch
 import triton
 import triton.language as tl
+
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.prefix_chain_sweep import along_transitions, then
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
+
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import triton
+
 from vllm_ctc_spec.kernels.tree_attention_split import attend_kernel, merge_kernel
 
 # Enough programs for two on each multiprocessor of a Hopper GPU. More splits only add partial results.

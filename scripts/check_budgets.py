@@ -13,14 +13,14 @@ import triton
 from kernel_cases import RANK, Model, Shape, attention_arguments
 from kernel_time import copy_bandwidth
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings, verdict
+
+from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_candidates
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
-
-from vllm_ctc_spec.draft.ctc import default_width
 
 PART = "budgets"
 VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8

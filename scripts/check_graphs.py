@@ -8,15 +8,15 @@ from functools import partial
 import torch
 from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
+
+from vllm_ctc_spec.config import DrafterConfig
+from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
+from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
-
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
-from vllm_ctc_spec.drafter import CTCDrafter
 from vllm_ctc_spec.tree.state import TreeTable
 
 PART = "graphs"

@@ -9,15 +9,15 @@ import check_trees
 import torch
 from frames64 import chain_gap, random_frames, row_of, sampled_rows, search_certificate
 from outcome import FAILED, OK, Outcome, Settings
+
+from vllm_ctc_spec import ctc
+from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.collapse import collapse_triton
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
-
-from vllm_ctc_spec import ctc
-from vllm_ctc_spec.draft.ctc import default_width
 
 PART = "kernels"
 # Triton's interpreter multiplies matrices of bf16 as if they were integers.

@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import torch
+
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_reference, compact_kv_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 from vllm_ctc_spec.kernels.tree_layout import tree_layout_reference, tree_layout_triton

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
-from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
 from vllm_ctc_spec import ctc
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
+from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
 LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
 ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less

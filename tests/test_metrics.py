@@ -9,10 +9,10 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 from vllm_ctc_spec import metrics
 from vllm_ctc_spec.kernels.contract import DraftTree, Frames
+from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 SLOTS, LABELS, FRAMES = 5, 6, 9
 CPU = torch.device("cpu")

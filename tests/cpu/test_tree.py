@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import _custom_ops as ops
-from vllm_ctc_spec.kernels.tree_attention import tree_attention
-from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 from vllm_ctc_spec.config import DrafterConfigError
 from vllm_ctc_spec.cpu.tree import CpuPathCompaction, attend_tree_rows, check_layout, views
+from vllm_ctc_spec.kernels.tree_attention import tree_attention
+from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.tree.state import TreeStep
 
 REQUESTS = [(37, 5), (0, 17), (100, 1), (200, 9), (63, 65), (128, 3)]  # positions before the anchor, tree rows

@@ -3,9 +3,9 @@
 import random
 
 import torch
-from vllm_ctc_spec.kernels.tree_mask import tree_mask
 
 from vllm_ctc_spec.kernels.contract import DraftTree, Frames
+from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.proposer import CTCProposer
 
 

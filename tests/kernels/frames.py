@@ -1,9 +1,9 @@
 """Frames, heads and samplings that the tests of the searches share."""
 
 import torch
-from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 from vllm_ctc_spec import ctc
+from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 ANCHOR = 1
 NEVER = 7.5  # what rows of draft_logits hold that must not be written

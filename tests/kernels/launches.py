@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import torch
 import triton
+
 import vllm_ctc_spec.kernels
+from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels import (
     collapse,
     ctc_transform,
@@ -25,8 +27,6 @@ from vllm_ctc_spec.kernels import (
     tree_walk,
 )
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
-
-from vllm_ctc_spec.draft.ctc import default_width
 
 VOCABULARY = 151_936
 BATCH = 64

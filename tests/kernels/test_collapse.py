@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.collapse import _collapse_kernel, collapse, collapse_reference, collapse_triton
 
 ANCHOR = 77

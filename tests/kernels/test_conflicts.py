@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+
+from vllm_ctc_spec import ctc
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
-
-from vllm_ctc_spec import ctc
 
 from .ctc_transform_oracle import assert_is_the_cut, raw_tree, transform, tree_nodes
 from .frames import ANCHOR, HARD, from_odds, hard_frames, log_probs, random_frames

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+
+from vllm_ctc_spec.draft.ctc import CHAINS, TREES, draft_chain, draft_tree
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
-
-from vllm_ctc_spec.draft.ctc import CHAINS, TREES, draft_chain, draft_tree
 
 from .frames import from_odds, sampling_for
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference, frame_stats_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

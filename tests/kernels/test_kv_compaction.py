@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
 
 from .trees import starts

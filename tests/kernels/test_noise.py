@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from vllm_ctc_spec.kernels import noise
 from vllm_ctc_spec.kernels.noise import gumbel_noise, gumbel_noise_reference, philox_reference
 

@@ -5,10 +5,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
 from vllm_ctc_spec import ctc
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
 from .frames import (
     ANCHOR,

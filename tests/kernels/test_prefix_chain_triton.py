@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_reference, prefix_chain_triton
 

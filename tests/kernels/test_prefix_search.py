@@ -3,12 +3,12 @@
 import numba
 import pytest
 import torch
+
+from vllm_ctc_spec import ctc
 from vllm_ctc_spec.kernels import prefix_search_loops
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
-
-from vllm_ctc_spec import ctc
 
 from .frames import (
     ANCHOR,

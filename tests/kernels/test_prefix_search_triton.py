@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_reference, prefix_search_triton
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_triton
 
 from .trees import node_path, random_tree, starts, tree_tables

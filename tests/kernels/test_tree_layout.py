@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_triton
 
 from .trees import ancestor_bits, node_path, random_tree, starts, tree_tables

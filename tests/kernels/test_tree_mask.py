@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_triton
 
 from .frames import generator

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_triton
 
 from .trees import node_path, random_tree, starts, tree_tables

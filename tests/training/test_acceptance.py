@@ -9,8 +9,8 @@ import torch
 
 from vllm_ctc_spec import ctc
 from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.training import acceptance
 from vllm_ctc_spec.training.acceptance import (
     Acceptance,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import triton
-import vllm_ctc_spec.kernels
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+import vllm_ctc_spec.kernels
 import vllm_ctc_spec.proposer
 import vllm_ctc_spec.tree.model_state
 import vllm_ctc_spec.tree.verification
