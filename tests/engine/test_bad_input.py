@@ -47,7 +47,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-NO_EMBEDDING = "refused: the last stage drafts and has no embedding"  # of README's table, as the next
+NO_EMBEDDING = "refused: the last stage drafts and has no embedding"  # of the table, as the next
 WRONG_ROWS = "refused: vLLM would adapt the wrong rows of logits"
 TRAIN_OR_RESTORE = "train it again or restore the file"
 ITS_OWN_TARGET = "serve it with its own target"
@@ -155,7 +155,7 @@ def environment(monkeypatch):
     monkeypatch.setenv(plugin.V2_VARIABLE, "1")
 
 
-# Rows of README's table.
+# Rows of the table.
 ROWS = {
     "sampled trees": pytest.mark.feature("sampled drafts", tree="refused: exact without them"),
     "block verification": pytest.mark.feature("block verification", chain="refused: vLLM 0.32's is not exact"),
