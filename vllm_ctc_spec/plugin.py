@@ -198,10 +198,19 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
         if speculative.get(option):
             raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
-    if options.draft == "chain" and speculative.get("rejection_sample_method") == "block":
+    method = speculative.get("rejection_sample_method")
+    if method in LOSSY:
+        raise DrafterConfigError(
+            f"rejection_sample_method {method!r} accepts tokens that the target would not say; remove it from "
+            "--speculative-config, so that drafts are verified exactly."
+        )
+    if options.draft == "chain" and method == "block":
         _check_block_verification()
     speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return options, drafter
+
+
+LOSSY = ("synthetic", "fly")  # of vLLM's ways to accept drafts
 
 
 def _check_block_verification() -> None:

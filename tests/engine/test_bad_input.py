@@ -115,6 +115,14 @@ CASES = (
         ("draws the same random numbers", '"standard", or vLLM 0.33'),
         options={"rejection_sample_method": "block"},
     ),
+    *(
+        Case(
+            f"{method} verification",
+            (f"rejection_sample_method '{method}' accepts tokens", "remove it"),
+            options={"rejection_sample_method": method},
+        )
+        for method in ("synthetic", "fly")
+    ),
     Case("unknown option", ("Unknown speculative option 'ctc_beam'", "ctc_search"), options={"ctc_beam": 3}),
     Case("unknown search", ("ctc_search must be one of prefix, argmax",), options={"ctc_search": "beam"}),
     Case(
@@ -159,6 +167,12 @@ def environment(monkeypatch):
 ROWS = {
     "sampled trees": pytest.mark.feature("sampled drafts", tree="refused: exact without them"),
     "block verification": pytest.mark.feature("block verification", chain="refused: vLLM 0.32's is not exact"),
+    **{
+        f"{method} verification": pytest.mark.feature(
+            f"lossy verification (`{method}`)", chain="refused: not exact", tree="refused: not exact"
+        )
+        for method in ("synthetic", "fly")
+    },
     "block verification of trees": pytest.mark.feature("block verification", tree="refused: exact without it"),
 }
 
