@@ -230,7 +230,7 @@ def _check_block_verification() -> None:
 # beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
 # and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
 # 295 (3.35 TB/s, H100).
-TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (16, 2)}
+TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 4)}
 
 
 def _default_tree_rows(target: str) -> tuple[int, int]:
