@@ -35,7 +35,7 @@ from server import on_cpu
 from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
 from tqdm import tqdm
 
-from vllm_ctc_spec.options import TREE_SIZES, tree_schedule
+from vllm_ctc_spec.options import SMALLEST_TREE, TREE_SIZES, tree_schedule
 
 NONE = "none"
 DRAFTS = ("chain:8", "tree:8", "tree:16", "tree:32", "tree:64")
@@ -84,7 +84,7 @@ def suggest_tree_rows(steps: Steps, lengths: Lengths) -> dict[int, tuple[int, fl
     measured = {int(draft.removeprefix("tree:")) for draft in lengths if draft.startswith("tree:")}
     suggested = {}
     for num_nodes in sorted(measured):
-        sizes = {num_nodes, *(size for size in TREE_SIZES if size < num_nodes)}
+        sizes = {num_nodes, *(size for size in TREE_SIZES if SMALLEST_TREE <= size < num_nodes)}
         if not sizes <= measured:
             continue
         candidates = sorted({batch * (1 + nodes) for batch in steps for nodes in sizes} | {1})

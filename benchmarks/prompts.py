@@ -3,9 +3,13 @@
 import argparse
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 FIELDS = ("question", "prompt", "turns")
+# Spec-Bench has these under their own names, ten prompts each, and its own tables have them as one.
+MT_BENCH = "mt_bench"
+MT_BENCH_PARTS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
 @dataclass
@@ -28,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rows with one of the keys {', '.join(FIELDS)} (of turns the first); repeatable (default: --prompts)",
     )  # fmt: skip
     parser.add_argument("--spec-bench", type=Path, metavar="FILE.jsonl", help="Spec-Bench's question.jsonl")
-    parser.add_argument("--categories", nargs="+", metavar="NAME", help="of Spec-Bench (default: all, one by one)")
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        metavar="NAME",
+        help=f"of Spec-Bench, or {MT_BENCH} for a mixture of its eight (default: all, one by one)",
+    )
 
 
 def read(args: argparse.Namespace) -> list[PromptSet]:
@@ -56,6 +65,9 @@ def categories(path: Path, wanted: list[str] | None) -> list[PromptSet]:
     by_category: dict[str, list[str]] = {}
     for row in rows_of(path):
         by_category.setdefault(row.get("category", ""), []).append(first_turn(row, path))
+    if MT_BENCH in (wanted or ()) and by_category.keys() >= set(MT_BENCH_PARTS):
+        parts = zip(*(by_category[name] for name in MT_BENCH_PARTS))  # so that the first few are of every kind
+        by_category[MT_BENCH] = list(chain.from_iterable(parts))
     missing = set(wanted or ()) - by_category.keys()
     if missing:
         raise SystemExit(f"error: {path} has no category {sorted(missing)[0]}, but {', '.join(sorted(by_category))}.")

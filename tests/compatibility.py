@@ -1,4 +1,4 @@
-"""README's table of what works with the drafter, from the marks of the tests that show it.
+"""The table of what works with the drafter, from the marks of the tests that show it.
 
 A test says `@pytest.mark.feature("beam search")`: with chains and with trees the tokens are those without a drafter.
 Where the outcome is another one, or the test shows it for one kind of draft only, it says so:
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/compatibility.md"
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 DRAFTS = ("chain", "tree")
 SAME = "same tokens"
@@ -68,7 +68,7 @@ def table(found: dict[str, Feature]) -> str:
 
 
 def with_table(text: str, new_table: str) -> str:
-    """A README with the table between its two comments."""
+    """The page with the table between its two comments."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{new_table}\n{END}{after}"

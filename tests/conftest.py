@@ -41,7 +41,9 @@ FEATURES = pytest.StashKey[dict[str, compatibility.Feature]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--write-compatibility", action="store_true", help="write README's table of features from the tests' marks"
+        "--write-compatibility",
+        action="store_true",
+        help="write the table in docs/compatibility.md of features from the tests' marks",
     )
 
 
@@ -52,8 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not compatibility.is_everything(config):
             raise pytest.UsageError("--write-compatibility needs all tests: name no files.")
         table = compatibility.table(config.stash[FEATURES])
-        text = compatibility.README.read_text(encoding="utf-8")
-        compatibility.README.write_text(compatibility.with_table(text, table), encoding="utf-8")
+        text = compatibility.PAGE.read_text(encoding="utf-8")
+        compatibility.PAGE.write_text(compatibility.with_table(text, table), encoding="utf-8")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""README's table of features is what the tests declare."""
+"""The table of features is what the tests declare."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ feature, slow = pytest.mark.feature, pytest.mark.slow
 
 
 def test_the_table_in_readme_is_the_one_of_the_tests(collected_features):
-    text = compatibility.README.read_text(encoding="utf-8")
+    text = compatibility.PAGE.read_text(encoding="utf-8")
     wanted = with_table(text, table(collected_features))
     assert text == wanted, "write it anew: pytest --collect-only -q --write-compatibility"
 

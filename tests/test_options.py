@@ -86,12 +86,14 @@ def test_budgets_are_checked(draft, largest):
             options.check_budget(budget, drafter)
 
 
-@pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1)])
-def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows):
-    schedule = tree_schedule(nodes, rows)
+@pytest.mark.parametrize("smallest", [8, 2])
+@pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1), (5, 16)])
+def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows, smallest):
+    schedule = tree_schedule(nodes, rows, smallest)
     by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}
     assert list(by_batch) == list(range(1, 2 * rows + 1))
     assert by_batch.pop(1) == nodes  # what was asked for
     for batch, size in by_batch.items():
-        allowed = [n for n in (*TREE_SIZES, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
+        sizes = [n for n in TREE_SIZES if n >= smallest]
+        allowed = [n for n in (*sizes, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
         assert size == max(allowed)

@@ -13,9 +13,10 @@ DEFAULT_TREE_NODES = 32
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-TREE_SIZES = (64, 32, 16, 8)
-"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each; none below 8, because the drafter's
-forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
+TREE_SIZES = (64, 32, 16, 8, 4, 3, 2)
+"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each."""
+SMALLEST_TREE = 8
+"""Of a schedule, because the drafter's forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +103,15 @@ class ServingOptions:
         return budget
 
 
-def tree_schedule(num_nodes: int, rows: int) -> list[tuple[int, int, int]]:
+def tree_schedule(num_nodes: int, rows: int, smallest: int = SMALLEST_TREE) -> list[tuple[int, int, int]]:
     """Value of vLLM's option SCHEDULE: (first batch size, last, nodes).
 
     The anchors and nodes of a batch are at most `rows`. A request alone gets the tree that was asked for, whatever its
-    rows; batches beyond the last tree get none. The first K rows of a tree are the best tree of K nodes.
+    rows; batches beyond the last tree of `smallest` nodes or more get none. The first K rows of a tree are the best
+    tree of K nodes.
     """
     schedule, first = [], 1
-    for nodes in (num_nodes, *(size for size in TREE_SIZES if size < num_nodes)):
+    for nodes in (num_nodes, *(size for size in TREE_SIZES if smallest <= size < num_nodes)):
         last = max(rows // (1 + nodes), 1)
         if last >= first:
             schedule.append((first, last, nodes))

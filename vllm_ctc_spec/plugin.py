@@ -35,8 +35,9 @@ from vllm_ctc_spec.config import (
     DrafterConfigError,
     shown,
 )
+from vllm_ctc_spec.cpu.threads import is_large
 from vllm_ctc_spec.drafter import check_weights
-from vllm_ctc_spec.options import SCHEDULE, ServingOptions, tree_schedule
+from vllm_ctc_spec.options import SCHEDULE, SMALLEST_TREE, ServingOptions, tree_schedule
 
 logger = logging.getLogger("vllm.ctc_spec")
 
@@ -193,15 +194,24 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     options = options.for_drafter(drafter, speculative)
     budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
     if options.draft == "tree" and SCHEDULE not in speculative:
-        rows = options.tree_rows or _default_tree_rows()
-        speculative[SCHEDULE] = tree_schedule(budget, rows)
+        rows, smallest = _default_tree_rows(target.model)
+        speculative[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
     for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
         if speculative.get(option):
             raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
-    if options.draft == "chain" and speculative.get("rejection_sample_method") == "block":
+    method = speculative.get("rejection_sample_method")
+    if method in LOSSY:
+        raise DrafterConfigError(
+            f"rejection_sample_method {method!r} accepts tokens that the target would not say; remove it from "
+            "--speculative-config, so that drafts are verified exactly."
+        )
+    if options.draft == "chain" and method == "block":
         _check_block_verification()
     speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return options, drafter
+
+
+LOSSY = ("synthetic", "fly")  # of vLLM's ways to accept drafts
 
 
 def _check_block_verification() -> None:
@@ -215,17 +225,20 @@ def _check_block_verification() -> None:
         )
 
 
-# Rows per step up to which verifying more of them brings more than it costs. CPU: measured with the embedded pair
-# (benchmarks/results/latency_model.md). GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight and
-# a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or 295
-# (3.35 TB/s, H100).
-TREE_ROWS = {"cpu": 36, "cuda": 256}
+# Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.
+# CPU: measured with the tiny pair (benchmarks/results/latency_model.md), and with 135 M weights, whose rows are dear
+# beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
+# and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
+# 295 (3.35 TB/s, H100).
+TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 4)}
 
 
-def _default_tree_rows() -> int:
+def _default_tree_rows(target: str) -> tuple[int, int]:
     from vllm.platforms import current_platform
 
-    return TREE_ROWS["cpu" if current_platform.is_cpu() else "cuda"]
+    if not current_platform.is_cpu():
+        return TREE_ROWS["cuda"]
+    return TREE_ROWS["cpu, large target" if is_large(target) else "cpu"]
 
 
 def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:

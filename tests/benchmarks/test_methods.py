@@ -131,6 +131,18 @@ def test_rows_may_be_questions_prompts_or_turns(tmp_path):
     assert len(read()["demo"]) == 50
 
 
+def test_the_parts_of_mt_bench_are_one_dataset_that_begins_with_one_of_each(tmp_path):
+    parts = prompts.MT_BENCH_PARTS
+    rows = [{"category": part, "turns": [f"{part}{i}"]} for part in (*parts, "qa") for i in range(2)]
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read("--spec-bench", str(path), "--categories", "mt_bench", "qa")
+    assert found == {"mt_bench": [f"{part}{i}" for i in range(2) for part in parts], "qa": ["qa0", "qa1"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
+    with pytest.raises(SystemExit, match="has no category mt_bench"):
+        read("--spec-bench", str(path), "--categories", "mt_bench")
+
+
 def test_categories_of_spec_bench_are_datasets(tmp_path):
     path = tmp_path / "bench.jsonl"
     path.write_text("".join(json.dumps({"category": c, "turns": [c + t]}) + "\n" for t in "12" for c in "xy"))

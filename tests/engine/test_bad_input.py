@@ -47,7 +47,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
 
-NO_EMBEDDING = "refused: the last stage drafts and has no embedding"  # of README's table, as the next
+NO_EMBEDDING = "refused: the last stage drafts and has no embedding"  # of the table, as the next
 WRONG_ROWS = "refused: vLLM would adapt the wrong rows of logits"
 TRAIN_OR_RESTORE = "train it again or restore the file"
 ITS_OWN_TARGET = "serve it with its own target"
@@ -115,6 +115,14 @@ CASES = (
         ("draws the same random numbers", '"standard", or vLLM 0.33'),
         options={"rejection_sample_method": "block"},
     ),
+    *(
+        Case(
+            f"{method} verification",
+            (f"rejection_sample_method '{method}' accepts tokens", "remove it"),
+            options={"rejection_sample_method": method},
+        )
+        for method in ("synthetic", "fly")
+    ),
     Case("unknown option", ("Unknown speculative option 'ctc_beam'", "ctc_search"), options={"ctc_beam": 3}),
     Case("unknown search", ("ctc_search must be one of prefix, argmax",), options={"ctc_search": "beam"}),
     Case(
@@ -155,10 +163,16 @@ def environment(monkeypatch):
     monkeypatch.setenv(plugin.V2_VARIABLE, "1")
 
 
-# Rows of README's table.
+# Rows of the table.
 ROWS = {
     "sampled trees": pytest.mark.feature("sampled drafts", tree="refused: exact without them"),
     "block verification": pytest.mark.feature("block verification", chain="refused: vLLM 0.32's is not exact"),
+    **{
+        f"{method} verification": pytest.mark.feature(
+            f"lossy verification (`{method}`)", chain="refused: not exact", tree="refused: not exact"
+        )
+        for method in ("synthetic", "fly")
+    },
     "block verification of trees": pytest.mark.feature("block verification", tree="refused: exact without it"),
 }
 

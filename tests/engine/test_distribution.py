@@ -137,7 +137,7 @@ if SINCE_33:  # with 0.32 it is refused
     RUNS["block verification, greedy drafts"] = ({"rejection_sample_method": "block"}, HOT_TOP_P)
 
 
-# Rows of README's table. Trees give the very samples without drafter (test_features.py).
+# Rows of the table. Trees give the very samples without drafter (test_features.py).
 ROWS = {
     "greedy drafts": ("temperature", "`n` > 1"),
     "greedy drafts, cold, top_k": ("top-k",),

@@ -103,7 +103,7 @@ CASES = {
 }
 
 
-# Rows of README's table.
+# Rows of the table.
 ROWS = {
     "one token": "`max_tokens`",
     "two tokens": "`max_tokens`",

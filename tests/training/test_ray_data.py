@@ -87,11 +87,11 @@ def test_the_dtype_on_other_machines_is_not_guessed(monkeypatch):
 
 def test_a_missing_ray_is_one_sentence(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(TrainingError, match=r"pip install 'vllm-ctc-spec\[ray\]'"):
+    with pytest.raises(TrainingError, match=r"pip install 'ray\[data,train\]'"):
         make_dataset(config, False, with_ray(1))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(TrainingError, match=r"Ray Data cannot be imported .*pip install 'vllm-ctc-spec\[ray\]'"):
+    with pytest.raises(TrainingError, match=r"Ray Data cannot be imported .*pip install 'ray\[data,train\]'"):
         ray_data._ray_data()
     assert not config.output.exists()
 

@@ -217,7 +217,7 @@ def test_options_that_cannot_work_are_refused_before_anything_starts(options, me
 def test_a_machine_without_ray_is_told_how_to_install_it(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert train(tmp_path / "out", "--num-workers", "2") == 1
-    assert "pip install 'vllm-ctc-spec[ray]'" in error_of(capsys)
+    assert "pip install 'ray[data,train]'" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -32,7 +32,7 @@ def ray_cluster(address: str | None, num_cpus: int | None = None) -> Iterator[Mo
     try:
         import ray
     except ImportError as error:
-        raise TrainingError(f"Ray cannot be imported ({error}): pip install 'vllm-ctc-spec[ray]'.") from error
+        raise TrainingError(f"Ray cannot be imported ({error}): pip install 'ray[data,train]'.") from error
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(logging_level="ERROR", log_to_driver=False, **options)

@@ -101,5 +101,5 @@ def _ray_data() -> ModuleType:
     try:
         import ray.data
     except ImportError as error:
-        raise TrainingError(f"Ray Data cannot be imported ({error}): pip install 'vllm-ctc-spec[ray]'.") from error
+        raise TrainingError(f"Ray Data cannot be imported ({error}): pip install 'ray[data,train]'.") from error
     return ray.data
