@@ -333,7 +333,7 @@ def test_arguments_of_the_chat_template_that_are_no_object(data_asked, capsys, t
 def test_data_switches(data_asked):
     assert cli.main([*DATA, "--hidden-states", "--overwrite"]) == 0
     assert (data_asked[0][0].hidden_states, data_asked[0][1]) == (True, True)
-    assert cli.main([*DATA, "--ray", "--ray-address", "head:6379", "--num-workers", "4"]) == 0
+    assert cli.main([*DATA, "--ray", "--ray-address", "head:6379", "--num-workers", "4", "--dtype", "bfloat16"]) == 0
     assert data_asked[1][2].func is ray_data.generate_with_ray
     assert data_asked[1][2].keywords == {"options": ray_data.RayOptions("head:6379", 4)}
 
@@ -343,6 +343,7 @@ def test_data_switches(data_asked):
     [
         (["--num-workers", "2"], "add --ray"),
         (["--ray-address", "head:6379"], "add --ray"),
+        (["--ray", "--ray-address", "head:6379"], "say --dtype bfloat16 or --dtype float32"),
         (["--ray", "--num-workers", "0"], "--num-workers must be 1 or more"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be more than 0"),
     ],
