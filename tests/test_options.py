@@ -86,7 +86,7 @@ def test_budgets_are_checked(draft, largest):
             options.check_budget(budget, drafter)
 
 
-@pytest.mark.parametrize("smallest", [8, 2])
+@pytest.mark.parametrize("smallest", [8, 4])
 @pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1), (5, 16)])
 def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows, smallest):
     schedule = tree_schedule(nodes, rows, smallest)

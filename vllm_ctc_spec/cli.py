@@ -209,9 +209,9 @@ def run_data(args: argparse.Namespace) -> None:
         raise TrainingError("--ray-address and --num-workers choose Ray's workers: add --ray.")
     generate = generate_here
     if args.ray:
-        from vllm_ctc_spec.training.ray_data import RayOptions, check_dtype, generate_with_ray
+        from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype
 
-        check_dtype(args.dtype, args.ray_address)
+        refuse_to_guess_dtype(args.dtype, args.ray_address)
 
         generate = functools.partial(generate_with_ray, options=RayOptions(args.ray_address, args.num_workers))
     config = DataConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DataConfig)})

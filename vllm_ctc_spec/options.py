@@ -13,7 +13,7 @@ DEFAULT_TREE_NODES = 32
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-TREE_SIZES = (64, 32, 16, 8, 4, 3, 2)
+TREE_SIZES = (64, 32, 16, 8, 4)
 """Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each."""
 SMALLEST_TREE = 8
 """Of a schedule, because the drafter's forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""

@@ -12,7 +12,7 @@ import torch
 from vllm_ctc_spec.training import dataset, ray_data
 from vllm_ctc_spec.training.dataset import read_examples
 from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.ray_data import RayOptions, check_dtype, generate_with_ray, workers_that_fit
+from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
 from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import Target
 from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
@@ -80,9 +80,9 @@ def test_what_a_worker_refuses_is_said_here(config, tmp_path):
 def test_the_dtype_on_other_machines_is_not_guessed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrainingError, match="say --dtype bfloat16 or --dtype float32"):
-        check_dtype("auto", "10.0.0.1:6379")
+        refuse_to_guess_dtype("auto", "10.0.0.1:6379")
     for dtype, address in (("auto", None), ("float32", "10.0.0.1:6379")):
-        check_dtype(dtype, address)
+        refuse_to_guess_dtype(dtype, address)
 
 
 def test_a_missing_ray_is_one_sentence(config, monkeypatch):

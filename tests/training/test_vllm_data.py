@@ -370,6 +370,14 @@ def test_an_engine_that_fails_names_its_log(config, engine, monkeypatch):
     assert not dataset.check_folder(config.output, {}, False)
 
 
+def test_a_log_that_cannot_be_written_is_one_sentence(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_data, "log_is_chosen", lambda: False)
+    (tmp_path / "file").write_text("")
+    there = dataclasses.replace(config, output=tmp_path / "file" / "data")
+    with pytest.raises(TrainingError, match=f"{dataset.LOG_NAME} cannot be written to"):
+        make_dataset(there, False)
+
+
 def test_an_engine_that_fails_is_one_sentence(config, engine, generate, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Unsupported CPU attention.\nmore")

@@ -25,7 +25,7 @@ class RayOptions:
             raise TrainingError(f"--num-workers must be 1 or more, not {self.num_workers}.")
 
 
-def check_dtype(dtype: str, address: str | None) -> None:
+def refuse_to_guess_dtype(dtype: str, address: str | None) -> None:
     """Refuse to guess the dtype of a target on other machines (TrainingError)."""
     if dtype == "auto" and address is not None and not torch.cuda.is_available():
         raise TrainingError(

@@ -37,11 +37,12 @@ from vllm_ctc_spec.training.dataset import (
     write_responses,
     write_states,
 )
-from vllm_ctc_spec.training.settings import TrainingError, option
+from vllm_ctc_spec.training.settings import TrainingError, option, writing
 from vllm_ctc_spec.training.target import TargetText
 
 States = Iterator[tuple[Shard, Tensor]]
-CPU_PROMPTS_AT_ONCE = 32  # more are no faster there, and the first answers would come later
+# Measured with 135 M weights on two cores: 128 give 1.17 times as many tokens a second, and each four times as late.
+CPU_PROMPTS_AT_ONCE = 32
 LOGGING_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 PASSING_PREFIX, PASSING_SUFFIX = "hidden-states-", ".tmp"  # of the folder through which vLLM hands them over
 
@@ -191,7 +192,9 @@ def vllm_logging_to(file: str) -> Iterator[None]:
     }
     logger = logging.getLogger("vllm")
     handlers = logger.handlers[:]
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with writing(Path(file)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "logging.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
