@@ -32,7 +32,7 @@ setup(
         "train": ["tensorboard"],
     },
     entry_points={
-        "vllm.general_plugins": ["ctc = vllm_ctc_spec.plugin:register"],
+        "vllm.general_plugins": ["ctc = vllm_ctc_spec.serving.plugin:register"],
         "console_scripts": ["vllm-ctc = vllm_ctc_spec.cli:main"],
     },
     classifiers=[

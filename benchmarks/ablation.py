@@ -26,8 +26,8 @@ from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from record import processor
 from torch import Tensor
 
-from vllm_ctc_spec.config import DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training.acceptance import (
     Acceptance,
     draft_everywhere,
@@ -37,13 +37,13 @@ from vllm_ctc_spec.training.acceptance import (
     walk,
 )
 from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.evaluate import read_eval_prompts, respond, response_log_probs
 from vllm_ctc_spec.training.features import Features, in_process
 from vllm_ctc_spec.training.run import train
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.target import Target, TargetText
 
 METHODS: dict[str, dict] = {

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ctc_spec import ctc
 from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
@@ -145,15 +145,15 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def oracle_chains(frames: Frames, num_labels: int) -> None:
-    """ctc.py, request by request."""
+    """oracle.py, request by request."""
     for log_probs, anchor in oracle_rows(frames):
-        ctc.chain(log_probs, num_labels, label_bias=LabelBias(frames.markov), anchor=anchor)
+        oracle.chain(log_probs, num_labels, label_bias=LabelBias(frames.markov), anchor=anchor)
 
 
 def oracle_trees(frames: Frames, budget: Budget) -> None:
     for log_probs, anchor in oracle_rows(frames):
         bias = LabelBias(frames.markov)
-        ctc.best_prefixes(log_probs, budget.nodes, depth=budget.depth, label_bias=bias, anchor=anchor)
+        oracle.best_prefixes(log_probs, budget.nodes, depth=budget.depth, label_bias=bias, anchor=anchor)
 
 
 def oracle_rows(frames: Frames) -> list:

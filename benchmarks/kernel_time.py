@@ -4,7 +4,7 @@
     python benchmarks/kernel_time.py --quick          # one small shape
 
 On a CPU the functions that serve there (torch, numpy, numba) are timed instead, at small shapes; where the reference is
-another one, it is `vllm_ctc_spec/ctc.py`. vLLM is not needed: torch, triton, tqdm and, on a CPU, numba are, with this
+another one, it is `drafter/oracle.py`. vLLM is not needed: torch, triton, tqdm and, on a CPU, numba are, with this
 repository installed by `pip install --no-deps -e .`. Writes OUTPUT.json and OUTPUT.md.
 
 Not called kernels.py: programs of this folder, and the tests, would then have a module `kernels` on their path, which

@@ -35,7 +35,7 @@ from server import on_cpu
 from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
 from tqdm import tqdm
 
-from vllm_ctc_spec.options import SMALLEST_TREE, TREE_SIZES, tree_schedule
+from vllm_ctc_spec.serving.options import SMALLEST_TREE, TREE_SIZES, tree_schedule
 
 NONE = "none"
 DRAFTS = ("chain:8", "tree:8", "tree:16", "tree:32", "tree:64")

@@ -27,15 +27,10 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from vllm_ctc_spec.config import default_aux_layer_ids
+from vllm_ctc_spec.drafter.config import default_aux_layer_ids
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.dataset import Example, open_dataset, target_fingerprint
-from vllm_ctc_spec.training.settings import (
-    TrainingError,
-    differing_settings,
-    new_file,
-    record_settings,
-    write_atomically,
-)
+from vllm_ctc_spec.training.files import differing_settings, new_file, record_settings, write_atomically
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
 
 METHODS = ("eagle3", "dflash", "dspark")

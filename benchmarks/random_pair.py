@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
 
 SHAPES = {
     # Llama 3.1 8B.

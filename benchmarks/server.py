@@ -25,7 +25,7 @@ from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from vllm_ctc_spec.cpu.threads import VARIABLE, threads_of
+from vllm_ctc_spec.serving.cpu.threads import VARIABLE, threads_of
 
 HOST = "127.0.0.1"
 # Float32: without AMX, bfloat16 is several times slower as soon as a step verifies more than one token.

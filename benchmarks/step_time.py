@@ -29,7 +29,7 @@ from report import describe_run
 from server import on_cpu
 from tqdm import tqdm
 
-from vllm_ctc_spec.cpu.threads import is_large
+from vllm_ctc_spec.serving.cpu.threads import is_large
 
 if on_cpu():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -129,17 +129,17 @@ def instrument_engine(stopwatch: Stopwatch, llm) -> None:
 def instrument_functions(stopwatch: Stopwatch) -> None:
     """What all engines share."""
     import vllm_ctc_spec.draft.ctc
-    import vllm_ctc_spec.proposer
-    import vllm_ctc_spec.tree.compaction
-    import vllm_ctc_spec.tree.model_state
-    import vllm_ctc_spec.tree.verification
+    import vllm_ctc_spec.serving.proposer
+    import vllm_ctc_spec.serving.tree.compaction
+    import vllm_ctc_spec.serving.tree.model_state
+    import vllm_ctc_spec.serving.tree.verification
 
     stopwatch.wrap(vllm_ctc_spec.draft.ctc, "frame_stats", "frame statistics")
     for search in ("draft_chain", "draft_tree"):
-        stopwatch.wrap(vllm_ctc_spec.proposer, search, "chain or tree search, masks included")
-    stopwatch.wrap(vllm_ctc_spec.tree.model_state, "tree_layout", "tree layout")
-    stopwatch.wrap(vllm_ctc_spec.tree.verification, "tree_walk", "tree walk")
-    compaction = vllm_ctc_spec.tree.compaction.PathCompaction
+        stopwatch.wrap(vllm_ctc_spec.serving.proposer, search, "chain or tree search, masks included")
+    stopwatch.wrap(vllm_ctc_spec.serving.tree.model_state, "tree_layout", "tree layout")
+    stopwatch.wrap(vllm_ctc_spec.serving.tree.verification, "tree_walk", "tree walk")
+    compaction = vllm_ctc_spec.serving.tree.compaction.PathCompaction
     for kind in (compaction, *compaction.__subclasses__()):
         stopwatch.wrap(kind, "run", "compaction")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.module import CTCDrafter
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 

@@ -9,15 +9,15 @@ import torch
 from check_trees import BLOCK_SIZE
 from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
 
-from vllm_ctc_spec.config import DrafterConfig
 from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
-from vllm_ctc_spec.tree.state import TreeTable
+from vllm_ctc_spec.serving.tree.state import TreeTable
 
 PART = "graphs"
 VOCABULARY, HIDDEN, CONTEXT, FRAMES, NODES, LABELS = 32_000, 512, 256, 12, 64, 8
@@ -30,7 +30,7 @@ Step = Callable[[], list[torch.Tensor]]
 
 def check(settings: Settings) -> Iterator[Outcome]:
     if not torch.cuda.is_available():
-        yield Outcome(PART, "draft step", NOT_RUN, "it needs a GPU; tests/tree/test_host_reads.py looks for host reads")
+        yield Outcome(PART, "draft step", NOT_RUN, "needs a GPU; tests/serving/tree/test_host_reads.py finds host reads")
         return
     device = torch.device("cuda")
     torch.manual_seed(settings.seed)

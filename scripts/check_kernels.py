@@ -10,8 +10,8 @@ import torch
 from frames64 import chain_gap, random_frames, row_of, sampled_rows, search_certificate
 from outcome import FAILED, OK, Outcome, Settings
 
-from vllm_ctc_spec import ctc
 from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.collapse import collapse_triton
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
@@ -126,7 +126,7 @@ def collapse_error(case: Case) -> Error:
     labels, lengths = collapse_triton(alignment.to(case.device), blank, anchor, shape.nodes)
     wrong = 0
     for row, symbols in enumerate(alignment.tolist()):
-        expected = ctc.collapse(symbols, blank)[: shape.nodes]
+        expected = oracle.collapse(symbols, blank)[: shape.nodes]
         filler = expected[-1] if expected else int(anchor[row])
         wrong += labels[row].tolist() != expected + [filler] * (shape.nodes - len(expected))
         wrong += int(lengths[row]) != len(expected)

@@ -12,8 +12,7 @@ import torch
 from outcome import FAILED, Outcome, Settings, verdict
 from pair import TINY, read_pair
 
-from vllm_ctc_spec.ctc import transition_log_probs
-from vllm_ctc_spec.drafter import Lattice
+from vllm_ctc_spec.drafter.lattice import Lattice, transition_log_probs
 from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.vocabulary import label_scores
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import NEG
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
@@ -22,8 +23,8 @@ class Row(NamedTuple):
     markov: tuple[torch.Tensor, torch.Tensor]
     anchor: int
 
-    def root(self) -> ctc.Prefix | ctc.TransitionPrefix:
-        return ctc.root_prefix(self.log_probs, self.log_transitions)
+    def root(self) -> oracle.Prefix | oracle.TransitionPrefix:
+        return oracle.root_prefix(self.log_probs, self.log_transitions)
 
     def bias(self, last: int, tokens: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """The head's, fp64, of `tokens` or of all."""
@@ -33,9 +34,9 @@ class Row(NamedTuple):
 
 def row_of(frames: Frames, row: int) -> Row:
     logits, log_label, log_blank = (x[row].double() for x in frames[:3])
-    log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(ctc.NEG)
+    log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(NEG)
     transitions = frames.transitions
-    log_transitions = None if transitions is None else transitions[row].double().log().clamp_min(ctc.NEG)
+    log_transitions = None if transitions is None else transitions[row].double().log().clamp_min(NEG)
     return Row(log_probs, log_transitions, frames.markov, int(frames.anchor[row]))
 
 
@@ -60,7 +61,7 @@ def random_frames(
         odds = torch.full_like(odds, -torch.inf)
         transitions = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
         behind = torch.ones_like(transitions, dtype=torch.bool).tril(-1)
-        transitions = torch.softmax(transitions.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
+        transitions = torch.softmax(transitions.masked_fill(behind, NEG), -1).masked_fill(behind, 0)
     log_label = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
     log_blank = torch.nn.functional.logsigmoid(odds)
     scale = (2 / rank**0.5) ** 0.5
@@ -118,7 +119,7 @@ def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, 
     """
     rest = torch.ones(row.log_probs.shape[1] - 1, dtype=torch.bool, device=tokens.device)
     rest[tokens] = False
-    log_rest = row.log_probs[:, :-1].masked_fill(~rest, ctc.NEG).logsumexp(1).cpu()  # [T], mass outside of them
+    log_rest = row.log_probs[:, :-1].masked_fill(~rest, NEG).logsumexp(1).cpu()  # [T], mass outside of them
     reduced = torch.cat([row.log_probs[:, tokens], row.log_probs[:, -1:]], 1).cpu()
     transitions = None if row.log_transitions is None else row.log_transitions.cpu()
     column = {token: place for place, token in enumerate(tokens.tolist())}
@@ -129,7 +130,7 @@ def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, 
         children[parents[node]].add(column[drafted[node]])
     full = used + 1 == len(parents)
     least = scores[used] if full else -60.0  # of a tree with room left: no child with any mass was left out
-    prefixes, exact, error = {0: ctc.root_prefix(reduced, transitions)}, {0: 0.0}, 0.0
+    prefixes, exact, error = {0: oracle.root_prefix(reduced, transitions)}, {0: 0.0}, 0.0
     laws: dict[int, torch.Tensor] = {}
     for node in range(1 + used):
         if node:
@@ -146,10 +147,10 @@ def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, 
 
 
 def normalised(
-    prefix: ctc.Prefix | ctc.TransitionPrefix, reduced: torch.Tensor, log_rest: torch.Tensor, bias: torch.Tensor
+    prefix: oracle.Prefix | oracle.TransitionPrefix, reduced: torch.Tensor, log_rest: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """log q over the candidates; the bias of all other tokens is 0 by definition, and what has no mass is no child."""
-    weight = prefix.phi if isinstance(prefix, ctc.TransitionPrefix) else prefix.emission_weights()[0]
+    weight = prefix.phi if isinstance(prefix, oracle.TransitionPrefix) else prefix.emission_weights()[0]
     outside = torch.logsumexp(log_rest + weight, 0) - prefix.log_prob
     conditional = prefix.conditional(reduced)
     scores = (conditional + bias).masked_fill(conditional < LOG_IMPOSSIBLE, -torch.inf)

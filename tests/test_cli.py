@@ -13,8 +13,8 @@ import torch
 
 from vllm_ctc_spec import cli
 from vllm_ctc_spec.training import evaluate, ray_data, run, vllm_data
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.settings import TrainConfig
 from vllm_ctc_spec.training.vllm_data import DataConfig
 
 from .training.tiny import make_target, write_rows

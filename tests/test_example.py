@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.module import CTCDrafter
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ctc_spec.config import LATTICES, DrafterConfigError
-from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
-from vllm_ctc_spec.training.settings import (
+from vllm_ctc_spec.drafter.config import LATTICES
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
+from vllm_ctc_spec.training.config import (
     CHOICES,
     DEFAULT_DTYPE,
     PARALLEL,
     TrainConfig,
-    TrainingError,
     WorkerOptions,
     option,
     read_settings,
 )
+from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 
 TRAIN_HELP = {
     "target": "Hugging Face folder of the model to speed up",

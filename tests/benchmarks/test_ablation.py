@@ -11,8 +11,8 @@ import ablation
 import pytest
 import torch
 
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.target import Target

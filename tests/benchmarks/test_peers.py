@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.dataset import target_fingerprint
-from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
 from vllm_ctc_spec.draft.ctc import CHAINS, TREES, default_width, draft_chain, draft_tree, read_frames
-from vllm_ctc_spec.drafter import FrameOutputs, Lattice
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import FrameOutputs, Lattice, transition_log_probs
 from vllm_ctc_spec.kernels.contract import Budget
-from vllm_ctc_spec.options import SEARCHES
+from vllm_ctc_spec.serving.options import SEARCHES
 
 B, T, V, N = 3, 8, 20, 5
 
@@ -18,7 +18,7 @@ def outputs(lattice: str, seed: int = 0) -> FrameOutputs:
     if lattice == "ctc":
         return FrameOutputs(logits, Lattice(blank_odds=torch.randn(B, T, generator=generator)))
     query, key = (torch.randn(B, size, 4, generator=generator) for size in (1 + T, T))
-    return FrameOutputs(logits, Lattice(log_transitions=ctc.transition_log_probs(query, key, torch.zeros(T))))
+    return FrameOutputs(logits, Lattice(log_transitions=transition_log_probs(query, key, torch.zeros(T))))
 
 
 def test_every_search_is_an_option_and_every_option_a_search():
@@ -37,10 +37,10 @@ def test_chain_and_tree_follow_the_oracle_of_the_outputs(lattice):
     tree = draft_tree("prefix", frames, Budget(N, default_width(N), T))
     for row in range(B):
         odds, steps = (None if x is None else x[row] for x in emitted.lattice)
-        log_p = ctc.frame_log_probs(emitted.logits[row], odds)
-        chain = ctc.chain(log_p, N, anchor=row, log_transitions=steps)
+        log_p = oracle.frame_log_probs(emitted.logits[row], odds)
+        chain = oracle.chain(log_p, N, anchor=row, log_transitions=steps)
         assert labels[row, : lengths[row]].tolist() == list(chain.labels)
-        best = ctc.best_prefixes(log_p, N, depth=T, anchor=row, log_transitions=steps)
+        best = oracle.best_prefixes(log_p, N, depth=T, anchor=row, log_transitions=steps)
         assert [tuple(tree.path(row, node)) for node in range(1, 1 + N)] == [prefix for prefix, _ in best]
 
 
@@ -49,5 +49,5 @@ def test_the_argmax_chain_is_the_collapse_of_the_best_alignment():
     frames, stats = read_frames(emitted, torch.arange(B), None)
     labels, lengths = draft_chain("argmax", frames, stats, N)
     for row in range(B):
-        alignment = ctc.frame_log_probs(emitted.logits[row], emitted.lattice.blank_odds[row]).argmax(-1).tolist()
-        assert labels[row, : lengths[row]].tolist() == ctc.collapse(alignment, V)[:N]
+        alignment = oracle.frame_log_probs(emitted.logits[row], emitted.lattice.blank_odds[row]).argmax(-1).tolist()
+        assert labels[row, : lengths[row]].tolist() == oracle.collapse(alignment, V)[:N]

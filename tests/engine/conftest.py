@@ -22,9 +22,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
-from vllm_ctc_spec import cpu, plugin
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.serving import cpu, plugin
 
 CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # the last two: space, line break
 SPECIAL = ["<pad>", "<eos>"]

@@ -6,7 +6,7 @@ import torch
 
 from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
-from vllm_ctc_spec.proposer import CTCProposer
+from vllm_ctc_spec.serving.proposer import CTCProposer
 
 
 class OracleProposer(CTCProposer):

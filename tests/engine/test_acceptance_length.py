@@ -16,7 +16,7 @@ from pair import TINY, read_pair
 from server import Server
 from vllm import SamplingParams
 
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.acceptance import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.eval_settings import EvalConfig

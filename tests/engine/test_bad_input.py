@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_ctc_spec import plugin
-from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME
+from vllm_ctc_spec.serving import plugin
 
 from ..releases import SINCE_33
 from .conftest import DRAFTS

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
-from vllm_ctc_spec import metrics
-from vllm_ctc_spec.config import WEIGHTS_NAME
-from vllm_ctc_spec.drafter import FrameOutputs
+from vllm_ctc_spec.drafter.config import WEIGHTS_NAME
+from vllm_ctc_spec.drafter.lattice import FrameOutputs
 from vllm_ctc_spec.kernels.contract import Frames
-from vllm_ctc_spec.proposer import CTCProposer
+from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving.proposer import CTCProposer
 
 from ..fuzz.checkpoints import lay_traps
 from .conftest import TREE

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 
-from vllm_ctc_spec import plugin
-from vllm_ctc_spec.proposer import CTCProposer
+from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving.proposer import CTCProposer
 
 from ..releases import SINCE_33
 from .conftest import TREE

@@ -23,7 +23,7 @@ from server import Server
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_ctc_spec import plugin
+from vllm_ctc_spec.serving import plugin
 
 from .conftest import DRAFTS, Pair
 

@@ -10,8 +10,8 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_ctc_spec import plugin
-from vllm_ctc_spec.config import ARCHITECTURE, CONFIG_NAME, DRAFTER_SUBFOLDER
+from vllm_ctc_spec.drafter.config import ARCHITECTURE, CONFIG_NAME, DRAFTER_SUBFOLDER
+from vllm_ctc_spec.serving import plugin
 
 from ..releases import SINCE_33
 

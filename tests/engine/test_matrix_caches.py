@@ -6,7 +6,7 @@ from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-from vllm_ctc_spec import cpu
+from vllm_ctc_spec.serving import cpu
 
 from .test_matrix_targets import answered_as_without_drafter, drafting
 from .ties import differences

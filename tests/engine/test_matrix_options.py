@@ -5,7 +5,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_ctc_spec import cpu, plugin
+from vllm_ctc_spec.serving import cpu, plugin
 
 from .conftest import DRAFTS
 from .test_bad_input import is_one_sentence, startup_error

@@ -28,7 +28,7 @@ from transformers import (
 )
 from vllm import SamplingParams
 
-from vllm_ctc_spec import cpu, plugin
+from vllm_ctc_spec.serving import cpu, plugin
 
 from .conftest import DRAFTS, HIDDEN, Pair, save_drafter, save_tokenizer
 from .test_bad_input import is_one_sentence, startup_error

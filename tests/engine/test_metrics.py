@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_ctc_spec import metrics, plugin, proposer
+from vllm_ctc_spec.serving import metrics, plugin, proposer
 
 QUESTIONS = (
     "Mira picks 12 plums and eats 4 of them. How many plums are left?",

@@ -16,12 +16,13 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-from vllm_ctc_spec import ctc
 from vllm_ctc_spec.draft import ctc as draft_ctc
-from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
-from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs, Lattice
-from vllm_ctc_spec.model import CTCDraftModel
-from vllm_ctc_spec.proposer import CTCProposer
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import FrameOutputs, Lattice
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
+from vllm_ctc_spec.serving.model import CTCDraftModel
+from vllm_ctc_spec.serving.proposer import CTCProposer
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target
 
 from .conftest import DRAFTERS
@@ -164,12 +165,12 @@ def test_frames_and_drafts_of_every_step_are_the_training_modules(served, traine
             continue
         context = aux_hidden_states(torch.tensor([tokens[:here]]))
         frames = row_of(row_of(drafter(context, torch.tensor([[step.anchor]]), torch.tensor([[here]])), 0), 0)
-        expected, given = (ctc.frame_log_probs(x.logits, x.lattice.blank_odds) for x in (frames, step.frames))
+        expected, given = (oracle.frame_log_probs(x.logits, x.lattice.blank_odds) for x in (frames, step.frames))
         torch.testing.assert_close(given, expected, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(step.frames.lattice, frames.lattice, atol=TOLERANCE, rtol=0)
         anchor = int(vocabulary.to_labels(torch.tensor(step.anchor)))
         options = {"label_bias": bias, "anchor": anchor, "log_transitions": frames.lattice.log_transitions}
-        chain = ctc.chain(expected, drafter.config.num_labels, **options)
+        chain = oracle.chain(expected, drafter.config.num_labels, **options)
         assert step.draft == vocabulary.token_ids[list(chain.labels)].tolist()
         if step.draft_logits is not None:
             law = torch.softmax(step.draft_logits, -1)

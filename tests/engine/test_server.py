@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionTools
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers.utils import get_json_schema_from_tools
 
-from vllm_ctc_spec import plugin
+from vllm_ctc_spec.serving import plugin
 
 BUDGET = 6
 QUESTIONS = (

@@ -8,9 +8,9 @@ from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-import vllm_ctc_spec.proposer
-from vllm_ctc_spec.proposer import CTCProposer
-from vllm_ctc_spec.tree.state import TreeStep, TreeTable
+import vllm_ctc_spec.serving.proposer
+from vllm_ctc_spec.serving.proposer import CTCProposer
+from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
 
 from .conftest import TREE
 
@@ -44,7 +44,7 @@ def record(engine, tiny_pair, monkeypatch):
     """record(): the frames by context of an engine that drafts trees for PROMPTS, under the patches of the moment."""
 
     def run() -> dict[tuple[int, ...], torch.Tensor]:
-        monkeypatch.setattr(vllm_ctc_spec.proposer, "CTCProposer", Recorder)
+        monkeypatch.setattr(vllm_ctc_spec.serving.proposer, "CTCProposer", Recorder)
         llm = engine(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter), **TREE})
         recorder = Recorder.instances.pop()
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -8,10 +8,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-import vllm_ctc_spec.cpu.tree
-import vllm_ctc_spec.proposer
-from vllm_ctc_spec.cpu.tree import CpuPathCompaction
-from vllm_ctc_spec.tree.model_state import TreeModelState
+import vllm_ctc_spec.serving.cpu.tree
+import vllm_ctc_spec.serving.proposer
+from vllm_ctc_spec.serving.cpu.tree import CpuPathCompaction
+from vllm_ctc_spec.serving.tree.model_state import TreeModelState
 
 from .conftest import TREE
 from .oracle import OracleProposer
@@ -69,7 +69,7 @@ def oracle(engine, tiny_pair, prompts, expected):
                     super().__init__(*args)
                     proposers.append(self)
 
-            patch.setattr(vllm_ctc_spec.proposer, "CTCProposer", Proposer)
+            patch.setattr(vllm_ctc_spec.serving.proposer, "CTCProposer", Proposer)
             drafter = {"method": "ctc", "model": str(tiny_pair.drafter)}
             speculative = {**drafter, **TREE, "num_speculative_tokens": budget}
             started[key] = engine(tiny_pair.target, speculative, block_size=BLOCK, **options)
@@ -109,7 +109,7 @@ def no_mask(patch):
     def causal(ancestors):
         return torch.ones(len(ancestors), len(ancestors), dtype=torch.bool).tril()
 
-    patch.setattr(vllm_ctc_spec.cpu.tree, "visible_rows", causal)
+    patch.setattr(vllm_ctc_spec.serving.cpu.tree, "visible_rows", causal)
 
 
 @pytest.mark.parametrize("without", [no_compaction, no_tree_positions, no_mask])

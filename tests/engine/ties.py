@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
-from vllm_ctc_spec.cpu.noise import gumbel
+from vllm_ctc_spec.serving.cpu.noise import gumbel
 
 TIE = 1e-4
 

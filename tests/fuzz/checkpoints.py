@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_ctc_spec import plugin
-from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME, DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME, DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import DrafterConfigError
+from vllm_ctc_spec.serving import plugin
 
 CONFIG = DrafterConfig(
     hidden_size=8, vocab_size=11, target_num_layers=3, aux_hidden_state_layer_ids=(1, 2), num_frames=4, num_labels=3,

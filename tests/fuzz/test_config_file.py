@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from vllm_ctc_spec.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, MAX_CONFIG_BYTES
 
 from .checkpoints import CONFIG, Checkpoints
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
-from vllm_ctc_spec.options import ServingOptions
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME
+from vllm_ctc_spec.serving.options import ServingOptions
 
 NOBODY = 65534
 

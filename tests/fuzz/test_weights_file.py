@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from vllm_ctc_spec import drafter
-from vllm_ctc_spec.config import WEIGHTS_NAME, DrafterConfigError
-from vllm_ctc_spec.drafter import MAX_HEADER_BYTES
+from vllm_ctc_spec.drafter import module, weights
+from vllm_ctc_spec.drafter.config import WEIGHTS_NAME
+from vllm_ctc_spec.drafter.weights import MAX_HEADER_BYTES
+from vllm_ctc_spec.errors import DrafterConfigError
 
 from .checkpoints import CONFIG, Checkpoints
 
@@ -186,7 +187,7 @@ def test_a_larger_header_is_not_read(kind, checkpoints, monkeypatch):
     if kind == "spaces":
         text += b" " * MAX_HEADER_BYTES
     content = empty_tensors(20_000) if kind == "tensors" else struct.pack("<Q", len(text)) + text + data
-    monkeypatch.setattr(drafter, "safe_open", None)
+    monkeypatch.setattr(weights, "safe_open", None)
     assert "are damaged (a header of" in refusal(checkpoints, content)
 
 
@@ -198,7 +199,7 @@ def test_a_huge_file_is_not_opened(kind, checkpoints, monkeypatch):
     if kind == "a tensor":
         fields = {"fc.weight": {"dtype": "F32", "shape": [2**36], "data_offsets": [0, 2**38]}}
     text = json.dumps(fields).encode()
-    monkeypatch.setattr(drafter, "safe_open", None)
+    monkeypatch.setattr(weights, "safe_open", None)
     with checkpoints.copy() as folder, (folder / WEIGHTS_NAME).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + 2**38)
@@ -209,7 +210,7 @@ def test_weights_that_are_larger_than_the_memory(checkpoints, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("unable to mmap 51573648891 bytes from file <w>:\nCannot allocate memory (12)")
 
-    monkeypatch.setattr(drafter, "safe_open", full)
+    monkeypatch.setattr(weights, "safe_open", full)
     text = checkpoints.refusal(checkpoints.sound)
     assert "cannot be mapped into memory (unable to mmap 51573648891 bytes" in text and "more memory" in text
 
@@ -218,7 +219,7 @@ def test_weights_to_start_a_training_from_are_checked_too(checkpoints):
     with checkpoints.copy() as folder:
         (folder / WEIGHTS_NAME).write_bytes(checkpoints.weights[:-1])
         with pytest.raises(DrafterConfigError, match="are damaged"):
-            drafter.CTCDrafter(CONFIG, *checkpoints.tables).start_from(folder)
+            module.CTCDrafter(CONFIG, *checkpoints.tables).start_from(folder)
 
 
 def test_the_weights_are_those_of_the_configuration(tensors):

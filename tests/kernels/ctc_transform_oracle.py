@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
 Nodes = dict[tuple[int, ...], float]  # the labels of each node and its score, in no order that a comparison may use
@@ -46,7 +46,7 @@ def transform(frames: Frames, row: int, beam: int, width: int, depth: int) -> No
     for level in levels:
         for exact, symbols in level:
             if symbols[-1] != blank and symbols[-2:-1] != symbols[-1:]:
-                emitted[tuple(ctc.collapse(symbols, blank))].append(exact)
+                emitted[tuple(oracle.collapse(symbols, blank))].append(exact)
     nodes: Nodes = {}
     for labels, exact in emitted.items():  # a prefix is emitted in an earlier frame than what extends it
         score = max(exact) + math.log(math.fsum(math.exp(x - max(exact)) for x in exact))

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter.lattice import NEG, slot_transitions
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 ANCHOR = 1
@@ -87,11 +87,11 @@ def transitions_between(name: str, batch: int, num_frames: int) -> torch.Tensor:
     draw = generator(num_frames)
     scores = torch.randn(batch, 1 + num_frames, num_frames, generator=draw) * (6 if name == "peaky" else 1)
     if name == "slots":
-        return ctc.slot_transitions(num_frames).expand(batch, -1, -1)
+        return slot_transitions(num_frames).expand(batch, -1, -1)
     if name == "last frame only":
         scores[..., -1] = 300.0
     behind = torch.ones_like(scores, dtype=torch.bool).tril(-1)
-    transitions = torch.softmax(scores.masked_fill(behind, ctc.NEG), -1).masked_fill(behind, 0)
+    transitions = torch.softmax(scores.masked_fill(behind, NEG), -1).masked_fill(behind, 0)
     if name == "stops and gaps":
         transitions *= torch.rand(transitions.shape, generator=draw) > 0.4
         transitions[:, 0, 0] += 0.1
@@ -130,8 +130,8 @@ def log_probs(frames: Frames, row: int) -> torch.Tensor:
     """`[T, V + 1]` of one request in fp64, the blank last."""
     logits, log_label, log_blank = (x[row].double() for x in frames[:3])
     log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
-    return log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(ctc.NEG)
+    return log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(NEG)
 
 
 def log_transitions(frames: Frames, row: int) -> torch.Tensor | None:
-    return None if frames.transitions is None else frames.transitions[row].double().log().clamp_min(ctc.NEG)
+    return None if frames.transitions is None else frames.transitions[row].double().log().clamp_min(NEG)

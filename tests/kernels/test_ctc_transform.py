@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
@@ -35,9 +35,9 @@ def assert_equals_the_oracle(frames: Frames, budget: Budget) -> None:
 
 
 def prefix_log_prob(frames: Frames, labels: tuple[int, ...]) -> float:
-    """By the forward vectors of ctc.py, of request 0."""
+    """By the forward vectors of oracle.py, of request 0."""
     log_p = log_probs(frames, 0)
-    prefix = ctc.Prefix.root(log_p)
+    prefix = oracle.Prefix.root(log_p)
     for label in labels:
         prefix = prefix.extend(log_p, label)
     return prefix.log_prob.item()
@@ -51,7 +51,7 @@ def test_without_pruning_scores_are_prefix_probabilities(num_tokens: int, num_fr
     frames = random_frames(1, num_frames, num_tokens, seed=num_tokens, scale=1.5)
     exact = {}
     for alignment in itertools.product(range(num_tokens + 1), repeat=num_frames):
-        labels = tuple(ctc.collapse(alignment, num_tokens))
+        labels = tuple(oracle.collapse(alignment, num_tokens))
         for length in range(1, len(labels) + 1):
             exact[labels[:length]] = prefix_log_prob(frames, labels[:length])
     budget = Budget(64, num_tokens + 1, num_frames)

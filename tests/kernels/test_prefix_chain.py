@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
@@ -115,7 +115,7 @@ def assert_follows_the_oracle(
 ) -> None:
     """Every drafted conditional equals the oracle's, given the labels that were drafted, and the end is the same."""
     log_p = log_probs(frames, row)
-    prefix = ctc.root_prefix(log_p, log_transitions(frames, row))
+    prefix = oracle.root_prefix(log_p, log_transitions(frames, row))
     for k, label in enumerate(labels):
         q = prefix.conditional(log_p).exp()
         if k >= length:

@@ -1,10 +1,10 @@
-"""The prefix search against the fp64 oracle, which is proved against enumeration in tests/test_ctc.py."""
+"""The prefix search against the fp64 oracle, which is proved against enumeration in tests/drafter/test_oracle.py."""
 
 import numba
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
+from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels import prefix_search_loops
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
@@ -27,7 +27,7 @@ from .frames import (
 from .searches import Nodes, assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
-def oracle(frames: Frames, row: int, num_nodes: int, depth: int, bias_width: int | None = None) -> Nodes:
+def best_nodes(frames: Frames, row: int, num_nodes: int, depth: int, bias_width: int | None = None) -> Nodes:
     """bias_width: the head's bias is 0 outside of the best so many tokens of each frame, as the search defines it."""
     bias = None
     if frames.markov is not None:
@@ -36,7 +36,7 @@ def oracle(frames: Frames, row: int, num_nodes: int, depth: int, bias_width: int
         if bias_width is not None:
             bias *= torch.zeros(len(bias), dtype=torch.float64).index_fill_(0, candidates(frames, row, bias_width), 1)
     log_p, lattice = log_probs(frames, row), log_transitions(frames, row)
-    return ctc.best_prefixes(log_p, num_nodes, depth=depth, label_bias=bias, anchor=ANCHOR, log_transitions=lattice)
+    return oracle.best_prefixes(log_p, num_nodes, depth=depth, label_bias=bias, anchor=ANCHOR, log_transitions=lattice)
 
 
 def candidates(frames: Frames, row: int, width: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def assert_equals_oracle(frames: Frames, budget: Budget, bias_width: int | None 
     assert tree.tokens.shape == (batch, 1 + budget.nodes)
     assert (tree.tokens[:, 0] == ANCHOR).all()
     for row in range(batch):
-        assert_same_nodes(nodes_of(tree, row), oracle(frames, row, budget.nodes, budget.depth, bias_width))
+        assert_same_nodes(nodes_of(tree, row), best_nodes(frames, row, budget.nodes, budget.depth, bias_width))
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -87,7 +87,7 @@ def test_transitions_with_mass_outside_of_the_candidates(width: int) -> None:
     tree = prefix_search(frames, Budget(16, width, 3))
     tree.check(40)
     among = set(candidates(frames, 0, width).tolist())
-    everything = oracle(frames, 0, 4000, 3, width)
+    everything = best_nodes(frames, 0, 4000, 3, width)
     expected = [(labels, score) for labels, score in everything if among.issuperset(labels)]
     assert_same_nodes(nodes_of(tree, 0), expected[:16])
 
@@ -116,7 +116,7 @@ def test_the_head_over_a_large_vocabulary() -> None:
     assert_equals_oracle(frames, Budget(64, 64, 8), bias_width=64)
     # Against the full definition only what the head does to the tokens outside of the candidates is missing.
     tree = prefix_search(frames, Budget(64, 64, 8))
-    exact, got = dict(oracle(frames, 0, 64, 8)), dict(nodes_of(tree, 0))
+    exact, got = dict(best_nodes(frames, 0, 64, 8)), dict(nodes_of(tree, 0))
     common = exact.keys() & got.keys()
     assert len(common) >= 62
     assert max(abs(exact[labels] - got[labels]) for labels in common) < 0.25
@@ -136,7 +136,7 @@ def test_narrow_searches_are_exact_among_the_candidates(name: str, width: int, r
     tree = prefix_search(frames, Budget(16, width, 3))
     tree.check(40)
     among = set(candidates(frames, 0, width).tolist())
-    everything = oracle(frames, 0, 1500, 3, width)
+    everything = best_nodes(frames, 0, 1500, 3, width)
     expected = [(labels, score) for labels, score in everything if among.issuperset(labels)]
     assert_same_nodes(nodes_of(tree, 0), expected[:16])
 

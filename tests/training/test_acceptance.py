@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import DraftTree
 from vllm_ctc_spec.training import acceptance
 from vllm_ctc_spec.training.acceptance import (
@@ -57,7 +57,7 @@ def draft(drafter, features, example=EXAMPLE) -> Drafting:
     return Drafting.at(drafter, features([example], batch.token_ids), batch)
 
 
-def oracle(drafting: Drafting, row: int) -> dict:
+def oracle_arguments(drafting: Drafting, row: int) -> dict:
     """The frames, as the oracle's functions take them, which know labels only."""
     logits, (odds, log_transitions) = drafting.outputs
     if odds is None:
@@ -65,7 +65,7 @@ def oracle(drafting: Drafting, row: int) -> dict:
     drafter = drafting.drafter
     bias = drafter.markov_head(torch.arange(drafter.config.num_markov_inputs)).detach()
     return dict(
-        log_probs=ctc.frame_log_probs(logits[row], odds[row]),
+        log_probs=oracle.frame_log_probs(logits[row], odds[row]),
         label_bias=bias,
         anchor=label_of(drafter, int(drafting.anchors[row])),
         log_transitions=None if log_transitions is None else log_transitions[row],
@@ -113,9 +113,9 @@ def test_drafts_are_the_oracles(lattice, token_ids, make_drafter):
     drafting = draft(*make_drafter(lattice, token_ids))
     chains, tree = drafting.chain().tolist(), drafting.tree(31)  # as wide as the vocabulary
     for row in range(len(chains)):
-        frames = oracle(drafting, row)
-        assert tuple(chains[row]) == tokens_of(drafting.drafter, ctc.chain(num_labels=4, **frames).labels)
-        expected = ctc.best_prefixes(num_nodes=12, depth=4, **frames)
+        frames = oracle_arguments(drafting, row)
+        assert tuple(chains[row]) == tokens_of(drafting.drafter, oracle.chain(num_labels=4, **frames).labels)
+        expected = oracle.best_prefixes(num_nodes=12, depth=4, **frames)
         assert [tuple(path) for path in paths_of(tree, row)[:12]] == [
             tokens_of(drafting.drafter, labels) for labels, _ in expected
         ]
@@ -133,8 +133,8 @@ def test_log_q_is_the_oracles_conditional(lattice, token_ids, make_drafter):
     drafting = draft(*make_drafter(lattice, token_ids))
     log_q, outside = drafting.log_q(), 0
     for row, labels in enumerate(drafting.labels.tolist()):
-        frames = oracle(drafting, row)
-        prefix, last = ctc.root_prefix(frames["log_probs"], frames["log_transitions"]), frames["anchor"]
+        frames = oracle_arguments(drafting, row)
+        prefix, last = oracle.root_prefix(frames["log_probs"], frames["log_transitions"]), frames["anchor"]
         for k, token in enumerate(labels):
             if not drafting.valid[row, k]:
                 break

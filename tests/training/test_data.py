@@ -8,8 +8,8 @@ import json
 import pytest
 from transformers.utils import chat_template_utils
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.data import FIELD_NAMES, PROMPT_FIELDS, parse_row, read_lines, read_prompts
-from vllm_ctc_spec.training.settings import TrainingError
 
 from .tiny import write_rows
 

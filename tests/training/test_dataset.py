@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset
 from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.dataset import (
@@ -23,7 +24,6 @@ from vllm_ctc_spec.training.dataset import (
     write_responses,
     write_states,
 )
-from vllm_ctc_spec.training.settings import TrainingError
 
 PROMPTS = Prompts([[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]], [[1, 9, 2]], 0, 0)
 SETTINGS = {

@@ -6,17 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_ctc_spec.config import DrafterConfigError
-from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
-from vllm_ctc_spec.drafter import CTCDrafter
-from vllm_ctc_spec.training import draft_tokens, run, settings
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
+from vllm_ctc_spec.training import config as train_config
+from vllm_ctc_spec.training import draft_tokens, run
 from vllm_ctc_spec.training.batches import in_labels
 from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
 from vllm_ctc_spec.training.metrics import read_log
 from vllm_ctc_spec.training.run import prepare, train
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 
 SAID = [Example([9, 9, 9, 9], [5, 3, 5, 7, 5, 3]), Example([8], [5, 7, 2])]  # 5: 4, 3: 2, 7: 2, 2: 1 times
 
@@ -68,7 +69,7 @@ def test_sizes_that_mean_nothing_are_refused(size):
 
 @pytest.fixture
 def config(target_folder, rows_file, monkeypatch):
-    monkeypatch.setattr(settings, "MIN_DRAFT_VOCABULARY", 2)  # the target has 31 tokens
+    monkeypatch.setattr(train_config, "MIN_DRAFT_VOCABULARY", 2)  # the target has 31 tokens
     return TrainConfig(
         target=str(target_folder), data=str(rows_file), draft_vocab_size=8, num_frames=5, num_labels=3, markov_rank=4,
         steps=40, batch_size=4, anchors=6, max_new_tokens=20, held_out=2, save_every=10, eval_every=20,

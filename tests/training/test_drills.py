@@ -18,13 +18,13 @@ import psutil
 import pytest
 import torch
 
-from vllm_ctc_spec import plugin
 from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.errors import TrainingError
+from vllm_ctc_spec.serving import plugin
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
 from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers, write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
-from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.vllm_data import DataConfig, make_dataset
 
 from .tiny import make_target, write_rows

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import vllm_ctc_spec
-from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import evaluate as module
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.data import read_prompts
@@ -19,7 +20,6 @@ from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, respond, response_log_probs
 from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.settings import TrainingError
 
 LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
 

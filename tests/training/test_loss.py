@@ -7,8 +7,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from vllm_ctc_spec import ctc
-from vllm_ctc_spec.drafter import FrameOutputs, Lattice
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice, slot_transitions, transition_log_probs
 from vllm_ctc_spec.training.loss import LOSSES, RowLoss, position_weights
 from vllm_ctc_spec.training.vocabulary import label_scores
 
@@ -26,10 +26,10 @@ def random_frames(num_rows=V**U, num_frames=T, seed=0, lattice="ctc") -> FrameOu
     if lattice == "ctc":
         return FrameOutputs(logits, Lattice(blank_odds=odds))
     if lattice == "slots":
-        steps = ctc.slot_transitions(num_frames).double().log().clamp_min(ctc.NEG)
+        steps = slot_transitions(num_frames).double().log().clamp_min(NEG)
         return FrameOutputs(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
     query, key = (torch.randn(num_rows, n, 2, generator=generator).double() for n in (1 + num_frames, num_frames))
-    return FrameOutputs(logits, Lattice(log_transitions=ctc.transition_log_probs(query, key, odds[0])))
+    return FrameOutputs(logits, Lattice(log_transitions=transition_log_probs(query, key, odds[0])))
 
 
 TABLE = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)  # row: the last label
@@ -45,11 +45,11 @@ def evaluate(name, frames, labels=LABELS, valid=VALID, table=None, anchors=ANCHO
 
 def masses(frames: FrameOutputs, row: int) -> tuple[dict, dict]:
     """P(collapse starts with y) and P(collapse == y), by summing over all alignments."""
-    log_probs = ctc.frame_log_probs(frames.logits[row], frames.lattice.blank_odds[row]).tolist()
+    log_probs = oracle.frame_log_probs(frames.logits[row], frames.lattice.blank_odds[row]).tolist()
     starts, exact = defaultdict(float), defaultdict(float)
     for alignment in itertools.product(range(V + 1), repeat=len(log_probs)):
         probability = math.exp(sum(log_probs[t][s] for t, s in enumerate(alignment)))
-        labels = tuple(ctc.collapse(alignment, V))
+        labels = tuple(oracle.collapse(alignment, V))
         exact[labels] += probability
         for k in range(len(labels) + 1):
             starts[labels[:k]] += probability
@@ -150,11 +150,11 @@ def test_gradients(name, lattice, with_bias):
     inputs = [frames.logits.requires_grad_()]
     inputs += [getattr(frames.lattice, field).clone().requires_grad_() for field in learned]
     steps = frames.lattice.log_transitions
-    possible = steps is None or steps > ctc.NEG / 2
+    possible = steps is None or steps > NEG / 2
 
     def total(logits, lattice_part=None, table=None):
         if lattice == "transitions":  # an impossible step stays one when the checker moves it
-            lattice_part = torch.where(possible, lattice_part, ctc.NEG)
+            lattice_part = torch.where(possible, lattice_part, NEG)
         parts = {learned[0]: lattice_part} if learned else {"log_transitions": steps}
         moved = FrameOutputs(logits, Lattice(**parts))
         return evaluate(name, moved, labels, valid, table, torch.tensor([0, 1, 2])).loss.sum()

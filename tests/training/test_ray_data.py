@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset, ray_data
 from vllm_ctc_spec.training.dataset import read_examples
 from vllm_ctc_spec.training.generate import decode
 from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
-from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import Target
 from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
 

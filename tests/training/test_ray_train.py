@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_ctc_spec.cli import main
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.run import Prepared
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 
 OPTIONS = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=40, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,

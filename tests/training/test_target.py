@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, GPT2LMHeadModel
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.run import drafter_shape, prepare
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetTables, TargetText
 
 from .tiny import make_target

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_ctc_spec.config import DrafterConfig, DrafterConfigError
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import checkpoint, generate
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import plan_shards, read_shard, write_states
 from vllm_ctc_spec.training.eval_settings import EvalConfig
@@ -25,7 +27,6 @@ from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.run import drafter_shape, prepare, train
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.target import Target, TargetText
 
 SMALL = dict(

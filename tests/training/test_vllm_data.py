@@ -16,12 +16,12 @@ import vllm
 from vllm.v1.engine import core_client
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_ctc_spec import cpu, plugin
+from vllm_ctc_spec.errors import TrainingError
+from vllm_ctc_spec.serving import cpu, plugin
 from vllm_ctc_spec.training import dataset, target, vllm_data
 from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import open_dataset, responses_dtype, stored_states, target_fingerprint
 from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
 from vllm_ctc_spec.training.vllm_data import DataConfig, Engine, EngineConfig, make_dataset
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, Progress, RunPaths
+from vllm_ctc_spec.training.config import PARALLEL, TrainConfig, WorkerOptions
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.run import Prepared, prepare, train
-from vllm_ctc_spec.training.settings import PARALLEL, TrainConfig, TrainingError, WorkerOptions
 from vllm_ctc_spec.training.workers import Workers
 
 SMALL = dict(

@@ -16,7 +16,7 @@ from touch_tables import ADDED, DIFFERENCES, MISSING, OWN_CONSTRUCTORS, VARIABLE
 from touches import snapshot_path, touches, version
 from vllm_source import VllmSource, parameters
 
-from vllm_ctc_spec import plugin
+from vllm_ctc_spec.serving import plugin
 
 RELEASES = [f"{major}.{minor}" for major, minor in plugin.SUPPORTED_RELEASES]
 # vLLM's classes of attention that `tree/attention.py` derives from, whose common base declares `forward`

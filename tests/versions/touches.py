@@ -229,7 +229,7 @@ def is_property(function: ast.FunctionDef) -> bool:
 
 
 def kernel_names() -> list[str]:
-    from vllm_ctc_spec.cpu import table  # which imports no vLLM until it registers
+    from vllm_ctc_spec.serving.cpu import table  # which imports no vLLM until it registers
 
     return sorted(table.by_kernel_name())
 

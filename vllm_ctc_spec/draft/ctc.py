@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.drafter import FrameOutputs
+from vllm_ctc_spec.drafter.lattice import FrameOutputs
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.batches import anchor_positions, make_batch
 from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.features import Features

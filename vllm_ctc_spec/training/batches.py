@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.draft_vocabulary import DraftVocabulary
+from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
 from vllm_ctc_spec.training.dataset import Example
 
 

@@ -13,19 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from vllm_ctc_spec.config import CONFIG_NAME, WEIGHTS_NAME
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig
+from vllm_ctc_spec.training.files import differing_settings, new_file, record_settings, writing
 from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME, LogFollower
-from vllm_ctc_spec.training.settings import (
-    SETTINGS_NAME,
-    TrainConfig,
-    TrainingError,
-    differing_settings,
-    new_file,
-    record_settings,
-    writing,
-)
 from vllm_ctc_spec.training.workers import WHOLE, Workers
 
 CHECKPOINT_NAME = "checkpoint.pt"

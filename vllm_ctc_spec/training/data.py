@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.target import Target, TargetText
 
 Messages = list[dict[str, str]]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
-from vllm_ctc_spec.drafter import CTCDrafter, FrameOutputs
+from vllm_ctc_spec.drafter.lattice import FrameOutputs
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.training.batches import Batch, in_labels

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.kernels.limits import MAX_NODES
-from vllm_ctc_spec.training.settings import DTYPES, TrainingError, default_dtype, option
+from vllm_ctc_spec.training.config import DTYPES, default_dtype, option
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)
 DEFAULT_MAX_NEW_TOKENS = 256

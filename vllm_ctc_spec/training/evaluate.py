@@ -19,8 +19,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import vllm_ctc_spec
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter, check_weights
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter, expected_shapes
+from vllm_ctc_spec.drafter.weights import check_weights
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.data import (
@@ -35,9 +37,9 @@ from vllm_ctc_spec.training.data import (
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
 from vllm_ctc_spec.training.eval_settings import EvalConfig
 from vllm_ctc_spec.training.features import Features, in_process
+from vllm_ctc_spec.training.files import fitting_a_gpu, write_atomically
 from vllm_ctc_spec.training.generate import decode
 from vllm_ctc_spec.training.loop import TORCH_DTYPES
-from vllm_ctc_spec.training.settings import TrainingError, fitting_a_gpu, write_atomically
 from vllm_ctc_spec.training.target import Target, TargetText
 
 PROMPTS_AT_ONCE = 32  # rows of the cache while the target answers
@@ -92,7 +94,7 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
     if json_path is not None and json_path.is_dir():
         raise TrainingError(f"--json {json_path} is a folder; give a file.")
     drafter_config = DrafterConfig.load(config.drafter)
-    check_weights(config.drafter, drafter_config)
+    check_weights(config.drafter, drafter_config, expected_shapes(drafter_config))
     text = TargetText.load(config.target)
     text.refuse_quantised(config.target, "measure at a server, whose metrics count drafts and accepted tokens")
     if config.is_dataset:

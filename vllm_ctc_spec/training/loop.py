@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vllm_ctc_spec.config import DrafterConfig
-from vllm_ctc_spec.drafter import CTCDrafter
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_trees
 from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
+from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.features import Features
 from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
 from vllm_ctc_spec.training.muon import Muon
-from vllm_ctc_spec.training.settings import TrainConfig, TrainingError
 from vllm_ctc_spec.training.vocabulary import label_scores
 from vllm_ctc_spec.training.workers import ALONE, Workers
 

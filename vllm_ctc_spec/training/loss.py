@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vllm_ctc_spec.ctc import MIN_LOG_GAP, NEG, LabelForward, label_forward, transition_forward
-from vllm_ctc_spec.drafter import Lattice
+from vllm_ctc_spec.drafter.lattice import NEG, Lattice
+from vllm_ctc_spec.drafter.recursions import MIN_LOG_GAP, LabelForward, label_forward, transition_forward
 from vllm_ctc_spec.training.vocabulary import LabelScores
 
 DECAY = 4.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vllm_ctc_spec.training.settings import write_atomically, writing
+from vllm_ctc_spec.training.files import write_atomically, writing
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from types import ModuleType
 
-from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.errors import TrainingError
 
 OBJECT_STORE_BYTES = 200 * 2**20  # of a local Ray: prompts, responses and token ids are small
 CONNECT_SECONDS = 10

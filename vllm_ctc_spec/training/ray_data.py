@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.dataset import Advance, Responses, Shard
 from vllm_ctc_spec.training.ray_cluster import ray_cluster
-from vllm_ctc_spec.training.settings import TrainingError
 from vllm_ctc_spec.training.vllm_data import Engine, EngineConfig
 
 

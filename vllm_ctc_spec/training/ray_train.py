@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 
-from vllm_ctc_spec.config import DrafterConfigError
+from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training.checkpoint import RunPaths, recover
+from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig, WorkerOptions
+from vllm_ctc_spec.training.files import fitting_a_gpu
 from vllm_ctc_spec.training.metrics import LogFollower, StepBar
 from vllm_ctc_spec.training.ray_cluster import ray_cluster
 from vllm_ctc_spec.training.run import GPU_LEVERS, Prepared, load_target, prepare, work
-from vllm_ctc_spec.training.settings import (
-    SETTINGS_NAME,
-    TrainConfig,
-    TrainingError,
-    WorkerOptions,
-    fitting_a_gpu,
-)
 from vllm_ctc_spec.training.workers import Workers
 
 MAX_FAILURES = 3  # of a run

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from vllm_ctc_spec.training.settings import TrainingError
+from vllm_ctc_spec.errors import TrainingError
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises for folders that it can make no model of."""

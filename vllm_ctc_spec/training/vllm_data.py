@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from vllm_ctc_spec.config import default_aux_layer_ids
-from vllm_ctc_spec.cpu.threads import threads_of
+from vllm_ctc_spec.drafter.config import default_aux_layer_ids
+from vllm_ctc_spec.errors import TrainingError
+from vllm_ctc_spec.serving.cpu.threads import threads_of
+from vllm_ctc_spec.training.config import option
 from vllm_ctc_spec.training.data import Prompts, read_prompts
 from vllm_ctc_spec.training.dataset import (
     LOG_NAME,
@@ -37,7 +39,7 @@ from vllm_ctc_spec.training.dataset import (
     write_responses,
     write_states,
 )
-from vllm_ctc_spec.training.settings import TrainingError, option, writing
+from vllm_ctc_spec.training.files import writing
 from vllm_ctc_spec.training.target import TargetText
 
 States = Iterator[tuple[Shard, Tensor]]

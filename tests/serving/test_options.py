@@ -1,0 +1,100 @@
+"""The options of `--speculative-config`: what they mean for a drafter, and one sentence for what is refused."""
+
+import pytest
+
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.errors import DrafterConfigError
+from vllm_ctc_spec.serving.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, tree_schedule
+
+SMALL = dict(
+    hidden_size=32, vocab_size=64, target_num_layers=4, aux_hidden_state_layer_ids=(1,), num_frames=6, num_labels=4
+)
+
+
+def test_serving_options_take_their_own_keys():
+    speculative = {"method": "ctc", "ctc_search": "argmax", "num_speculative_tokens": 3}
+    assert ServingOptions.take_from(speculative) == ServingOptions(search="argmax")
+    assert speculative == {"method": "ctc", "num_speculative_tokens": 3}
+
+
+TREE = {"ctc_draft": "tree"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ctc_serach": "prefix"}, "Unknown speculative option 'ctc_serach'"),
+        ({"ctc_draft": "bush"}, "must be one of chain, tree"),
+        ({"ctc_search": "beam"}, "must be one of prefix, argmax"),
+        ({"ctc_search": "transform"}, "must be one of prefix, argmax"),
+        ({**TREE, "ctc_search": "argmax"}, "must be one of prefix, transform"),
+        ({"ctc_search": "argmax", "draft_sample_method": "probabilistic"}, "no proposal probabilities"),
+        ({"ctc_tree_depth": 3}, "ctc_tree_depth is an option of trees"),
+        ({**TREE, "ctc_tree_depth": 0}, "ctc_tree_depth must be 1 to 6"),
+        ({**TREE, "ctc_tree_depth": 7}, "ctc_tree_depth must be 1 to 6"),
+        ({**TREE, "ctc_tree_width": 65}, "ctc_tree_width must be 1 to 64"),
+        ({**TREE, "ctc_tree_width": True}, "ctc_tree_width must be 1 to 64"),
+        ({**TREE, "ctc_tree_rows": 0}, "ctc_tree_rows must be 1 to"),
+        ({**TREE, "ctc_tree_rows": 9, "num_speculative_tokens_per_batch_size": [(1, 8, 4)]}, "the same thing twice"),
+    ],
+)
+def test_serving_options_are_checked(options, message):
+    options = dict(options)
+    with pytest.raises(DrafterConfigError, match=message):
+        ServingOptions.take_from(options).for_drafter(DrafterConfig(**SMALL), options)
+
+
+@pytest.mark.parametrize("lattice", [{"lattice": "slots"}, {"lattice": "transitions", "transition_rank": 4}])
+@pytest.mark.parametrize(("draft", "search"), [("chain", "argmax"), ("tree", "transform")])
+def test_lattices_without_blank_are_not_collapsed(lattice, draft, search):
+    drafter, name = DrafterConfig(**SMALL, **lattice), lattice["lattice"]
+    ServingOptions(draft=draft).for_drafter(drafter, {})
+    with pytest.raises(DrafterConfigError, match=f"ctc_search {search!r} collapses.*lattice {name!r}.*use ctc_search"):
+        ServingOptions(draft=draft, search=search).for_drafter(drafter, {})
+
+
+def test_a_tree_has_no_more_candidates_than_a_gpu_program_holds():
+    drafter = DrafterConfig(**{**SMALL, "vocab_size": 50_000})
+    largest = MAX_CANDIDATES // drafter.num_frames
+    ServingOptions(draft="tree", tree_width=largest).for_drafter(drafter, {})
+    with pytest.raises(DrafterConfigError, match=f"ctc_tree_width must be 1 to {largest}"):
+        ServingOptions(draft="tree", tree_width=largest + 1).for_drafter(drafter, {})
+
+
+@pytest.mark.parametrize(
+    ("tree_nodes", "given", "draft", "budget"),
+    [
+        (0, {}, "chain", 4),
+        (24, {}, "tree", 24),
+        (24, {"ctc_draft": "chain"}, "chain", 4),
+        (0, TREE, "tree", 32),
+    ],
+)
+def test_defaults_come_from_the_checkpoint(tree_nodes, given, draft, budget):
+    drafter = DrafterConfig(**SMALL, tree_nodes=tree_nodes)
+    options = ServingOptions.take_from(dict(given)).for_drafter(drafter, {})
+    assert (options.draft, options.tree_depth, options.tree_width) == (draft, 4, None)
+    assert options.check_budget(None, drafter) == budget
+
+
+@pytest.mark.parametrize(("draft", "largest"), [("chain", 6), ("tree", 64)])
+def test_budgets_are_checked(draft, largest):
+    drafter = DrafterConfig(**SMALL)
+    options = ServingOptions(draft=draft).for_drafter(drafter, {})
+    assert [options.check_budget(n, drafter) for n in (1, largest)] == [1, largest]
+    for budget in (0, largest + 1, True, "4", 2.0):
+        with pytest.raises(DrafterConfigError, match=f"num_speculative_tokens is {budget!r}.*1 to {largest}"):
+            options.check_budget(budget, drafter)
+
+
+@pytest.mark.parametrize("smallest", [8, 4])
+@pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1), (5, 16)])
+def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows, smallest):
+    schedule = tree_schedule(nodes, rows, smallest)
+    by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}
+    assert list(by_batch) == list(range(1, 2 * rows + 1))
+    assert by_batch.pop(1) == nodes  # what was asked for
+    for batch, size in by_batch.items():
+        sizes = [n for n in TREE_SIZES if n >= smallest]
+        allowed = [n for n in (*sizes, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
+        assert size == max(allowed)

@@ -1,0 +1,60 @@
+"""Which attention a step takes: decided on the host, and for a CUDA graph when it is captured."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_ctc_spec.serving.tree.model_state import TreeModelState
+from vllm_ctc_spec.serving.tree.state import Attend, TreeStep, TreeTable
+
+NODES, CPU = 4, torch.device("cpu")
+
+
+@pytest.fixture
+def state(monkeypatch) -> TreeModelState:
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
+    kind = type("State", (TreeModelState,), {
+        "trees": TreeTable(8, NODES, CPU), "step": TreeStep.allocate(8, 64, NODES, CPU), "compaction": None,
+    })  # fmt: skip
+    return object.__new__(kind)
+
+
+def batch(rows: list[int], tree_rows: list[int]) -> SimpleNamespace:
+    """Requests with that many rows, the last of which are tree rows."""
+    starts, logits = np.cumsum([0, *rows]).astype(np.int32), np.cumsum([0, *tree_rows]).astype(np.int32)
+    return SimpleNamespace(
+        num_reqs=len(rows), num_tokens=sum(rows), num_draft_tokens=sum(tree_rows) - len(rows),
+        positions=torch.arange(sum(rows)), query_start_loc=torch.from_numpy(starts), query_start_loc_np=starts,
+        cu_num_logits=torch.from_numpy(logits), cu_num_logits_np=logits, idx_mapping=torch.arange(len(rows)),
+    )  # fmt: skip
+
+
+def prepare(state: TreeModelState, input_batch, mode=CUDAGraphMode.NONE, **kwargs) -> Attend:
+    state.prepare_attn(input_batch, mode, (), torch.zeros(1, 64, dtype=torch.int64), [], None, **kwargs)
+    return state.step.attend
+
+
+def test_a_step_takes_what_its_rows_need(state):
+    assert prepare(state, batch([5, 5, 2], [5, 5, 2])) is Attend.ALL_ROWS
+    assert prepare(state, batch([5, 1], [5, 1])) is Attend.ALL_ROWS
+    assert prepare(state, batch([5, 30], [5, 1])) is Attend.TREE_ROWS
+    assert prepare(state, batch([30, 1], [1, 1])) is Attend.NO_ROWS
+
+
+@pytest.mark.parametrize(("rows", "attend"), [(1 + NODES, Attend.ALL_ROWS), (3, Attend.ALL_ROWS), (1, Attend.NO_ROWS)])
+def test_a_graph_of_verifications_captures_our_attention(state, rows, attend):
+    """vLLM captures full graphs with a dummy batch that has no drafts, and says that no graph runs
+    (`prepare_inputs_to_capture` in vllm/v1/worker/gpu/cudagraph_utils.py)."""
+    buffers = InputBuffers(8, 64, CPU)
+    dummy = InputBatch.make_dummy(4, 4 * rows, buffers)
+    assert dummy.num_draft_tokens == 0
+    assert prepare(state, dummy, for_capture=True) is attend
+    address = state.step.positions.data_ptr()
+    prepare(state, batch([5, 5], [5, 5]), CUDAGraphMode.FULL)
+    assert state.step.positions.data_ptr() == address
+    assert state.step.num_rows.tolist() == [5, 5, 0, 0, 0, 0, 0, 0]

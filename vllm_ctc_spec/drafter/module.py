@@ -1,0 +1,280 @@
+"""The Attention Draft Module as a training module in plain torch.
+
+One small transformer reads the target's hidden states as context keys and values and turns 1 + T query slots, the
+anchor token and T learned frame queries, into T frames in one parallel forward:
+
+    context = norm(fc(concat of auxiliary hidden states))      keys and values of every layer, positions 0..a-1
+    queries = [embed(anchor), frame_1 .. frame_T]              positions a..a+T, bidirectional among themselves
+    logits  = target_head(h_t)
+
+and what spells labels with them (`lattice.py`). Embedding and head are the target's, frozen, and not part of the state
+dict. With a draft vocabulary the head's rows are those of its tokens. Names and shapes of the parameters are those of
+the file that `serving/model.py` serves; a test holds both to the same frames.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vllm_ctc_spec.drafter.config import WEIGHTS_NAME, DrafterConfig
+from vllm_ctc_spec.drafter.lattice import FrameOutputs, Lattice, TransitionHead, read_lattice
+from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
+from vllm_ctc_spec.drafter.weights import check_weights
+from vllm_ctc_spec.errors import DrafterConfigError
+
+INIT_STD = 0.02
+WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, and not both
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding, half-split ("neox") layout: x `[B, heads, S, head_dim]`, positions `[B, S]`."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class DraftAttention(nn.Module):
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        d, hd = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=False)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=False)
+        self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        """hidden [B, Q, H] attends to context [B, S, H] and itself where mask [B, 1, Q, S + Q] is true."""
+        theta = self.config.rope_theta
+        both = torch.cat([context, hidden], 1)
+        both_positions = torch.cat([context_positions, positions], 1)
+        q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), positions, theta)
+        k = rotate(self.k_norm(self._heads(self.k_proj(both))), both_positions, theta)
+        v = self._heads(self.v_proj(both))
+        if hidden.device.type in WITHOUT_GROUPED_HEADS:
+            # Else all scores would be written out: 6 GB and more with contexts of thousands of tokens.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.self_attn = DraftAttention(config)
+        self.mlp = DraftMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, context, context_positions, mask)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class MarkovHead(nn.Module):
+    """Low-rank label-conditional bias: bias(v | last) = output.weight[v] . embedding.weight[last]."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_markov_inputs, config.markov_rank)
+        self.output = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
+
+    def forward(self, last: Tensor) -> Tensor:
+        """last `[...]` to bias `[..., L]`."""
+        return self.output(self.embedding(last))
+
+
+class CTCDrafter(nn.Module):
+    """The drafter with the target's frozen embedding `[V, H]` and head `[V, H]`.
+
+    Source: Attention Draft Module of arXiv 2412.00061; context keys and values as in DFlash
+    (vllm/model_executor/models/qwen3_dflash.py).
+    """
+
+    def __init__(self, config: DrafterConfig, embedding: Tensor, head: Tensor, token_ids: Tensor | None = None):
+        """token_ids `[L]`, increasing: the draft vocabulary, of a drafter whose configuration has one."""
+        super().__init__()
+        self.config = config
+        if (token_ids is None) == config.has_draft_vocabulary or (
+            token_ids is not None and len(token_ids) != config.draft_vocab_size
+        ):
+            raise DrafterConfigError(
+                f"The drafter has {config.draft_vocab_size} labels and the target {config.vocab_size} tokens, but "
+                f"{'no' if token_ids is None else len(token_ids)} token ids were given for them."
+            )
+        for name, weight in (("embedding", embedding), ("head", head)):
+            if weight.shape != (config.vocab_size, config.hidden_size):
+                raise DrafterConfigError(
+                    f"The target's {name} is {list(weight.shape)}, but this drafter's configuration needs "
+                    f"{[config.vocab_size, config.hidden_size]}; use the target that it was made for."
+                )
+            self.register_buffer(f"target_{name}", weight.detach(), persistent=False)
+        self._set_vocabulary(token_ids)
+        d = config.hidden_size
+        self.fc = nn.Linear(d * len(config.aux_hidden_state_layer_ids), d, bias=False)
+        self.hidden_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.frame_queries = nn.Parameter(torch.empty(config.num_frames, d))
+        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.blank_head = nn.Linear(d, 1) if config.lattice == "ctc" else None
+        self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.reset_parameters()
+
+    def _set_vocabulary(self, token_ids: Tensor | None) -> None:
+        head = self.target_head
+        self.has_draft_vocabulary = token_ids is not None
+        if token_ids is None:
+            self.register_buffer("draft_head", head, persistent=False)  # [L, H]
+            return
+        vocabulary = DraftVocabulary.of(token_ids.to(head.device), self.config.vocab_size)
+        self.register_buffer("draft_head", head[vocabulary.token_ids], persistent=False)
+        self.register_buffer("label_ids", vocabulary.labels, persistent=False)
+        self.register_buffer("d2t", vocabulary.d2t)
+        self.register_buffer("t2d", vocabulary.t2d)
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """None where every token of the target is a label."""
+        if not self.has_draft_vocabulary:
+            return None
+        return DraftVocabulary(self.d2t + torch.arange(len(self.d2t), device=self.d2t.device), self.label_ids)
+
+    def reset_parameters(self) -> None:
+        """Labels start uniformly spread: of T frames, U labels leave a share of (T - U) / T."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        nn.init.normal_(self.frame_queries, std=INIT_STD)
+        if self.markov_head is not None:
+            nn.init.zeros_(self.markov_head.output.weight)
+        spare = max(self.config.num_frames - self.config.num_labels, 0.05)
+        self.spread_labels(spare / self.config.num_frames)
+
+    def spread_labels(self, skipped: float) -> None:
+        """Start with `skipped`, between 0 and 1, as the share of frames that hold no label: P(blank), or the ratio of
+        the geometric law of steps."""
+        if self.blank_head is not None:
+            nn.init.zeros_(self.blank_head.weight)
+            nn.init.constant_(self.blank_head.bias, math.log(skipped / (1 - skipped)))
+        if self.transition_head is not None:
+            offset = self.transition_head.offset
+            offset.data.copy_(torch.arange(len(offset)) * math.log(skipped))
+
+    def encode_context(self, aux_hidden_states: Tensor) -> Tensor:
+        """`[B, S, A * H]` concatenated auxiliary hidden states to the layers' common context `[B, S, H]`."""
+        return self.hidden_norm(self.fc(aux_hidden_states))
+
+    def hidden_slots(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
+        """Normalised hidden states of the anchor's slot and the frames, `[B, M, 1 + T, H]`.
+
+        aux_hidden_states [B, S, A * H]; anchor_tokens, anchor_positions [B, M]: the anchor at position a sees the
+        context 0..a-1 only (its own hidden state does not exist yet when it is drafted from).
+        """
+        num_rows, num_context = aux_hidden_states.shape[:2]
+        num_anchors, slots = anchor_tokens.shape[1], 1 + self.config.num_frames
+        device = aux_hidden_states.device
+        context = self.encode_context(aux_hidden_states)
+        context_positions = torch.arange(num_context, device=device).expand(num_rows, -1)
+        anchors = F.embedding(anchor_tokens, self.target_embedding).unsqueeze(2)
+        queries = self.frame_queries.expand(num_rows, num_anchors, -1, -1)
+        hidden = torch.cat([anchors, queries], 2).flatten(1, 2)
+        positions = (anchor_positions[:, :, None] + torch.arange(slots, device=device)).flatten(1)
+        positions = positions.clamp_max(self.config.max_position_embeddings - 1)
+        sees_context = context_positions[:, None, :] < anchor_positions.repeat_interleave(slots, 1)[:, :, None]
+        block = torch.arange(num_anchors, device=device).repeat_interleave(slots)
+        sees_block = (block[:, None] == block[None, :]).expand(num_rows, -1, -1)
+        mask = torch.cat([sees_context, sees_block], 2).unsqueeze(1)
+        for layer in self.layers:
+            hidden = layer(hidden, positions, context, context_positions, mask)
+        return self.norm(hidden).unflatten(1, (num_anchors, slots))
+
+    def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> FrameOutputs:
+        """Frames for M anchors in each of B sequences; arguments as in `hidden_slots`."""
+        return self.frames(self.hidden_slots(aux_hidden_states, anchor_tokens, anchor_positions))
+
+    def frames(self, slots: Tensor) -> FrameOutputs:
+        """Normalised hidden states `[..., 1 + T, H]` to frames."""
+        return FrameOutputs(F.linear(slots[..., 1:, :], self.draft_head), self.lattice(slots))
+
+    def lattice(self, slots: Tensor) -> Lattice:
+        """The same without what needs the vocabulary."""
+        return read_lattice(slots, self.blank_head, self.transition_head)
+
+    @property
+    def markov_tables(self) -> tuple[Tensor, Tensor] | None:
+        """(W_in [L, r], W_out [L, r]) of the label-conditional head, or None; W_in has a row more where an anchor may
+        be no label."""
+        return None if self.markov_head is None else (self.markov_head.embedding.weight, self.markov_head.output.weight)
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors` (fp32; embedding and head stay with the target)."""
+        self.config.save(folder)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    def start_from(self, folder: str | Path) -> None:
+        """Take over the weights of another drafter that this one has too, by name and shape: a start for another
+        lattice, loss or number of layers (DrafterConfigError if there is none)."""
+        config = DrafterConfig.load(folder)
+        check_weights(folder, config, expected_shapes(config))
+        mine = dict(self.named_parameters())
+        given = load_file(Path(folder) / WEIGHTS_NAME)
+        if not self._has_labels_of(given):  # rows of the label-conditional head are labels
+            given = {name: w for name, w in given.items() if not name.startswith("markov_head")}
+        shared = {name: w for name, w in given.items() if name in mine and mine[name].shape == w.shape}
+        if not shared:
+            raise DrafterConfigError(f"The drafter at {folder} shares no weight with this one to start from.")
+        self.load_state_dict(shared, strict=False)
+
+    def _has_labels_of(self, weights: dict[str, Tensor]) -> bool:
+        if not self.has_draft_vocabulary:
+            return "d2t" not in weights
+        return "d2t" in weights and torch.equal(weights["d2t"], self.d2t.cpu())
+
+    @classmethod
+    def load(cls, folder: str | Path, embedding: Tensor, head: Tensor) -> "CTCDrafter":
+        config = DrafterConfig.load(folder)
+        check_weights(folder, config, expected_shapes(config))
+        weights, token_ids = load_file(Path(folder) / WEIGHTS_NAME), None
+        if config.has_draft_vocabulary:
+            token_ids = DraftVocabulary.from_d2t(weights["d2t"], config.vocab_size).token_ids
+        drafter = cls(config, embedding, head, token_ids)
+        drafter.load_state_dict(weights)
+        return drafter
+
+
+def expected_shapes(config: DrafterConfig) -> dict[str, list[int]]:
+    """Of every tensor in this drafter's weights file; nothing is allocated."""
+    with torch.device("meta"):
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        token_ids = torch.empty(config.draft_vocab_size, dtype=torch.long) if config.has_draft_vocabulary else None
+        state = CTCDrafter(config, table, table, token_ids).state_dict()
+    return {name: list(tensor.shape) for name, tensor in state.items()}

@@ -1,0 +1,25 @@
+"""Errors that a user can mend. Each message is one sentence that says what is wrong and what to do."""
+
+import reprlib
+from typing import Any
+
+
+class UserError(ValueError):
+    """Shown as it is, without a traceback."""
+
+
+class DrafterConfigError(UserError):
+    """A drafter's folder cannot be used, or `--speculative-config` or the engine cannot serve it."""
+
+
+class TrainingError(UserError):
+    """A run of `vllm-ctc` cannot start or go on."""
+
+
+_abridged = reprlib.Repr()
+_abridged.maxstring = _abridged.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value of a file that may hold anything, for a sentence: one line, abridged."""
+    return _abridged.repr(value)

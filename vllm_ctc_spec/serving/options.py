@@ -1,0 +1,120 @@
+"""What `--speculative-config` says about drafting beyond vLLM's own fields, checked against the drafter."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.errors import DrafterConfigError, shown
+from vllm_ctc_spec.kernels.limits import MAX_NODES
+
+DRAFTS = ("chain", "tree")
+SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}
+DEFAULT_TREE_NODES = 32
+MAX_TREE_ROWS = 2**20
+MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+TREE_SIZES = (64, 32, 16, 8, 4)
+"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each."""
+SMALLEST_TREE = 8
+"""Of a schedule, because the drafter's forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """The keys that carry `ctc_` there.
+
+    draft: "chain" is one label sequence, verified by vLLM's rejection sampler; "tree" is up to
+        `num_speculative_tokens` nodes, the most probable prefixes. None: a tree if the checkpoint has a `tree_nodes`.
+    search: "prefix" follows the exact prefix probabilities. The paper's own ways: "argmax" (chain), the best symbol
+        of each frame, collapsed (greedy drafts only), and "transform" (tree), the best alignments, collapsed.
+    tree_width: symbols of each frame that a tree may use; None: `draft.ctc.default_width`.
+    tree_depth: labels on a tree's longest path; None: the checkpoint's label horizon U.
+    tree_rows: how many rows, anchors and nodes of all requests together, a step may verify: larger batches draft
+        smaller trees. None: a default for the device.
+    """
+
+    draft: str | None = None
+    search: str = "prefix"
+    tree_width: int | None = None
+    tree_depth: int | None = None
+    tree_rows: int | None = None
+
+    @classmethod
+    def take_from(cls, speculative: dict[str, Any]) -> "ServingOptions":
+        """Remove the `ctc_*` keys from vLLM's dictionary and check them (DrafterConfigError)."""
+        given = {key.removeprefix("ctc_"): speculative.pop(key) for key in list(speculative) if key.startswith("ctc_")}
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                known = ", ".join(f"ctc_{n}" for n in names)
+                raise DrafterConfigError(
+                    f"Unknown speculative option {shown(f'ctc_{name}')}; the CTC options are: {known}."
+                )
+        return cls(**given)
+
+    def for_drafter(self, drafter: DrafterConfig, speculative: Mapping[str, Any]) -> "ServingOptions":
+        """The same with the checkpoint's defaults, checked against it and vLLM's own options (DrafterConfigError)."""
+        draft = self.draft or ("tree" if drafter.tree_nodes else "chain")
+        if draft not in DRAFTS:
+            raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {shown(draft)}.")
+        if self.search not in SEARCHES[draft]:
+            raise DrafterConfigError(
+                f"ctc_search must be one of {', '.join(SEARCHES[draft])} with ctc_draft {draft!r}, "
+                f"not {shown(self.search)}."
+            )
+        if self.search != "prefix" and drafter.lattice != "ctc":
+            raise DrafterConfigError(
+                f"ctc_search {self.search!r} collapses repeats and blanks, which this drafter's lattice "
+                f"{drafter.lattice!r} does not have; use ctc_search 'prefix'."
+            )
+        if self.search == "argmax" and speculative.get("draft_sample_method") == "probabilistic":
+            raise DrafterConfigError(
+                "ctc_search 'argmax' has no proposal probabilities; use ctc_search 'prefix' with "
+                "draft_sample_method 'probabilistic'."
+            )
+        if self.tree_rows is not None and SCHEDULE in speculative:
+            raise DrafterConfigError(f"ctc_tree_rows and {SCHEDULE} say the same thing twice; remove one of them.")
+        width = min(drafter.draft_vocab_size, MAX_CANDIDATES // drafter.num_frames)
+        limits = (("tree_width", width), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
+        for name, largest in limits:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if draft == "chain":
+                raise DrafterConfigError(f"ctc_{name} is an option of trees; remove it or set ctc_draft to 'tree'.")
+            if type(value) is not int or not 1 <= value <= largest:  # a truth value is an int to isinstance
+                raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {shown(value)}.")
+        return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
+
+    def check_budget(self, budget: Any, drafter: DrafterConfig) -> int:
+        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError)."""
+        if self.draft == "tree":
+            default, largest, what = drafter.tree_nodes or DEFAULT_TREE_NODES, MAX_NODES, "trees have 1 to {} nodes"
+        else:
+            default, largest = drafter.num_labels, drafter.num_frames
+            what = "this drafter's {0} frames hold 1 to {0} labels"
+        if budget is None:
+            return default
+        if type(budget) is not int or not 1 <= budget <= largest:
+            raise DrafterConfigError(
+                f"num_speculative_tokens is {shown(budget)}, but {what.format(largest)}; choose a number in that range "
+                f"or leave it out for {default}."
+            )
+        return budget
+
+
+def tree_schedule(num_nodes: int, rows: int, smallest: int = SMALLEST_TREE) -> list[tuple[int, int, int]]:
+    """Value of vLLM's option SCHEDULE: (first batch size, last, nodes).
+
+    The anchors and nodes of a batch are at most `rows`. A request alone gets the tree that was asked for, whatever its
+    rows; batches beyond the last tree of `smallest` nodes or more get none. The first K rows of a tree are the best
+    tree of K nodes.
+    """
+    schedule, first = [], 1
+    for nodes in (num_nodes, *(size for size in TREE_SIZES if smallest <= size < num_nodes)):
+        last = max(rows // (1 + nodes), 1)
+        if last >= first:
+            schedule.append((first, last, nodes))
+            first = last + 1
+    return [*schedule, (first, MAX_TREE_ROWS, 0)]

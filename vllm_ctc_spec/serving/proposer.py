@@ -1,0 +1,212 @@
+"""CTCProposer: vLLM's DFlash proposer, told about frames, with the CTC chain in place of per-slot sampling.
+
+`num_speculative_tokens` (N) is the verification budget, the checkpoint's frames (T) are the width of the drafter's
+forward; the two differ. After `super().__init__` has sized the draft buffers with N, DFlash's own machinery (query
+slots, sample indices, CUDA graphs) is told T. (vLLM V2 calls a proposer a speculator; base class:
+vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: its DSpark and DFlash2 subclasses.)
+"""
+
+import copy
+import itertools
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+
+from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
+from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving.options import ServingOptions
+from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
+from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+
+
+def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
+    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
+    where larger batches verify less."""
+    speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
+    num_drafted = [speculative.num_speculative_tokens] * (1 + max_num_reqs)
+    if speculative.num_speculative_tokens_per_batch_size is not None:
+        num_drafted = build_dynamic_sd_schedule_lookup(
+            speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
+        )
+    return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
+
+
+class CTCProposer(DFlashSpeculator):
+    _speculator_name = "CTC"
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        self.num_labels: int = vllm_config.speculative_config.num_speculative_tokens  # N
+        self._most_verified_rows = most_verified_rows(vllm_config)
+        super().__init__(vllm_config, device)
+        hf_config = self.draft_model_config.hf_config
+        self.num_frames: int = hf_config.num_frames  # T
+        self.options: ServingOptions = hf_config.ctc_options
+        self.trees: TreeTable | None = None
+        self.tree_step: TreeStep | None = None
+        if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
+            self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
+            self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
+        self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
+        self.meter = self._make_meter(vllm_config)
+        self._idle = False
+        self.num_speculative_steps = self.num_frames
+        self.num_query_per_req = 1 + self.num_frames
+        num_rows = self.max_num_reqs * self.num_frames
+        self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+
+    def _make_meter(self, vllm_config: VllmConfig) -> metrics.DraftMeter | None:
+        """None on all but the first of the ranks that draft the same (vllm/distributed/parallel_state.py: those of one
+        pipeline stage are neighbours). Without a file where statistics are off or the API server is on another machine.
+        """
+        folder = getattr(vllm_config.observability_config, metrics.FOLDER, None)
+        parallel = vllm_config.parallel_config
+        drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
+        if not drafts_first:
+            return None
+        labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index)
+        file = metrics.CounterFile(folder, labels) if folder is not None and os.path.isdir(folder) else None
+        return metrics.DraftMeter(file, self.max_num_reqs, self.num_labels, self.num_frames, self.device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        layers = target_layers(self.vllm_config)
+        super().load_model(target_model)
+        self.model.gather_draft_head()
+        if self.draft_logits is not None and self.model.vocabulary is not None:
+            # The chain's own rows of logits; vLLM's have the target's vocabulary.
+            shape = *self.draft_logits.shape[:2], len(self.model.vocabulary.token_ids)
+            self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
+        if self.trees is not None:
+            attach_trees(self.vllm_config, target_model, layers, self.trees, self.tree_step)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """A schedule of smaller drafts for larger batches changes what is verified, never the 1 + T rows a request of
+        the draft's forward: vLLM is not to capture a graph for each."""
+        whole = self.vllm_config
+        self.vllm_config = copy.copy(whole)
+        self.vllm_config.speculative_config = copy.copy(whole.speculative_config)
+        self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size = None
+        try:
+            super().init_cudagraph_manager(cudagraph_mode)
+        finally:
+            self.vllm_config = whole
+
+    def capture(self) -> None:
+        """Whatever the last batch was, a graph drafts. Before it captures, vLLM warms up with steps like real ones
+        (vllm/v1/worker/gpu/warmup.py), which do not count."""
+        self._idle = False
+        super().capture()
+        if self.meter is not None:
+            self.meter.reset()
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
+        that follows is the case of a chain."""
+        if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
+            self.tree_step.put_path_first(aux_hidden_states)
+        self._idle = kwargs.get("num_speculative_tokens") == 0
+        if self._idle:
+            kwargs["is_profile"] = True  # no CUDA graph of the draft, which would be replayed whole (vLLM 0.32)
+        return super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
+        )
+
+    def observe_verification(
+        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
+    ) -> None:
+        """vLLM's hook between a verification and the next draft."""
+        super().observe_verification(idx_mapping, num_sampled, num_rejected)
+        if self.meter is not None:
+            self.meter.observe(idx_mapping, num_sampled + num_rejected)
+
+    def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
+        """log q(v | prefix) up to a constant, fp32; -inf marks tokens that a row cannot propose."""
+        return torch.float32, float("-inf")
+
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        # Rows of a verification, not 1 + T a request. vLLM stores what a batch has beyond them outside the graph.
+        return min(self._most_verified_rows[num_reqs], self.max_num_tokens)
+
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    ) -> None:
+        """One forward, then labels. Recorded in the draft's CUDA graph: fixed shapes, nothing is read on the host."""
+        if self._idle:  # a batch so large that nothing is to be drafted; the context is stored all the same
+            return
+        hidden = self._run_model(
+            num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+        )
+        num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
+        slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
+        anchor_tokens = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        vocabulary = self.model.vocabulary
+        anchor = anchor_tokens if vocabulary is None else vocabulary.to_labels(anchor_tokens)
+        frames, stats = read_frames(self.model.compute_frames(slots), anchor, self.model.markov_tables)
+        requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
+        if self.trees is None:
+            labels, lengths = draft_chain(self.options.search, frames, stats, self.num_labels, self._sampling(num_reqs))
+        else:
+            tree = self._search_tree(frames, requests)
+            self.trees.store(requests, tree)
+            labels = tree.tokens[:, 1:]
+        self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
+        if self.label_logits is not None:
+            self._scatter_label_logits(requests.clamp_min(0))
+        if self.meter is not None:
+            self.meter.record_frames(requests, frames)
+            if self.trees is None:
+                self.meter.record_chain(requests, lengths)
+            else:
+                most = torch.where(self.trees.chain_only[requests], self.options.tree_depth, self.num_labels)
+                self.meter.record_tree(requests, tree, most)
+
+    def _scatter_label_logits(self, requests: torch.Tensor) -> None:
+        """The law of each label to the columns of its token. Tokens that are no labels have kept the -inf of
+        `draft_logits_spec`. An inert row repeats what the first request's rows have already."""
+        columns = self.model.vocabulary.token_ids
+        label = torch.arange(self.num_labels, device=columns.device)
+        self.draft_logits[requests[:, None, None], label[:, None], columns] = self.label_logits[requests]
+
+    def _search_tree(self, frames: Frames, requests: torch.Tensor) -> DraftTree:
+        """requests [B]: the request slot of each row, -1 is inert."""
+        width = self.options.tree_width or default_width(self.num_labels)
+        budget = Budget(self.num_labels, width, self.options.tree_depth)
+        return draft_tree(self.options.search, frames, budget, self.trees.chain_only[requests])
+
+    def _sampling(self, num_reqs: int) -> ChainSampling | None:
+        """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the
+        target's draws, a draft's are keyed by the position before it."""
+        if self.draft_logits is None:
+            return None
+        first_frame = slice(0, num_reqs * self.num_frames, self.num_frames)
+        return ChainSampling(
+            temperature=self.temperature,
+            seeds=self.seeds,
+            positions=self.sample_pos[first_frame] - 1,
+            slots=self.sample_idx_mapping[first_frame],
+            draft_logits=self.draft_logits if self.label_logits is None else self.label_logits,
+        )
