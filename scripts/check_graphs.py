@@ -30,7 +30,7 @@ Step = Callable[[], list[torch.Tensor]]
 
 def check(settings: Settings) -> Iterator[Outcome]:
     if not torch.cuda.is_available():
-        yield Outcome(PART, "draft step", NOT_RUN, "needs a GPU; tests/serving/tree/test_host_reads.py finds host reads")
+        yield Outcome(PART, "draft step", NOT_RUN, "needs a GPU; test_host_reads.py finds host reads")
         return
     device = torch.device("cuda")
     torch.manual_seed(settings.seed)
