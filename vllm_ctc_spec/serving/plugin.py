@@ -30,7 +30,7 @@ from vllm_ctc_spec.drafter.config import ARCHITECTURE, DRAFTER_SUBFOLDER, SPECUL
 from vllm_ctc_spec.drafter.module import expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError, shown
-from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving import limits, metrics
 from vllm_ctc_spec.serving.cpu.threads import is_large
 from vllm_ctc_spec.serving.options import SCHEDULE, SMALLEST_TREE, ServingOptions, tree_schedule
 
@@ -191,33 +191,9 @@ def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, D
     if options.draft == "tree" and SCHEDULE not in speculative:
         rows, smallest = _default_tree_rows(target.model)
         speculative[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
-    for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
-        if speculative.get(option):
-            raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
-    method = speculative.get("rejection_sample_method")
-    if method in LOSSY:
-        raise DrafterConfigError(
-            f"rejection_sample_method {method!r} accepts tokens that the target would not say; remove it from "
-            "--speculative-config, so that drafts are verified exactly."
-        )
-    if options.draft == "chain" and method == "block":
-        _check_block_verification()
+    limits.check_options(speculative, options.draft)
     speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return options, drafter
-
-
-LOSSY = ("synthetic", "fly")  # of vLLM's ways to accept drafts
-
-
-def _check_block_verification() -> None:
-    """How far it accepts depends on the numbers drawn for later positions, which 0.32 draws again in the next step."""
-    import vllm
-
-    if Version(vllm.__version__).release[:2] < (0, 33):
-        raise DrafterConfigError(
-            "Block verification of vLLM 0.32 draws the same random numbers for a position again after it was rejected, "
-            'so that samples leave the target\'s distribution; use "rejection_sample_method": "standard", or vLLM 0.33.'
-        )
 
 
 # Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.
@@ -295,47 +271,10 @@ def _checking(original: Callable) -> Callable:
         config = original(self, *args, **kwargs)
         if not _is_ctc(config.speculative_config):
             return config
-        if not config.use_v2_model_runner:
-            raise DrafterConfigError(
-                "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
-                "fall back to V1 (see its warning above); remove that option."
-            )
-        _check_reports_hidden_states(config.model_config)
-        if config.parallel_config.pipeline_parallel_size > 1:
-            # vLLM silently leaves the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
-            raise DrafterConfigError(
-                "The CTC drafter runs on a pipeline's last stage and shares the target's embedding, which is on the "
-                "first; use --tensor-parallel-size in place of --pipeline-parallel-size."
-            )
-        lora = config.lora_config
-        if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
-            # LoraState.make_lora_inputs maps one row of logits a request, not 1 + N (vLLM 0.32 and 0.33).
-            raise DrafterConfigError(
-                "With a drafter, vLLM would adapt the wrong rows of logits if an adapter may change the target's head; "
-                "add --lora-target-modules with what your adapters change, without lm_head."
-            )
-        if config.watermark_config is not None:  # vLLM 0.33 lets it pass with "dflash", which watermarks its drafts
-            raise DrafterConfigError(
-                "The CTC drafter does not watermark the tokens that it drafts; remove watermark_config, or the drafter."
-            )
-        if config.speculative_config.draft_model_config.hf_config.ctc_options.draft == "tree":
-            from vllm_ctc_spec.serving.tree.support import check_engine
-
-            check_engine(config)
-        from vllm_ctc_spec.serving import cpu
-
-        if cpu.is_needed():
-            from vllm_ctc_spec.serving.cpu import support
-
-            support.check_engine(config)
+        limits.check(config)
         scheduler = config.scheduler_config
         slots = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
         fitting = scheduler.max_num_batched_tokens // slots
-        if fitting < 1:
-            raise DrafterConfigError(
-                f"The CTC drafter needs {slots} draft slots a request, but max_num_batched_tokens is "
-                f"{scheduler.max_num_batched_tokens}; raise --max-num-batched-tokens."
-            )
         # The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself, 0.32 does not.
         if (scheduler.max_num_active_seqs or scheduler.max_num_seqs) > fitting:
             logger.warning(
@@ -351,19 +290,6 @@ def _checking(original: Callable) -> Callable:
         return config
 
     return create_engine_config
-
-
-def _check_reports_hidden_states(target: Any) -> None:
-    """`target` is vLLM's ModelConfig. vLLM itself asks the loaded model, and ends in a worker."""
-    from vllm.model_executor.model_loader.utils import get_model_cls
-    from vllm.model_executor.models.interfaces import supports_eagle3
-
-    model = get_model_cls(target)
-    if not supports_eagle3(model):
-        raise DrafterConfigError(
-            f"The CTC drafter reads hidden states of the target's layers, which vLLM's {model.__name__} does not "
-            "report; serve this target without drafter, or one that vLLM supports for EAGLE-3."
-        )
 
 
 def _looking_ahead(original: property) -> property:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
 from vllm_ctc_spec.serving.tree.state import TreeStep
-from vllm_ctc_spec.serving.tree.support import refused
 
 
 class Rows(NamedTuple):
@@ -87,7 +87,7 @@ def check_layout(layer: Any) -> None:
     layer.impl.do_kv_cache_update(layer, key, value, cache, torch.arange(block_size))
     keys, values = views(cache)
     if not (torch.equal(keys[0], key.permute(1, 2, 0)) and torch.equal(values[0], value.transpose(0, 1))):
-        raise refused(f"the instruction set {layer.isa!r} of this CPU in vLLM")
+        raise refused_with_trees(f"the instruction set {layer.isa!r} of this CPU in vLLM")
 
 
 def views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ sampler.
     attention.py     rows of a tree attend the context and their own ancestors
     verification.py  one target token per node, and the walk that accepts a path
     compaction.py    the accepted path moves to the front of the tree's rows in the key/value cache
-    support.py       what trees cannot do, said at startup
+    layers.py        which attention layers can verify trees
 
 The order of a step: the proposer stores trees by request slot; the next step's `prepare_attn` lays them out over the
 batch's rows; attention reads that layout; the sampler walks, compacts the key/value cache and leaves the accepted

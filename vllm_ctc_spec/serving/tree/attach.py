@@ -6,9 +6,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_ctc_spec.serving.tree import support
+from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.attention import AttendTreeRows, attend_tree_rows, use_tree_attention
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
+from vllm_ctc_spec.serving.tree.layers import check_layer
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
 from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
 
@@ -27,9 +28,9 @@ def attach_trees(
     metadata builders are made from the target (`GPUModelRunner.load_model`), so that they are made from this.
     """
     if resolve_model_state_cls(vllm_config, target) is not DefaultModelState:
-        raise support.refused(f"{type(target).__name__}, which keeps a state of its own in vLLM")
+        raise refused_with_trees(f"{type(target).__name__}, which keeps a state of its own in vLLM")
     for name, layer in layers.items():
-        support.check_layer(name, layer)
+        check_layer(name, layer)
     attend, compaction = _on_cpu() if step.positions.is_cpu else (attend_tree_rows, PathCompaction)
     use_tree_attention(layers.values(), attend, step)
     shared = {"trees": trees, "step": step, "compaction": compaction(layers)}
