@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 import vllm_ctc_spec.serving.proposer
 from vllm_ctc_spec.serving.proposer import CTCProposer
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layout import TreeLayout
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 from .conftest import TREE
 
@@ -69,7 +70,7 @@ def largest_difference(one: dict, other: dict) -> float:
 def test_frames_after_trees_are_frames_after_chains(record, monkeypatch):
     after_trees = record()
     with monkeypatch.context() as patch:
-        patch.setattr(TreeStep, "put_path_first", lambda self, states: None)
+        patch.setattr(TreeLayout, "put_path_first", lambda self, verdict, states: None)
         out_of_order = record()
     chains_only(monkeypatch)
     after_chains = record()

@@ -95,7 +95,7 @@ def test_output_is_token_identical(oracle, plain, prompts, parameters, expected,
 
 
 def no_compaction(patch):
-    patch.setattr(CpuPathCompaction, "run", lambda self, step: None)
+    patch.setattr(CpuPathCompaction, "run", lambda self, layout, verdict: None)
 
 
 def no_tree_positions(patch):

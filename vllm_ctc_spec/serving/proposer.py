@@ -24,7 +24,8 @@ from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Fra
 from vllm_ctc_spec.serving import metrics
 from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
@@ -50,13 +51,14 @@ class CTCProposer(DFlashSpeculator):
         self.num_frames: int = hf_config.num_frames  # T
         self.options: ServingOptions = hf_config.ctc_options
         self.trees: TreeTable | None = None
-        self.tree_step: TreeStep | None = None
+        self.layout: TreeLayout | None = None
         if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
             self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
-            self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
+            self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
         self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
         self.meter = self._make_meter(vllm_config)
         self._idle = False
+        self._verdict: Verdict | None = None  # of a tree verification whose rows have not been read yet
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
         num_rows = self.max_num_reqs * self.num_frames
@@ -86,7 +88,7 @@ class CTCProposer(DFlashSpeculator):
             shape = *self.draft_logits.shape[:2], len(self.model.vocabulary.token_ids)
             self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
-            attach_trees(self.vllm_config, target_model, layers, self.trees, self.tree_step)
+            attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """A schedule of smaller drafts for larger batches changes what is verified, never the 1 + T rows a request of
@@ -120,14 +122,19 @@ class CTCProposer(DFlashSpeculator):
     ) -> torch.Tensor:
         """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
         that follows is the case of a chain."""
-        if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
-            self.tree_step.put_path_first(aux_hidden_states)
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and aux_hidden_states:
+            self.layout.put_path_first(verdict, aux_hidden_states)
         self._idle = kwargs.get("num_speculative_tokens") == 0
         if self._idle:
             kwargs["is_profile"] = True  # no CUDA graph of the draft, which would be replayed whole (vLLM 0.32)
         return super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )
+
+    def verified(self, verdict: Verdict) -> None:
+        """From the tree's sampler, in the step whose hidden states `propose` gets next."""
+        self._verdict = verdict
 
     def observe_verification(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor

@@ -25,8 +25,9 @@ from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
 from vllm_ctc_spec.serving.metrics import CounterFile, DraftMeter
 from vllm_ctc_spec.serving.model import CTCDraftModel
 from vllm_ctc_spec.serving.proposer import CTCProposer
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.table import TreeTable
 from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 
 META = torch.device("meta")
@@ -117,7 +118,7 @@ def make_proposer(
         _idle=False, num_frames=FRAMES, num_query_per_req=1 + FRAMES, num_labels=NODES, model=model,
         options=SimpleNamespace(draft=draft, search=search, tree_width=None, tree_depth=8),
         trees=TreeTable(REQUESTS, NODES, META) if is_tree else None,
-        tree_step=TreeStep.allocate(REQUESTS, TOKENS, NODES, META) if is_tree else None,
+        layout=TreeLayout.allocate(REQUESTS, TOKENS, NODES, META) if is_tree else None,
         meter=DraftMeter(CounterFile(str(folder), ("m", "0")), REQUESTS, NODES, FRAMES, META),
         input_buffers=SimpleNamespace(input_ids=empty(REQUESTS * (1 + FRAMES), dtype=torch.int32)),
         sample_idx_mapping=empty(REQUESTS * FRAMES, dtype=torch.int64),
@@ -161,10 +162,10 @@ def test_a_draft_of_a_draft_vocabulary_is_made_without_the_host(draft, sampled, 
 
 def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_path, monkeypatch):
     proposer = make_proposer("tree", "prefix", "transitions", False, tmp_path)
-    trees, step = proposer.trees, proposer.tree_step
+    trees, layout = proposer.trees, proposer.layout
     proposer.meter._timer = object()  # the thread that copies counters out is none of the step's business
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
-    state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "step": step, "compaction": None}))
+    state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "layout": layout, "compaction": None}))
     rows = np.arange(REQUESTS + 1, dtype=np.int32) * (1 + NODES)
     num_tokens, starts = int(rows[-1]), empty(REQUESTS + 1, dtype=torch.int32)
     slots = empty(REQUESTS, dtype=torch.int32)
@@ -180,7 +181,7 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
     vllms = SimpleNamespace(
         apply_sampling_params=lambda logits, *args: logits, sampling_states=states, use_fp64_gumbel=False
     )
-    vars(sampler).update(trees=trees, step=step, sampler=vllms, _paths=[])
+    vars(sampler).update(trees=trees, layout=layout, sampler=vllms, _paths=[])
     tokens = empty(num_tokens, dtype=torch.int64)
     monkeypatch.setattr(vllm_ctc_spec.serving.tree.verification, "gumbel_sample", lambda *args, **options: tokens)
     _, sampled, num_sampled = sampler._verify(
@@ -188,9 +189,8 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
         idx_mapping=slots, idx_mapping_np=np.arange(REQUESTS), expanded_idx_mapping=tokens,
         expanded_local_pos=tokens.int(), seq_lens_upper_bound_np=rows[1:], verify_draft_sampled=tokens,
     )  # fmt: skip
-    step.path, step.num_sampled = sampler._paths[-1], num_sampled
     assert sampled.shape == (REQUESTS, 1 + NODES)
-    step.put_path_first([empty(num_tokens, HIDDEN)])
+    layout.put_path_first(Verdict(sampler._paths[-1], num_sampled), [empty(num_tokens, HIDDEN)])
     proposer.meter._host = empty(*proposer.meter.totals.shape, dtype=torch.int64)  # a copy that nobody waits for
     proposer.meter.observe(slots.long(), num_sampled)
     assert {"_tree_layout_kernel", "_tree_walk_kernel"} <= set(launched)
