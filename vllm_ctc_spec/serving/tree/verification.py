@@ -12,17 +12,21 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_ctc_spec.kernels.tree_walk import tree_walk
+from vllm_ctc_spec.accept.rule import AcceptanceRule, make_rule
+from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.serving.tree.layout import Verdict, in_path_order
 
 
 class TreeRejectionSampler(RejectionSampler):
-    """Accepts the child whose token the target drew, else emits that token and stops.
+    """Draws a token of the target at each node, and walks along the edges that the rule of acceptance marks.
 
-    The tree is deterministic given the context, so this is exact at any temperature: each emitted token is one draw
-    from the target's law. The draw at a node uses the seed and position that a sampler without speculation would use
-    there, so that even seeded output is token-identical.
+    The exact rule steps to the child whose token was drawn, else emits that token and stops. The tree is deterministic
+    given the context, so this is exact at any temperature: each emitted token is one draw from the target's law. The
+    draw at a node uses the seed and position that a sampler without speculation would use there, so that even seeded
+    output is token-identical.
     """
+
+    rule: AcceptanceRule = make_rule("exact")
 
     def __init__(self, state: Any, sampler: Sampler):
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
@@ -83,8 +87,14 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=sampler.use_fp64_gumbel,
         )
-        sampled, num_sampled, path = tree_walk(
-            target_tokens, verify_draft_sampled.long(), self.trees.parents, idx_mapping, cu_num_logits
+        sampled, num_sampled, path = walk(
+            self.rule,
+            processed_logits,
+            target_tokens,
+            verify_draft_sampled.long(),
+            self.trees.parents,
+            idx_mapping,
+            cu_num_logits,
         )
         self._paths.append(path)
         return processed_logits, sampled, num_sampled
