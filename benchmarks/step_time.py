@@ -130,13 +130,12 @@ def instrument_functions(stopwatch: Stopwatch) -> None:
     """What all engines share."""
     import vllm_ctc_spec.accept.walk
     import vllm_ctc_spec.draft.ctc
-    import vllm_ctc_spec.serving.proposer
     import vllm_ctc_spec.serving.tree.compaction
     import vllm_ctc_spec.serving.tree.model_state
 
     stopwatch.wrap(vllm_ctc_spec.draft.ctc, "frame_stats", "frame statistics")
     for search in ("draft_chain", "draft_tree"):
-        stopwatch.wrap(vllm_ctc_spec.serving.proposer, search, "chain or tree search, masks included")
+        stopwatch.wrap(vllm_ctc_spec.draft.ctc, search, "chain or tree search, masks included")
     stopwatch.wrap(vllm_ctc_spec.serving.tree.model_state, "tree_layout", "tree layout")
     stopwatch.wrap(vllm_ctc_spec.accept.walk, "tree_walk", "tree walk")
     compaction = vllm_ctc_spec.serving.tree.compaction.PathCompaction

@@ -22,8 +22,11 @@ from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 class Proposer(Protocol):
     """What the proposer is told."""
 
+    def new_request(self, request: int) -> None:
+        """A new request takes this slot."""
+
     def verified(self, verdict: Verdict) -> None:
-        """Of the step whose rows it reads next."""
+        """The verdict on the step whose hidden states it reads next."""
 
 
 class TreeModelState(DefaultModelState):
@@ -38,6 +41,7 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.trees.reset(req_index, _depends_on_history(new_req_data.sampling_params))
+        self.proposer.new_request(req_index)
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
