@@ -4,9 +4,9 @@ GPU = "vllm.v1.worker.gpu"
 BACKENDS = "vllm.v1.attention.backends"
 # What a variable holds where no annotation says it: function and name, then the class; `type:` where it is one itself.
 VARIABLES = {
-    "serving.plugin._changed_hooks.spec_decode": f"type:{GPU}.spec_decode",
-    "serving.plugin._changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
-    "serving.plugin._changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
+    "serving.release.changed_hooks.spec_decode": f"type:{GPU}.spec_decode",
+    "serving.release.changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
+    "serving.release.changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
     "serving.plugin._is_ctc.speculative_config": "vllm.config.SpeculativeConfig",
     "serving.plugin._replace_init_speculator.spec_decode": f"type:{GPU}.spec_decode",
     "serving.plugin._replace_init_speculator.runner": f"type:{GPU}.model_runner",

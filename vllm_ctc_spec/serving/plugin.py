@@ -17,23 +17,20 @@ It runs in the API server, the engine core and every worker, and may run more th
 
 import contextlib
 import functools
-import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
-
 from vllm_ctc_spec.drafter.config import ARCHITECTURE, SPECULATORS_TYPE, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving import limits, metrics
 from vllm_ctc_spec.serving.options import Resolved, parse
+from vllm_ctc_spec.serving.release import changed_hooks, unsupported_release
 
 logger = logging.getLogger("vllm.ctc_spec")
 
-SUPPORTED_RELEASES = ((0, 32), (0, 33))
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _registered = False
 
@@ -56,7 +53,7 @@ def register() -> None:
         from vllm.config import VllmConfig
         from vllm.v1.worker.gpu import spec_decode
 
-        problem = _changed_hooks(EngineArgs, VllmConfig, spec_decode)
+        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode)
     if problem:
         EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
         return
@@ -73,39 +70,6 @@ def register() -> None:
     _replace_init_speculator(spec_decode)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
-
-
-def unsupported_release(version: str) -> str | None:
-    """One sentence where this vLLM is not supported."""
-    try:
-        if Version(version).release[:2] in SUPPORTED_RELEASES:
-            return None
-    except InvalidVersion:
-        pass  # "dev": a build of vLLM that does not know its own version
-    supported = " or ".join(f"{major}.{minor}.*" for major, minor in SUPPORTED_RELEASES)
-    return (
-        f"vllm-ctc-spec supports vLLM {supported}, but vLLM {version} is installed; "
-        "install a supported vLLM or a newer vllm-ctc-spec."
-    )
-
-
-def _changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str | None:
-    """One sentence where a function that `register` wraps is not the one it was written for."""
-    expected: dict[str, tuple[Any, list[str]]] = {
-        "EngineArgs.create_speculative_config": (
-            getattr(engine_args, "create_speculative_config", None),
-            ["self", "target_model_config", "target_parallel_config"],
-        ),
-        "init_speculator": (getattr(spec_decode, "init_speculator", None), ["vllm_config", "device", "req_states"]),
-        "VllmConfig.num_lookahead_tokens": (
-            getattr(getattr(vllm_config, "num_lookahead_tokens", None), "fget", None),
-            ["self"],
-        ),
-    }
-    for name, (function, parameters) in expected.items():
-        if function is None or list(inspect.signature(function).parameters) != parameters:
-            return f"vllm-ctc-spec cannot hook into this vLLM build: {name} has changed; install a released vLLM."
-    return None
 
 
 def _is_ctc(speculative_config: Any) -> bool:

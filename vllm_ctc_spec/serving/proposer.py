@@ -59,7 +59,7 @@ class CTCProposer(DFlashSpeculator):
             self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
             self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, self.num_drafted, device)
         width = self.options.tree_width or default_width(self.num_drafted)
-        self.budget = Budget(self.num_drafted, width, self.options.tree_depth)
+        self.budget = Budget(self.num_drafted, width, self.options.tree_depth)  # of a tree
         self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
         self.meter = self._make_meter(vllm_config)
         self._idle = False  # nothing is to be drafted for this batch; goes with vLLM 0.32, see `propose`
