@@ -1,6 +1,7 @@
 """A source of drafts that knows what the target will say, and hides it in random trees."""
 
 import random
+from collections import Counter
 from typing import Any
 
 import torch
@@ -23,17 +24,18 @@ class OracleSource:
     def __init__(self, sequences: list[list[int]], request_states: Any, vocab_size: int, seed: int):
         self.sequences, self.request_states, self.vocab_size = sequences, request_states, vocab_size
         self.random = random.Random(seed)
-        self.num_drafts = 0
+        self.calls: Counter[str] = Counter()
 
     def prepare(self, requests: torch.Tensor, num_sampled: torch.Tensor) -> None:
-        pass
+        assert requests.shape == num_sampled.shape
+        self.calls["prepare"] += 1
 
     def reset(self, request: int) -> None:
-        pass
+        self.calls["reset"] += 1
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
         assert step.frames is None  # nobody reads them
-        self.num_drafts += 1
+        self.calls["draft"] += 1
         tokens, parents = [], []
         for request, chain_only in zip(step.requests.tolist(), step.chain_only.tolist(), strict=True):
             truth = self._truth(request)

@@ -76,11 +76,13 @@ def model_runner(llm):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_output_is_token_identical(oracle, plain, prompts, parameters, expected, budget):
     llm = oracle(budget)
+    calls = model_runner(llm).speculator.source.calls
     llm.counters.clear()
+    calls.clear()
     given = llm.generate(prompts, parameters, use_tqdm=False)
     assert differences(plain, parameters, expected, given) == []
     assert llm.acceptance_length > 2
-    assert model_runner(llm).speculator.source.num_drafts > 10
+    assert calls["reset"] == NUM_PROMPTS and calls["prepare"] == calls["draft"] > 10
 
 
 def no_compaction(patch):

@@ -19,6 +19,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 import vllm_ctc_spec.kernels
 import vllm_ctc_spec.serving.tree.model_state
 import vllm_ctc_spec.serving.tree.verification
+from vllm_ctc_spec.accept.rule import Rows
+from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftStep
 from vllm_ctc_spec.drafter.lattice import FrameOutputs, TransitionHead, read_lattice
@@ -154,6 +156,19 @@ def test_a_tree_is_drafted_kept_and_counted_without_the_host(search, lattice, ke
     meter.record(requests, tree, most=torch.where(step.chain_only, 8, NODES), frames=frames)
     assert tree.tokens.shape == (REQUESTS, 1 + NODES)
     assert {"_frame_stats_kernel", kernel} <= set(launched)
+
+
+def test_a_rule_is_walked_without_the_host():
+    class Everything:
+        def accepts(self, rows: Rows) -> Tensor:
+            return torch.ones_like(rows.parent, dtype=torch.bool)
+
+    tokens, parents = empty(TOKENS, dtype=torch.int64), TreeTable(REQUESTS, NODES, META).parents
+    requests, starts = empty(REQUESTS, dtype=torch.int32), empty(REQUESTS + 1, dtype=torch.int32)
+    sampled, num_sampled, path = walk(
+        Everything(), empty(TOKENS, VOCABULARY), tokens, tokens, parents, requests, starts
+    )
+    assert sampled.shape == path.shape == (REQUESTS, 1 + NODES) and num_sampled.shape == (REQUESTS,)
 
 
 def test_labels_become_tokens_without_the_host(launched):
