@@ -128,17 +128,16 @@ def instrument_engine(stopwatch: Stopwatch, llm) -> None:
 
 def instrument_functions(stopwatch: Stopwatch) -> None:
     """What all engines share."""
+    import vllm_ctc_spec.accept.walk
     import vllm_ctc_spec.draft.ctc
-    import vllm_ctc_spec.serving.proposer
     import vllm_ctc_spec.serving.tree.compaction
     import vllm_ctc_spec.serving.tree.model_state
-    import vllm_ctc_spec.serving.tree.verification
 
     stopwatch.wrap(vllm_ctc_spec.draft.ctc, "frame_stats", "frame statistics")
     for search in ("draft_chain", "draft_tree"):
-        stopwatch.wrap(vllm_ctc_spec.serving.proposer, search, "chain or tree search, masks included")
+        stopwatch.wrap(vllm_ctc_spec.draft.ctc, search, "chain or tree search, masks included")
     stopwatch.wrap(vllm_ctc_spec.serving.tree.model_state, "tree_layout", "tree layout")
-    stopwatch.wrap(vllm_ctc_spec.serving.tree.verification, "tree_walk", "tree walk")
+    stopwatch.wrap(vllm_ctc_spec.accept.walk, "tree_walk", "tree walk")
     compaction = vllm_ctc_spec.serving.tree.compaction.PathCompaction
     for kind in (compaction, *compaction.__subclasses__()):
         stopwatch.wrap(kind, "run", "compaction")

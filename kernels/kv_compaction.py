@@ -98,22 +98,38 @@ def compact_kv_reference(
     num_sampled: torch.Tensor,
 ) -> None:
     """For tensors of the CPU. Reads all entries before it writes any, which is the same as ascending order."""
-    slots = slot_mapping.numpy()
-    sources, targets = [], []
-    for root, nodes, count in zip(roots.numpy().tolist(), path.numpy(), num_sampled.numpy().tolist()):
-        for k, node in enumerate(nodes[1:count].tolist(), 1):
-            source, target = slots[root + node], slots[root + k]
-            if source != target and source >= 0 and target >= 0:
-                sources.append(source)
-                targets.append(target)
-    if not sources:
-        return
+    targets, sources = moved_slots(slot_mapping, roots, path, num_sampled)
     block_size = caches.shape[2]
     from_block, from_offset = np.divmod(sources, block_size)
     to_block, to_offset = np.divmod(targets, block_size)
     for layer in caches.layers():
         cache = layer.numpy()
         cache[to_block, :, to_offset] = cache[from_block, :, from_offset]
+
+
+def path_moves(
+    roots: torch.Tensor, path: torch.Tensor, num_sampled: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moves that put accepted rows first: rows [R, 1 + N] int64 to write, and rows to read for them.
+
+    Row `roots[r] + k` becomes row `roots[r] + path[r, k]` for k < num_sampled[r]; in place of the other moves the
+    root's row becomes itself. roots, num_sampled [R], path [R, 1 + N]. Fixed shapes, nothing is read on the host.
+    """
+    first = roots.long().unsqueeze(1)
+    offset = torch.arange(path.shape[1], device=path.device)
+    accepted = offset < num_sampled.unsqueeze(1)
+    return torch.where(accepted, first + offset, first), torch.where(accepted, first + path, first)
+
+
+def moved_slots(
+    slot_mapping: torch.Tensor, roots: torch.Tensor, path: torch.Tensor, num_sampled: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """On a CPU: the slots that `compact_kv` writes, and the slots that they are read from, M of each."""
+    to, source = path_moves(roots, path, num_sampled)
+    is_move = to != source
+    targets, sources = slot_mapping[to[is_move]], slot_mapping[source[is_move]]
+    is_move = (targets != sources) & (targets >= 0) & (sources >= 0)
+    return targets[is_move].numpy(), sources[is_move].numpy()
 
 
 def compact_kv_triton(

@@ -17,7 +17,7 @@ from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
-from vllm_ctc_spec.serving.tree.state import TreeTable
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 PART = "graphs"
 VOCABULARY, HIDDEN, CONTEXT, FRAMES, NODES, LABELS = 32_000, 512, 256, 12, 64, 8

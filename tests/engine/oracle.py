@@ -1,33 +1,46 @@
-"""A drafter that knows what the target will say, and hides it in random trees."""
+"""A source of drafts that knows what the target will say, and hides it in random trees."""
 
 import random
+from collections import Counter
+from typing import Any
 
 import torch
 
-from vllm_ctc_spec.kernels.contract import DraftTree, Frames
+from vllm_ctc_spec.draft.source import DraftStep
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
-from vllm_ctc_spec.serving.proposer import CTCProposer
 
 
-class OracleProposer(CTCProposer):
+class OracleSource:
     """Trees of random topology in which the true continuation lies on late rows, among siblings and strangers.
 
-    Set `sequences` (prompt and answer, token ids) and `request_states` before use. Where a context is the beginning of
-    no sequence, the tree holds random tokens only.
+    sequences: prompt and answer, token ids. request_states: vLLM's, by which a request's tokens so far are known. Where
+    a context is the beginning of no sequence, the tree holds random tokens only.
     """
 
-    sequences: list[list[int]] = []
-    request_states = None
-    seed = 0
+    name = "oracle"
+    reads = frozenset()
 
-    def _search_tree(self, frames: Frames, requests: torch.Tensor) -> DraftTree:
-        self.random = getattr(self, "random", None) or random.Random(self.seed)
-        vocab_size = frames.logits.shape[-1]
+    def __init__(self, sequences: list[list[int]], request_states: Any, vocab_size: int, seed: int):
+        self.sequences, self.request_states, self.vocab_size = sequences, request_states, vocab_size
+        self.random = random.Random(seed)
+        self.calls: Counter[str] = Counter()
+
+    def prepare(self, requests: torch.Tensor, num_sampled: torch.Tensor) -> None:
+        assert requests.shape == num_sampled.shape
+        self.calls["prepare"] += 1
+
+    def reset(self, request: int) -> None:
+        self.calls["reset"] += 1
+
+    def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
+        assert step.frames is None  # nobody reads them
+        self.calls["draft"] += 1
         tokens, parents = [], []
-        for slot in requests.tolist():
-            truth = self._truth(slot)
-            tree = self._chain if self.trees.chain_only[slot] else self._tree
-            row_tokens, row_parents = tree(truth, vocab_size)
+        for request, chain_only in zip(step.requests.tolist(), step.chain_only.tolist(), strict=True):
+            truth = self._truth(request)
+            make = self._chain if chain_only else self._tree
+            row_tokens, row_parents = make(truth, budget.nodes)
             tokens.append(row_tokens)
             parents.append(row_parents)
         parents = torch.tensor(parents, dtype=torch.int32)
@@ -35,31 +48,30 @@ class OracleProposer(CTCProposer):
         scores = -torch.arange(parents.shape[1]).float().expand(parents.shape).contiguous()
         scores[parents < 0] = -torch.inf
         scores[:, 0] = 0
-        tokens = torch.cat([frames.anchor[:, None], torch.tensor(tokens)], 1)
-        tree = DraftTree(tokens, parents, depths, scores, ancestors)
-        tree.check(vocab_size)
+        tree = DraftTree(torch.cat([step.anchor[:, None], torch.tensor(tokens)], 1), parents, depths, scores, ancestors)
+        tree.check(self.vocab_size)
         return tree
 
-    def _truth(self, slot: int) -> list[int]:
-        """Up to six tokens after what request `slot` has so far."""
-        if slot < 0 or self.request_states is None:
+    def _truth(self, request: int) -> list[int]:
+        """Up to six tokens after what the request in this slot has so far."""
+        if request < 0:
             return []
-        length = int(self.request_states.total_len.gpu[slot])
-        seen = self.request_states.all_token_ids.gpu[slot][:length].tolist()
+        length = int(self.request_states.total_len.gpu[request])
+        seen = self.request_states.all_token_ids.gpu[request][:length].tolist()
         return next((s[length : length + 6] for s in self.sequences if s[:length] == seen), [])
 
-    def _chain(self, truth: list[int], vocab_size: int) -> tuple[list[int], list[int]]:
-        right = self.random.randint(0, min(len(truth), self.num_labels))
-        wrong = [self.random.randrange(vocab_size) for _ in range(self.num_labels - right)]
-        return truth[:right] + wrong, list(range(-1, self.num_labels))
+    def _chain(self, truth: list[int], num_nodes: int) -> tuple[list[int], list[int]]:
+        right = self.random.randint(0, min(len(truth), num_nodes))
+        wrong = [self.random.randrange(self.vocab_size) for _ in range(num_nodes - right)]
+        return truth[:right] + wrong, list(range(-1, num_nodes))
 
-    def _tree(self, truth: list[int], vocab_size: int) -> tuple[list[int], list[int]]:
+    def _tree(self, truth: list[int], num_nodes: int) -> tuple[list[int], list[int]]:
         """Every node hangs below a random earlier one; some, at random places, are the next true token."""
         tokens, parents, children = [], [-1], set()
-        hidden = truth[: self.random.randint(0, min(len(truth), self.num_labels))]
+        hidden = truth[: self.random.randint(0, min(len(truth), num_nodes))]
         deepest, found = 0, 0
-        used = self.random.choice([self.num_labels, self.num_labels, self.random.randint(1, self.num_labels)])
-        for node in range(1, self.num_labels + 1):
+        used = self.random.choice([num_nodes, num_nodes, self.random.randint(1, num_nodes)])
+        for node in range(1, num_nodes + 1):
             if node > used:
                 tokens.append(0)
                 parents.append(-1)
@@ -69,9 +81,9 @@ class OracleProposer(CTCProposer):
                 parent, token = deepest, next_true
                 deepest, found = node, found + 1
             else:
-                parent, token = self.random.randrange(node), self.random.randrange(vocab_size)
+                parent, token = self.random.randrange(node), self.random.randrange(self.vocab_size)
                 while (parent, token) in children or (parent, token) == (deepest, next_true):
-                    token = (token + 1) % vocab_size
+                    token = (token + 1) % self.vocab_size
             children.add((parent, token))
             tokens.append(token)
             parents.append(parent)

@@ -131,7 +131,7 @@ def test_frames_of_any_kind(spoiled, drafting, plain, expected, monkeypatch):
 
 def test_broken_frames_are_looked_for_without_statistics():
     proposer = object.__new__(CTCProposer)
-    vars(proposer).update(max_num_reqs=2, num_labels=3, num_frames=4, device=torch.device("cpu"))
+    vars(proposer).update(max_num_reqs=2, num_drafted=3, num_frames=4, device=torch.device("cpu"))
     config = SimpleNamespace(
         observability_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(rank=0, world_size=1, pipeline_parallel_size=1, data_parallel_index=0),
@@ -139,8 +139,8 @@ def test_broken_frames_are_looked_for_without_statistics():
     )
     meter = proposer._make_meter(config)
     not_numbers = torch.full((1, 4), NAN)
-    meter.record_frames(torch.tensor([0]), Frames(not_numbers[..., None], not_numbers, not_numbers, torch.tensor([0])))
-    meter.record_chain(torch.tensor([0]), torch.tensor([0], dtype=torch.int32))
+    frames = Frames(not_numbers[..., None], not_numbers, not_numbers, torch.tensor([0]))
+    meter.record(torch.tensor([0]), torch.tensor([0], dtype=torch.int32), frames=frames)
     meter._timer = object()  # nothing is published here
     meter.observe(torch.tensor([0]), torch.tensor([4]))
     assert meter.totals[metrics.BROKEN] == 4

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
 
-from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.proposer import CTCProposer
 
 from ..releases import SINCE_33
@@ -190,7 +190,7 @@ def test_sampled_drafts_of_a_draft_vocabulary_follow_the_targets_law(make_pair, 
 @pytest.mark.skipif(SINCE_33, reason="mended there, and among RUNS")
 def test_block_verification_of_vllm_0_32_leaves_the_targets_law(sampler, logits, monkeypatch):
     """Why it is refused."""
-    monkeypatch.setattr(plugin, "_check_block_verification", lambda: None)
+    monkeypatch.setattr(limits, "OPTIONS", ())
     llm = sampler(rejection_sample_method="block")
     assert p_value(draw(llm, **PLAIN), law_of_five(logits, **PLAIN)) < IMPOSSIBLE
 

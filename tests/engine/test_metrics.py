@@ -16,7 +16,10 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_ctc_spec.serving import metrics, plugin, proposer
+from vllm_ctc_spec.draft.source import DraftStep
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
+from vllm_ctc_spec.kernels.frame_stats import FrameStats
+from vllm_ctc_spec.serving import metrics, plugin
 
 QUESTIONS = (
     "Mira picks 12 plums and eats 4 of them. How many plums are left?",
@@ -30,37 +33,30 @@ VLLM = "vllm:spec_decode_num_"
 
 
 class HostCount:
-    """Counts what the proposer of an in-process engine drafts, row by row, when vLLM verifies it."""
+    """A source of drafts that counts, row by row, what the one in its place has drafted, when vLLM verifies it."""
 
     def __init__(self, llm, patch: pytest.MonkeyPatch):
         executor = llm.llm_engine.engine_core.engine_core.model_executor
         self.proposer = executor.driver_worker.worker.model_runner.speculator
+        self.source = source = self.proposer.source
+        self.name, self.reads, self.prepare, self.reset = source.name, source.reads, source.prepare, source.reset
         self.parents: dict[int, list[int]] = {}  # by request slot, of rows 1 to N
         self.counts: Counter[str] = Counter()
-        self.lengths: list[int] = []
-        patch.setattr(proposer, "draft_chain", self.keep_lengths(proposer.draft_chain))
-        self.generate, self.propose = self.proposer._generate_draft, self.proposer.propose
-        patch.setattr(self.proposer, "_generate_draft", self.after_a_draft)
+        self.propose = self.proposer.propose
+        self.proposer.source = self
         patch.setattr(self.proposer, "propose", self.after_a_verification)
 
-    def keep_lengths(self, draft_chain):
-        def drafting(*args):
-            labels, lengths = draft_chain(*args)
-            self.lengths = lengths.tolist()
-            return labels, lengths
+    def chain(self, frames: Frames, stats: FrameStats, num_labels: int, sampling: ChainSampling | None):
+        labels, lengths = self.source.chain(frames, stats, num_labels, sampling)
+        requests = self.proposer.sample_idx_mapping[:: self.proposer.num_frames].tolist()
+        for request, length in zip(requests, lengths.tolist()):
+            self.parents[request] = [*range(length), *[-1] * (num_labels - length)]
+        return labels, lengths
 
-        return drafting
-
-    def after_a_draft(self, num_reqs: int, *args, **kwargs) -> None:
-        self.generate(num_reqs, *args, **kwargs)
-        drafter = self.proposer
-        for row in range(num_reqs):
-            slot = int(drafter.sample_idx_mapping[row * drafter.num_frames])
-            if drafter.trees is None:
-                length = self.lengths[row]
-                self.parents[slot] = [*range(length), *[-1] * (drafter.num_labels - length)]
-            else:
-                self.parents[slot] = drafter.trees.parents[slot].tolist()[1:]
+    def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
+        tree = self.source.draft(step, budget)
+        self.parents.update(zip(step.requests.tolist(), tree.parents[:, 1:].tolist(), strict=True))
+        return tree
 
     def after_a_verification(self, input_batch, *args, **kwargs):
         verified = input_batch.num_draft_tokens_per_req

@@ -8,9 +8,11 @@ from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-import vllm_ctc_spec.serving.proposer
+from vllm_ctc_spec.draft.source import DraftSource, DraftStep
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree
 from vllm_ctc_spec.serving.proposer import CTCProposer
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layout import TreeLayout
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 from .conftest import TREE
 
@@ -18,37 +20,31 @@ PROMPTS = ["Tom has 3 apples.", "?", "12 + 30 =", "Once there were seven dwarfs"
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 
-class Recorder(CTCProposer):
-    """Keeps the frames of every context that it drafted for."""
+class Recorder:
+    """The source of an engine, and the frames of every context that it drafted for."""
 
-    instances: list["Recorder"] = []
-    request_states = None
-
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, source: DraftSource, request_states):
+        self.source, self.request_states = source, request_states
+        self.name, self.reads, self.prepare, self.reset = source.name, source.reads, source.prepare, source.reset
         self.frames: dict[tuple[int, ...], torch.Tensor] = {}
-        self.instances.append(self)
 
-    def _search_tree(self, frames, requests):
-        if self.request_states is not None:
-            log_label = frames.logits + frames.log_label[:, :, None]
-            for of_request, slot in zip(log_label, requests.tolist(), strict=True):
-                length = int(self.request_states.total_len.gpu[slot])
-                context = self.request_states.all_token_ids.gpu[slot][:length]
-                self.frames[tuple(context.tolist())] = of_request.clone()
-        return super()._search_tree(frames, requests)
+    def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
+        log_label = step.frames.logits + step.frames.log_label[:, :, None]
+        for of_request, slot in zip(log_label, step.requests.tolist(), strict=True):
+            length = int(self.request_states.total_len.gpu[slot])
+            context = self.request_states.all_token_ids.gpu[slot][:length]
+            self.frames[tuple(context.tolist())] = of_request.clone()
+        return self.source.draft(step, budget)
 
 
 @pytest.fixture
-def record(engine, tiny_pair, monkeypatch):
+def record(engine, tiny_pair):
     """record(): the frames by context of an engine that drafts trees for PROMPTS, under the patches of the moment."""
 
     def run() -> dict[tuple[int, ...], torch.Tensor]:
-        monkeypatch.setattr(vllm_ctc_spec.serving.proposer, "CTCProposer", Recorder)
         llm = engine(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter), **TREE})
-        recorder = Recorder.instances.pop()
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        recorder.request_states = runner.req_states
+        recorder = runner.speculator.source = Recorder(runner.speculator.source, runner.req_states)
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         return recorder.frames
 
@@ -57,7 +53,7 @@ def record(engine, tiny_pair, monkeypatch):
 
 def chains_only(monkeypatch):
     reset = TreeTable.reset
-    monkeypatch.setattr(TreeTable, "reset", lambda self, slot, chain_only: reset(self, slot, True))
+    monkeypatch.setattr(TreeTable, "reset", lambda self, request, chain_only: reset(self, request, True))
 
 
 def largest_difference(one: dict, other: dict) -> float:
@@ -69,7 +65,7 @@ def largest_difference(one: dict, other: dict) -> float:
 def test_frames_after_trees_are_frames_after_chains(record, monkeypatch):
     after_trees = record()
     with monkeypatch.context() as patch:
-        patch.setattr(TreeStep, "put_path_first", lambda self, states: None)
+        patch.setattr(TreeLayout, "put_path_first", lambda self, verdict, states: None)
         out_of_order = record()
     chains_only(monkeypatch)
     after_chains = record()

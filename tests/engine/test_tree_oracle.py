@@ -9,12 +9,11 @@ import torch
 from vllm import SamplingParams
 
 import vllm_ctc_spec.serving.cpu.tree
-import vllm_ctc_spec.serving.proposer
 from vllm_ctc_spec.serving.cpu.tree import CpuPathCompaction
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
 
 from .conftest import TREE
-from .oracle import OracleProposer
+from .oracle import OracleSource
 from .ties import differences
 
 NUM_PROMPTS = 100
@@ -52,29 +51,18 @@ def expected(plain, prompts, parameters):
 
 @pytest.fixture(scope="module")
 def oracle(engine, tiny_pair, prompts, expected):
-    """oracle(number of nodes, **engine options): an engine whose drafter knows `expected`, started once for each."""
+    """oracle(number of nodes, **engine options): an engine whose source knows `expected`, started once for each."""
     started = {}
+    sequences = [p["prompt_token_ids"] + list(e.outputs[0].token_ids) for p, e in zip(prompts, expected)]
 
     def start(budget: int, **options):
         key = (budget, *options.items())
         if key not in started:
-            patch = pytest.MonkeyPatch()
-            proposers = []
-
-            class Proposer(OracleProposer):
-                sequences = [p["prompt_token_ids"] + list(e.outputs[0].token_ids) for p, e in zip(prompts, expected)]
-                seed = budget
-
-                def __init__(self, *args):
-                    super().__init__(*args)
-                    proposers.append(self)
-
-            patch.setattr(vllm_ctc_spec.serving.proposer, "CTCProposer", Proposer)
             drafter = {"method": "ctc", "model": str(tiny_pair.drafter)}
             speculative = {**drafter, **TREE, "num_speculative_tokens": budget}
             started[key] = engine(tiny_pair.target, speculative, block_size=BLOCK, **options)
-            patch.undo()
-            proposers[0].request_states = model_runner(started[key]).req_states
+            runner = model_runner(started[key])
+            runner.speculator.source = OracleSource(sequences, runner.req_states, runner.vocab_size, seed=budget)
         return started[key]
 
     return start
@@ -88,14 +76,17 @@ def model_runner(llm):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_output_is_token_identical(oracle, plain, prompts, parameters, expected, budget):
     llm = oracle(budget)
+    calls = model_runner(llm).speculator.source.calls
     llm.counters.clear()
+    calls.clear()
     given = llm.generate(prompts, parameters, use_tqdm=False)
     assert differences(plain, parameters, expected, given) == []
     assert llm.acceptance_length > 2
+    assert calls["reset"] == NUM_PROMPTS and calls["prepare"] == calls["draft"] > 10
 
 
 def no_compaction(patch):
-    patch.setattr(CpuPathCompaction, "run", lambda self, step: None)
+    patch.setattr(CpuPathCompaction, "run", lambda self, layout, verdict: None)
 
 
 def no_tree_positions(patch):

@@ -15,7 +15,7 @@ import torch
 from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME, DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError
-from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving.options import parse
 
 CONFIG = DrafterConfig(
     hidden_size=8, vocab_size=11, target_num_layers=3, aux_hidden_state_layer_ids=(1, 2), num_frames=4, num_labels=3,
@@ -76,7 +76,7 @@ class Checkpoints:
         model = str(folder) if isinstance(folder, Path) else folder
         started, text = time.process_time(), None
         try:
-            plugin.resolve({"method": "ctc", "model": model, **options}, target)
+            parse({"method": "ctc", "model": model, **options}, target)
         except DrafterConfigError as error:
             text = str(error)
         assert time.process_time() - started < MAX_SECONDS

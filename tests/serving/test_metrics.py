@@ -14,14 +14,14 @@ from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.serving import metrics
 
-SLOTS, LABELS, FRAMES = 5, 6, 9
+REQUESTS, NODES, FRAMES = 5, 6, 9
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def meter(tmp_path, monkeypatch) -> Iterator[metrics.DraftMeter]:
     monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
-    meter = metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), SLOTS, LABELS, FRAMES, CPU)
+    meter = metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), REQUESTS, NODES, FRAMES, CPU)
     yield meter
     wait_for_timers()
 
@@ -49,7 +49,7 @@ def wait_until(holds, seconds: float = 5) -> None:
 def random_tree(rng: random.Random, used: int, chain: bool) -> list[int]:
     """Parents of row 0 to N."""
     parents = [-1] + [node - 1 if chain else rng.randrange(node) for node in range(1, used + 1)]
-    return parents + [-1] * (LABELS - used)
+    return parents + [-1] * (NODES - used)
 
 
 def as_draft_tree(parents: list[list[int]]) -> DraftTree:
@@ -58,7 +58,7 @@ def as_draft_tree(parents: list[list[int]]) -> DraftTree:
     return DraftTree(torch.zeros_like(rows).long(), rows, depths, torch.zeros(rows.shape), ancestors)
 
 
-def count(parents: list[int], scheduled: int, most: int = LABELS) -> list[int]:
+def count(parents: list[int], scheduled: int, most: int = NODES) -> list[int]:
     """drafts, nodes, labels, stopped drafts of one verified draft."""
     if scheduled <= 0:
         return [0, 0, 0, 0]
@@ -74,16 +74,16 @@ def test_trees_count_as_what_was_scheduled_of_them(meter):
     rng = random.Random(0)
     total = torch.zeros(4, dtype=torch.int64)
     for _ in range(100):
-        slots = rng.sample(range(SLOTS), 3)
-        chain_only = [rng.random() < 0.3 for _ in slots]
-        most = [4 if is_chain else LABELS for is_chain in chain_only]
+        requests = rng.sample(range(REQUESTS), 3)
+        chain_only = [rng.random() < 0.3 for _ in requests]
+        most = [4 if is_chain else NODES for is_chain in chain_only]
         parents = [random_tree(rng, rng.randint(0, limit), chain) for chain, limit in zip(chain_only, most)]
-        meter.record_tree(torch.tensor(slots), as_draft_tree(parents), torch.tensor(most))
+        meter.record(torch.tensor(requests), as_draft_tree(parents), torch.tensor(most))
         # vLLM's batch has another order; a request in the middle of its prefill has no logits (0), one that has not
         # drafted has the anchor's (1).
         order = rng.sample(range(3), 3)
-        logits = [rng.randint(0, 1 + LABELS) for _ in order]
-        meter.observe(torch.tensor([slots[i] for i in order], dtype=torch.int32), torch.tensor(logits).int())
+        logits = [rng.randint(0, 1 + NODES) for _ in order]
+        meter.observe(torch.tensor([requests[i] for i in order], dtype=torch.int32), torch.tensor(logits).int())
         for i, rows in zip(order, logits):
             total += torch.tensor(count(parents[i], rows - 1, most[i]))
     assert total[3] > 20 and torch.equal(meter.totals[:4], total)
@@ -93,17 +93,17 @@ def test_chains_count_as_what_was_scheduled_of_them(meter):
     rng = random.Random(1)
     total = torch.zeros(4, dtype=torch.int64)
     for _ in range(100):
-        length, rows = rng.randint(0, LABELS), rng.randint(0, 1 + LABELS)
-        slot = torch.tensor([rng.randrange(SLOTS)])
-        meter.record_chain(slot, torch.tensor([length], dtype=torch.int32))
-        meter.observe(slot.int(), torch.tensor([rows]).int())
+        length, rows = rng.randint(0, NODES), rng.randint(0, 1 + NODES)
+        request = torch.tensor([rng.randrange(REQUESTS)])
+        meter.record(request, torch.tensor([length], dtype=torch.int32))
+        meter.observe(request.int(), torch.tensor([rows]).int())
         total += torch.tensor(count(random_tree(rng, length, chain=True), rows - 1))
     assert total[3] > 20 and torch.equal(meter.totals[:4], total)
 
 
 def test_padding_rows_of_a_batch_reach_no_request(meter):
-    meter.record_chain(torch.tensor([2, -1, -1]), torch.tensor([3, 5, 6], dtype=torch.int32))
-    meter.observe(torch.arange(SLOTS, dtype=torch.int32), torch.full((SLOTS,), 1 + LABELS))
+    meter.record(torch.tensor([2, -1, -1]), torch.tensor([3, 5, 6], dtype=torch.int32))
+    meter.observe(torch.arange(REQUESTS, dtype=torch.int32), torch.full((REQUESTS,), 1 + NODES))
     assert meter.totals[1] == 3
 
 
@@ -112,10 +112,10 @@ def test_prometheus_reads_zeros_before_the_first_draft(meter, tmp_path):
 
 
 def test_the_last_step_is_published_without_another_one(meter, tmp_path):
-    slot, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
+    request, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
     for steps in (1, 2, 3):
-        meter.record_chain(slot, lengths)
-        meter.observe(slot, torch.tensor([1 + LABELS]))
+        meter.record(request, lengths)
+        meter.observe(request, torch.tensor([1 + NODES]))
         wait_until(lambda steps=steps: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == steps)
         expected = {"drafts": 1, "draft_nodes": 4, "draft_labels": 4, "stopped_drafts": 1, "draft_frames": FRAMES}
         expected["broken_frames"] = 0
@@ -139,8 +139,8 @@ class SlowCopy:
 def test_a_copy_that_arrives_late_is_waited_for_without_the_device(meter, tmp_path):
     """CUDA may not be called by the thread, not even to ask whether a copy is done: vLLM may be capturing graphs."""
     meter._host = slow = SlowCopy()
-    meter.record_chain(torch.tensor([1]), torch.tensor([4], dtype=torch.int32))
-    meter.observe(torch.tensor([1]), torch.tensor([1 + LABELS]))
+    meter.record(torch.tensor([1]), torch.tensor([4], dtype=torch.int32))
+    meter.observe(torch.tensor([1]), torch.tensor([1 + NODES]))
     meter.totals = None
     time.sleep(5 * metrics.PUBLISH_SECONDS)
     assert exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == 0
@@ -150,11 +150,11 @@ def test_a_copy_that_arrives_late_is_waited_for_without_the_device(meter, tmp_pa
 
 
 def test_what_was_counted_is_forgotten(meter, tmp_path):
-    slot, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
+    request, lengths = torch.tensor([1]), torch.tensor([4], dtype=torch.int32)
     for drafts in (3, 2):
         for _ in range(drafts):
-            meter.record_chain(slot, lengths)
-            meter.observe(slot, torch.tensor([1 + LABELS]))
+            meter.record(request, lengths)
+            meter.observe(request, torch.tensor([1 + NODES]))
         wait_until(lambda drafts=drafts: exposed(tmp_path)["vllm_ctc_spec:drafts_total"] == drafts)
         meter.reset()
         wait_until(lambda: exposed(tmp_path)["vllm_ctc_spec:draft_nodes_total"] == 0)
@@ -170,21 +170,20 @@ def frames(broken: list[tuple[int, int, float]], transitions: torch.Tensor | Non
 
 
 def test_broken_frames_are_counted_where_a_draft_is_verified(meter):
-    slots, lengths = torch.tensor([3, 1]), torch.tensor([2, 2], dtype=torch.int32)
+    requests, lengths = torch.tensor([3, 1]), torch.tensor([2, 2], dtype=torch.int32)
     nan, inf = float("nan"), float("inf")
     transitions = torch.zeros(2, 1 + FRAMES, FRAMES)
     transitions[1, 4, [5, 6]] = nan
     for given, logits, counted in (
         (frames([]), [2, 2], 0),
-        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), [2, 1 + LABELS], 3),
+        (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), [2, 1 + NODES], 3),
         (frames([(0, 0, nan), (0, 3, inf), (1, 8, -inf)]), [1, 2], 1),  # no draft of the first was scheduled
         (frames([(0, 0, nan), (1, 5, nan)], transitions), [2, 2], 3),
         (frames([]), [2, 2], 0),
     ):
         before = int(meter.totals[metrics.BROKEN])
-        meter.record_frames(slots, given)
-        meter.record_chain(slots, lengths)
-        meter.observe(slots.int(), torch.tensor(logits).int())
+        meter.record(requests, lengths, frames=given)
+        meter.observe(requests.int(), torch.tensor(logits).int())
         assert meter.totals[metrics.BROKEN] - before == counted
         assert meter.totals[1] > 0
 
@@ -195,11 +194,10 @@ def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, mo
     monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: said.append(text % values))
     if not with_file:
         meter._counter_file = None
-    slots, lengths = torch.tensor([0, 1]), torch.tensor([0, 0], dtype=torch.int32)
+    requests, lengths = torch.tensor([0, 1]), torch.tensor([0, 0], dtype=torch.int32)
     for step, broken in enumerate(([], [(0, 2, float("nan"))], [(1, 2, float("nan"))])):
-        meter.record_frames(slots, frames(broken))
-        meter.record_chain(slots, lengths)
-        meter.observe(slots, torch.tensor([2, 2]))
+        meter.record(requests, lengths, frames=frames(broken))
+        meter.observe(requests, torch.tensor([2, 2]))
         wait_for_timers()
         assert len(said) == min(step, 1)
     (text,) = said

@@ -1,20 +1,65 @@
 """The options of `--speculative-config`: what they mean for a drafter, and one sentence for what is refused."""
 
+import copy
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+
 import pytest
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
-from vllm_ctc_spec.serving.options import MAX_CANDIDATES, TREE_SIZES, ServingOptions, tree_schedule
+from vllm_ctc_spec.serving.options import (
+    MAX_CANDIDATES,
+    SCHEDULE,
+    TREE_SIZES,
+    ServingOptions,
+    default_tree_rows,
+    parse,
+    tree_schedule,
+)
 
 SMALL = dict(
     hidden_size=32, vocab_size=64, target_num_layers=4, aux_hidden_state_layer_ids=(1,), num_frames=6, num_labels=4
 )
 
 
-def test_serving_options_take_their_own_keys():
+ASSETS = Path(__file__).parents[2] / "assets"
+
+
+@pytest.fixture(scope="module")
+def target() -> SimpleNamespace:
+    """What is read of vLLM's ModelConfig."""
+    drafter = DrafterConfig.load(ASSETS / "drafter")
+    return SimpleNamespace(
+        model=str(ASSETS / "target"), get_hidden_size=lambda: drafter.hidden_size,
+        get_vocab_size=lambda: drafter.vocab_size, get_total_num_hidden_layers=lambda: drafter.target_num_layers,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_vllm_is_told_its_own_keys_and_the_given_ones_stay(target, draft):
+    given = {
+        "method": "ctc", "model": str(ASSETS / "drafter"), "ctc_draft": draft, "num_speculative_tokens": 8,
+        "draft_sample_method": "greedy",
+    }  # fmt: skip
+    before = copy.deepcopy(given)
+    options, drafter, for_vllm = parse(MappingProxyType(given), target)
+    assert given == before
+    assert (options.draft, options.search) == (draft, "prefix") and drafter == DrafterConfig.load(ASSETS / "drafter")
+    schedule = for_vllm.pop(SCHEDULE, None)
+    told = {key: value for key, value in given.items() if key != "ctc_draft"}
+    assert for_vllm == {**told, "method": "dflash"}
+    assert schedule == (tree_schedule(8, *default_tree_rows(target.model)) if draft == "tree" else None)
+
+
+def test_a_schedule_that_was_given_is_kept(target):
+    given = {"model": str(ASSETS / "drafter"), "ctc_draft": "tree", SCHEDULE: [(1, 9, 3)]}
+    assert parse(given, target).for_vllm[SCHEDULE] == [(1, 9, 3)]
+
+
+def test_serving_options_are_the_keys_with_their_prefix():
     speculative = {"method": "ctc", "ctc_search": "argmax", "num_speculative_tokens": 3}
-    assert ServingOptions.take_from(speculative) == ServingOptions(search="argmax")
-    assert speculative == {"method": "ctc", "num_speculative_tokens": 3}
+    assert ServingOptions.given_in(speculative) == ServingOptions(search="argmax")
 
 
 TREE = {"ctc_draft": "tree"}
@@ -39,9 +84,8 @@ TREE = {"ctc_draft": "tree"}
     ],
 )
 def test_serving_options_are_checked(options, message):
-    options = dict(options)
     with pytest.raises(DrafterConfigError, match=message):
-        ServingOptions.take_from(options).for_drafter(DrafterConfig(**SMALL), options)
+        ServingOptions.given_in(options).for_drafter(DrafterConfig(**SMALL), options)
 
 
 @pytest.mark.parametrize("lattice", [{"lattice": "slots"}, {"lattice": "transitions", "transition_rank": 4}])
@@ -72,7 +116,7 @@ def test_a_tree_has_no_more_candidates_than_a_gpu_program_holds():
 )
 def test_defaults_come_from_the_checkpoint(tree_nodes, given, draft, budget):
     drafter = DrafterConfig(**SMALL, tree_nodes=tree_nodes)
-    options = ServingOptions.take_from(dict(given)).for_drafter(drafter, {})
+    options = ServingOptions.given_in(given).for_drafter(drafter, {})
     assert (options.draft, options.tree_depth, options.tree_width) == (draft, 4, None)
     assert options.check_budget(None, drafter) == budget
 

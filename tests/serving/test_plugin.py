@@ -17,7 +17,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu import spec_decode
 
 from vllm_ctc_spec.drafter.config import CONFIG_NAME
-from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving import plugin, release
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -136,7 +136,7 @@ def test_an_unsupported_vllm_is_refused_only_for_ctc(unregistered, target, monke
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.2.post1", "0.33.0", "0.33.1rc1"])
 def test_supported_versions(version):
-    assert plugin.unsupported_release(version) is None
+    assert release.unsupported_release(version) is None
 
 
 def test_a_vllm_without_the_modules_of_this_one_still_starts(unregistered, target, monkeypatch):

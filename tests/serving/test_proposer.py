@@ -9,8 +9,8 @@ from vllm_ctc_spec.serving.options import tree_schedule
 from vllm_ctc_spec.serving.proposer import CTCProposer, most_verified_rows
 
 
-def config(num_labels: int, max_num_seqs: int, schedule: list | None) -> SimpleNamespace:
-    speculative = SimpleNamespace(num_speculative_tokens=num_labels, num_speculative_tokens_per_batch_size=schedule)
+def config(num_drafted: int, max_num_seqs: int, schedule: list | None) -> SimpleNamespace:
+    speculative = SimpleNamespace(num_speculative_tokens=num_drafted, num_speculative_tokens_per_batch_size=schedule)
     return SimpleNamespace(speculative_config=speculative, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs))
 
 

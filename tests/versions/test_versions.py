@@ -17,8 +17,9 @@ from touches import snapshot_path, touches, version
 from vllm_source import VllmSource, parameters
 
 from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving.release import SUPPORTED_RELEASES
 
-RELEASES = [f"{major}.{minor}" for major, minor in plugin.SUPPORTED_RELEASES]
+RELEASES = [f"{major}.{minor}" for major, minor in SUPPORTED_RELEASES]
 # vLLM's classes of attention that `tree/attention.py` derives from, whose common base declares `forward`
 FORWARDS = ("CPUAttentionBackendImpl.forward", "FlashAttentionImpl.forward", "TritonAttentionImpl.forward")
 PAGE = Path(__file__).parents[2] / "docs" / "maintainers.md"

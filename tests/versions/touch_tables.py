@@ -1,11 +1,12 @@
 """What `touches.py` cannot find in our source, and in what vLLM's versions differ."""
 
 GPU = "vllm.v1.worker.gpu"
+BACKENDS = "vllm.v1.attention.backends"
 # What a variable holds where no annotation says it: function and name, then the class; `type:` where it is one itself.
 VARIABLES = {
-    "serving.plugin._changed_hooks.spec_decode": f"type:{GPU}.spec_decode",
-    "serving.plugin._changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
-    "serving.plugin._changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
+    "serving.release.changed_hooks.spec_decode": f"type:{GPU}.spec_decode",
+    "serving.release.changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
+    "serving.release.changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
     "serving.plugin._is_ctc.speculative_config": "vllm.config.SpeculativeConfig",
     "serving.plugin._replace_init_speculator.spec_decode": f"type:{GPU}.spec_decode",
     "serving.plugin._replace_init_speculator.runner": f"type:{GPU}.model_runner",
@@ -13,29 +14,28 @@ VARIABLES = {
     "serving.plugin.create_speculative_config.self": "vllm.engine.arg_utils.EngineArgs",
     "serving.plugin.create_speculative_config.target_model_config": "vllm.config.ModelConfig",
     "serving.plugin.create_speculative_config.config": "vllm.config.SpeculativeConfig",
-    "serving.plugin.resolve.target": "vllm.config.ModelConfig",
+    "serving.options.parse.target": "vllm.config.ModelConfig",
+    "serving.plugin._fit_requests.scheduler": "vllm.config.SchedulerConfig",
     "serving.plugin.create_engine_config.self": "vllm.engine.arg_utils.EngineArgs",
     "serving.plugin.create_engine_config.config": "vllm.config.VllmConfig",
     "serving.plugin.num_lookahead_tokens.self": "vllm.config.VllmConfig",
     "serving.cpu.install.platform": "type:vllm.platforms.cpu.CpuPlatform",
-    "serving.cpu.tree.attend_tree_rows.implementation": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
-    "serving.cpu.tree.attend_tree_rows.attn_metadata": "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata",
-    "serving.cpu.tree._tree_rows.attn_metadata": "vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadata",
+    "serving.cpu.tree.attend_tree_rows.implementation": f"{BACKENDS}.cpu_attn.CPUAttentionBackendImpl",
+    "serving.cpu.tree.attend_tree_rows.attn_metadata": f"{BACKENDS}.cpu_attn.CPUAttentionMetadata",
+    "serving.cpu.tree._tree_rows.attn_metadata": f"{BACKENDS}.cpu_attn.CPUAttentionMetadata",
     "serving.cpu.tree.check_layout.layer": "vllm.model_executor.layers.attention.Attention",
-    "serving.cpu.support.c": "vllm.config.VllmConfig",
+    "serving.limits.config": "vllm.config.VllmConfig",
     "serving.model.__init__.cache_config": "vllm.config.CacheConfig",
     "serving.tree.attention.use_tree_attention.layer": "vllm.model_executor.layers.attention.Attention",
     "serving.tree.attention._with_trees.stock": "type:vllm.v1.attention.backend.AttentionImpl",
-    "serving.tree.attention.attend_tree_rows.implementation": "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl",
-    "serving.tree.attention.attend_tree_rows.attn_metadata": "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadata",
+    "serving.tree.attention.attend_tree_rows.implementation": f"{BACKENDS}.flash_attn.FlashAttentionImpl",
+    "serving.tree.attention.attend_tree_rows.attn_metadata": f"{BACKENDS}.flash_attn.FlashAttentionMetadata",
     "serving.tree.compaction.caches_by_group.group": "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
-    "serving.tree.support.c": "vllm.config.VllmConfig",
-    "serving.tree.support.check_layer.layer": "vllm.model_executor.layers.attention.Attention",
+    "serving.tree.layers.check_layer.layer": "vllm.model_executor.layers.attention.Attention",
     "serving.tree.verification.__init__.state": f"{GPU}.model_states.default.DefaultModelState",
     "training.vllm_data._report_death.client": "vllm.v1.engine.core_client.SyncMPClient",
     "training.vllm_data.output": "vllm.RequestOutput",
 }
-BACKENDS = "vllm.v1.attention.backends"
 # Names that are reached through a loop over strings, an object whose class vLLM chooses, or a dictionary of options.
 NAMES = (
     "vllm.engine.arg_utils.EngineArgs.spec_model",
@@ -97,7 +97,7 @@ OWN_CONSTRUCTORS = {"RejectionSampler.__init__"}
 KERNELS = "a CPU's counterparts take the arguments of both"
 # What is not the same in every supported version, and why that is no matter. Digests stand for bodies.
 DIFFERENCES = {
-    "CacheConfig.cache_dtype": "any string; check_engine takes four and refuses the rest",
+    "CacheConfig.cache_dtype": "any string; limits takes four and refuses the rest",
     "DFlashQwen3Model.__init__": "maps names in a draft's quantisation; ours has none",
     "DFlashSpeculator.__init__": "stages hidden states for the graph, by _num_graph_context_tokens, which we override",
     "DFlashSpeculator._generate_draft": "passes the number of steps to the sampling that we replace",

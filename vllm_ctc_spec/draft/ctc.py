@@ -9,10 +9,12 @@ is read on the host: all of it is part of the drafter's CUDA graph.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vllm_ctc_spec.draft.source import DraftStep
 from vllm_ctc_spec.drafter.lattice import FrameOutputs
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
@@ -76,3 +78,29 @@ TREES: dict[str, Callable[[Frames, Budget, Tensor | None], DraftTree]] = {
     "prefix": prefix_search,
     "transform": ctc_transform,
 }
+
+
+class CTCSource:
+    """Drafts from the frames of the parallel drafter: a `DraftSource`, and chains, which no other source has."""
+
+    name: ClassVar[str] = "ctc"
+    reads: ClassVar[frozenset[str]] = frozenset({"frames"})
+
+    def __init__(self, search: str):
+        """search: a key of TREES, or of CHAINS."""
+        self.search = search
+
+    def prepare(self, requests: Tensor, num_sampled: Tensor) -> None:
+        """Frames are made anew in every step."""
+
+    def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
+        return draft_tree(self.search, step.frames, budget, step.chain_only)
+
+    def chain(
+        self, frames: Frames, stats: FrameStats, num_labels: int, sampling: ChainSampling | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `draft_chain`."""
+        return draft_chain(self.search, frames, stats, num_labels, sampling)
+
+    def reset(self, request: int) -> None:
+        """Nothing is kept of a request."""

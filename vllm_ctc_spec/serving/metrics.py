@@ -38,7 +38,8 @@ COUNTERS = {
 }
 """As Prometheus names them: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
 BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
-SEEN = BROKEN + 1  # behind the counts that the device keeps: requests in all verified batches, which the host knows too
+# The column behind counts verified requests. The host counts them too, and so knows whether the last copy has arrived.
+SEEN = BROKEN + 1
 LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
 FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
 PUBLISH_SECONDS = 1.0
@@ -81,17 +82,19 @@ class DraftMeter:
     """
 
     def __init__(
-        self, file: CounterFile | None, num_slots: int, num_labels: int, num_frames: int, device: torch.device
+        self, file: CounterFile | None, max_num_reqs: int, num_drafted: int, num_frames: int, device: torch.device
     ):
         self._counter_file = file
         self._num_frames = num_frames
-        self._rows = torch.arange(1 + num_labels, dtype=torch.int32, device=device)
+        self._rows = torch.arange(1 + num_drafted, dtype=torch.int32, device=device)
         chains = torch.minimum(self._rows[:, None], self._rows)  # labels by length and number of scheduled tokens
         self._chains = self._figures(chains, chains, self._rows)
         num_counts = len(COUNTERS)  # those of the device and SEEN
         # One slot more than vLLM has, for the inert rows of a padded batch, slot -1. Column 0 is for requests without
         # a row of logits, column 1 for those with the anchor's only: both stay 0.
-        self._by_num_logits = torch.zeros(num_slots + 1, 2 + num_labels, num_counts, dtype=torch.int32, device=device)
+        self._by_num_logits = torch.zeros(
+            max_num_reqs + 1, 2 + num_drafted, num_counts, dtype=torch.int32, device=device
+        )
         self._by_num_logits[..., SEEN] = 1
         self._by_num_drafted = self._by_num_logits[:, 1:]
         self.totals = torch.zeros(num_counts, dtype=torch.int64, device=device)
@@ -101,33 +104,37 @@ class DraftMeter:
         self._publishing = threading.Lock()
         self._warned = False
 
-    def record_frames(self, slots: Tensor, frames: Frames) -> None:
-        """Frames of drafts for the request slots [B]. Fixed shapes, as below."""
+    def record(
+        self, requests: Tensor, draft: DraftTree | Tensor, most: Tensor | None = None, frames: Frames | None = None
+    ) -> None:
+        """A step's drafts, for the request slots `[B]`. Fixed shapes: part of the drafter's CUDA graph.
+
+        draft: trees of at most `most` [B] nodes, or the lengths `[B]` of chains, for which `most` is None. frames: what
+        they were made of; None where no source has read any.
+        """
+        if isinstance(draft, DraftTree):
+            nodes = (draft.parents >= 0).cumsum(1, dtype=torch.int32)
+            labels = draft.depths.cummax(1).values
+            figures = self._figures(nodes, labels, torch.minimum(most[:, None], self._rows))
+        else:
+            figures = self._chains[draft]
+        self._by_num_drafted[requests, :, :BROKEN] = figures
+        if frames is None:
+            return
         broken = ~frames.log_label.isfinite()  # [B, T]
         if frames.transitions is not None:
             broken |= frames.transitions.isnan().any(1)
-        self._by_num_drafted[slots, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]
-
-    def record_chain(self, slots: Tensor, lengths: Tensor) -> None:
-        """Chains of `lengths` [B] for the request slots [B]. Fixed shapes: part of the drafter's CUDA graph."""
-        self._by_num_drafted[slots, :, :BROKEN] = self._chains[lengths]
-
-    def record_tree(self, slots: Tensor, tree: DraftTree, most: Tensor) -> None:
-        """Trees of at most `most` [B] nodes, for the request slots [B]. Fixed shapes, as above."""
-        nodes = (tree.parents >= 0).cumsum(1, dtype=torch.int32)
-        labels = tree.depths.cummax(1).values
-        figures = self._figures(nodes, labels, torch.minimum(most[:, None], self._rows))
-        self._by_num_drafted[slots, :, :BROKEN] = figures
+        self._by_num_drafted[requests, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]
 
     def _figures(self, nodes: Tensor, labels: Tensor, budget: Tensor) -> Tensor:
         """[B, 1 + N, 4] int32: the counts, for each number of scheduled tokens."""
         return torch.stack(((self._rows > 0).expand_as(nodes), nodes, labels, nodes < budget), 2)
 
-    def observe(self, slots: Tensor, num_logits: Tensor) -> None:
-        """The target has verified `num_logits` [R] rows, the anchor's included, of the drafts in `slots` [R]."""
-        self.totals += self._by_num_logits[slots, num_logits].sum(0)
+    def observe(self, requests: Tensor, num_logits: Tensor) -> None:
+        """The target has verified `num_logits` [R] rows, the anchor's included, of the drafts of `requests` [R]."""
+        self.totals += self._by_num_logits[requests, num_logits].sum(0)
         self._host.copy_(self.totals, non_blocking=True)
-        self._num_seen += slots.shape[0]
+        self._num_seen += requests.shape[0]
         self._start_timer()
 
     def reset(self) -> None:

@@ -100,13 +100,13 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
         head.quant_method.process_weights_after_loading(head)  # packed on a CPU: several times faster than F.linear
         self.draft_head = head.requires_grad_(False)
 
-    def compute_frames(self, slots: torch.Tensor) -> FrameOutputs:
-        """Hidden states `[R, 1 + T, H]` of the anchor's slot and the frames to frames of the target's head, the
-        lattice in fp32."""
-        hidden = slots[:, 1:]
+    def compute_frames(self, hidden: torch.Tensor) -> FrameOutputs:
+        """Hidden states `[R, 1 + T, H]` of the anchor and the frames to frames of the target's head, the lattice in
+        fp32."""
+        of_frames = hidden[:, 1:]
         compute_logits = self.compute_logits if self.draft_head is None else self.draft_head
-        logits = compute_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        return FrameOutputs(logits, read_lattice(slots, self.model.blank_head, self.model.transition_head))
+        logits = compute_logits(of_frames.flatten(0, 1)).unflatten(0, of_frames.shape[:2])
+        return FrameOutputs(logits, read_lattice(hidden, self.model.blank_head, self.model.transition_head))
 
     @property
     def markov_tables(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -1,13 +1,20 @@
-"""What `--speculative-config` says about drafting beyond vLLM's own fields, checked against the drafter."""
+"""What `--speculative-config` says about drafting: our own keys, checked against the drafter, and what vLLM is told."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import expected_shapes
+from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
+from vllm_ctc_spec.serving import limits
+from vllm_ctc_spec.serving.cpu.threads import is_large
+from vllm_ctc_spec.serving.folder import find_drafter
 
+PREFIX = "ctc_"  # of our own keys
 DRAFTS = ("chain", "tree")
 SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}
 DEFAULT_TREE_NODES = 32
@@ -22,7 +29,7 @@ SMALLEST_TREE = 8
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
-    """The keys that carry `ctc_` there.
+    """The keys of `--speculative-config` that begin with `ctc_`.
 
     draft: "chain" is one label sequence, verified by vLLM's rejection sampler; "tree" is up to
         `num_speculative_tokens` nodes, the most probable prefixes. None: a tree if the checkpoint has a `tree_nodes`.
@@ -41,9 +48,9 @@ class ServingOptions:
     tree_rows: int | None = None
 
     @classmethod
-    def take_from(cls, speculative: dict[str, Any]) -> "ServingOptions":
-        """Remove the `ctc_*` keys from vLLM's dictionary and check them (DrafterConfigError)."""
-        given = {key.removeprefix("ctc_"): speculative.pop(key) for key in list(speculative) if key.startswith("ctc_")}
+    def given_in(cls, speculative: Mapping[str, Any]) -> "ServingOptions":
+        """Our own keys of `--speculative-config`. Their values are not checked yet (DrafterConfigError)."""
+        given = {key.removeprefix(PREFIX): speculative[key] for key in speculative if key.startswith(PREFIX)}
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
@@ -102,6 +109,53 @@ class ServingOptions:
                 f"or leave it out for {default}."
             )
         return budget
+
+
+class Resolved(NamedTuple):
+    """A user's `{"method": "ctc", ...}`, checked."""
+
+    options: ServingOptions
+    drafter: DrafterConfig
+    for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
+
+
+def parse(speculative: Mapping[str, Any], target: Any) -> Resolved:
+    """Everything that is wrong with the options or the drafter is found here, before weights load (DrafterConfigError).
+
+    speculative: the keys of `--speculative-config` with underscores; left as it is. target: vLLM's ModelConfig of the
+    served model.
+    """
+    given = ServingOptions.given_in(speculative)
+    folder = find_drafter(speculative.get("model"), speculative.get("revision"), target.model)
+    drafter = DrafterConfig.load(folder)
+    drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
+    check_weights(folder, drafter, expected_shapes(drafter))
+    options = given.for_drafter(drafter, speculative)
+    budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
+    limits.check_options(speculative, options.draft)
+    for_vllm = {key: value for key, value in speculative.items() if not key.startswith(PREFIX)}
+    if options.draft == "tree" and SCHEDULE not in speculative:
+        rows, smallest = default_tree_rows(target.model)
+        for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
+    for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
+    return Resolved(options, drafter, for_vllm)
+
+
+# Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.
+# CPU: measured with the tiny pair (benchmarks/results/latency_model.md), and with 135 M weights, whose rows are dear
+# beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
+# and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
+# 295 (3.35 TB/s, H100).
+TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 4)}
+
+
+def default_tree_rows(target: str | Path) -> tuple[int, int]:
+    """The row of TREE_ROWS for this device and the folder of the target."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return TREE_ROWS["cuda"]
+    return TREE_ROWS["cpu, large target" if is_large(target) else "cpu"]
 
 
 def tree_schedule(num_nodes: int, rows: int, smallest: int = SMALLEST_TREE) -> list[tuple[int, int, int]]:

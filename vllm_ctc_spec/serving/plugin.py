@@ -15,28 +15,22 @@ hashing, async scheduling) then hold unpatched. The complete list:
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
 
+import contextlib
 import functools
-import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
-
-from vllm_ctc_spec.drafter.config import ARCHITECTURE, DRAFTER_SUBFOLDER, SPECULATORS_TYPE, DrafterConfig
-from vllm_ctc_spec.drafter.module import expected_shapes
-from vllm_ctc_spec.drafter.weights import check_weights
-from vllm_ctc_spec.errors import DrafterConfigError, shown
-from vllm_ctc_spec.serving import metrics
-from vllm_ctc_spec.serving.cpu.threads import is_large
-from vllm_ctc_spec.serving.options import SCHEDULE, SMALLEST_TREE, ServingOptions, tree_schedule
+from vllm_ctc_spec.drafter.config import ARCHITECTURE, SPECULATORS_TYPE, DrafterConfig
+from vllm_ctc_spec.errors import DrafterConfigError
+from vllm_ctc_spec.serving import limits, metrics
+from vllm_ctc_spec.serving.options import Resolved, parse
+from vllm_ctc_spec.serving.release import changed_hooks, unsupported_release
 
 logger = logging.getLogger("vllm.ctc_spec")
 
-SUPPORTED_RELEASES = ((0, 32), (0, 33))
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _registered = False
 
@@ -59,7 +53,7 @@ def register() -> None:
         from vllm.config import VllmConfig
         from vllm.v1.worker.gpu import spec_decode
 
-        problem = _changed_hooks(EngineArgs, VllmConfig, spec_decode)
+        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode)
     if problem:
         EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
         return
@@ -76,39 +70,6 @@ def register() -> None:
     _replace_init_speculator(spec_decode)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
-
-
-def unsupported_release(version: str) -> str | None:
-    """One sentence where this vLLM is not supported."""
-    try:
-        if Version(version).release[:2] in SUPPORTED_RELEASES:
-            return None
-    except InvalidVersion:
-        pass  # "dev": a build of vLLM that does not know its own version
-    supported = " or ".join(f"{major}.{minor}.*" for major, minor in SUPPORTED_RELEASES)
-    return (
-        f"vllm-ctc-spec supports vLLM {supported}, but vLLM {version} is installed; "
-        "install a supported vLLM or a newer vllm-ctc-spec."
-    )
-
-
-def _changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str | None:
-    """One sentence where a function that `register` wraps is not the one it was written for."""
-    expected: dict[str, tuple[Any, list[str]]] = {
-        "EngineArgs.create_speculative_config": (
-            getattr(engine_args, "create_speculative_config", None),
-            ["self", "target_model_config", "target_parallel_config"],
-        ),
-        "init_speculator": (getattr(spec_decode, "init_speculator", None), ["vllm_config", "device", "req_states"]),
-        "VllmConfig.num_lookahead_tokens": (
-            getattr(getattr(vllm_config, "num_lookahead_tokens", None), "fget", None),
-            ["self"],
-        ),
-    }
-    for name, (function, parameters) in expected.items():
-        if function is None or list(inspect.signature(function).parameters) != parameters:
-            return f"vllm-ctc-spec cannot hook into this vLLM build: {name} has changed; install a released vLLM."
-    return None
 
 
 def _is_ctc(speculative_config: Any) -> bool:
@@ -139,139 +100,50 @@ def _resolving(original: Callable) -> Callable:
             if _is_ctc(config):
                 raise DrafterConfigError(f'{config.model} is a CTC drafter: serve it with "method": "ctc".')
             return config
-        # While vLLM's own code runs, these hold what the alias stands for; the user's words come back afterwards.
-        saved = {name: getattr(self, name) for name in ("speculative_config", "spec_model", "spec_tokens")}
         speculative = {key.replace("-", "_"): value for key, value in given.items()}
-        try:
-            for name, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
-                if saved[name] is not None and key not in speculative:
-                    speculative[key] = saved[name]
-                    setattr(self, name, None)
-            options, drafter = resolve(speculative, target_model_config)
-            _select_v2_runner()
-            self.speculative_config = speculative
+        short = {"spec_model": self.spec_model, "spec_tokens": self.spec_tokens}
+        for name, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+            if short[name] is not None and key not in speculative:
+                speculative[key], short[name] = short[name], None
+        resolved = parse(speculative, target_model_config)
+        _select_v2_runner()
+        with _attributes(self, speculative_config=resolved.for_vllm, **short):
             config = original(self, target_model_config, target_parallel_config)
-        finally:
-            for name, value in saved.items():
-                setattr(self, name, value)
         hf_config = config.draft_model_config.hf_config
-        hf_config.ctc_options = options
+        hf_config.ctc_options = resolved.options
         # The drafter's rotary table reaches as far as the served context, and takes no more memory than that.
         hf_config.max_position_embeddings = target_model_config.max_model_len
-        logger.info(
-            "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
-            speculative["model"], drafter.num_frames, options.draft, speculative["num_speculative_tokens"],
-            options.search,
-        )  # fmt: skip
-        dtype = str(target_model_config.dtype).removeprefix("torch.")
-        if drafter.target_dtype not in ("", dtype):
-            logger.warning(
-                "CTC drafter %s was trained on what the target says in %s, and the target is served in %s: it will say "
-                "other words in places, and fewer drafts will be accepted than with --dtype %s.",
-                speculative["model"], drafter.target_dtype, dtype, drafter.target_dtype,
-            )  # fmt: skip
+        _report(resolved, str(target_model_config.dtype).removeprefix("torch."))
         return config
 
     return create_speculative_config
 
 
-def resolve(speculative: dict[str, Any], target: Any) -> tuple[ServingOptions, DrafterConfig]:
-    """Turn the user's `{"method": "ctc", ...}` into what vLLM's own `dflash` understands, in place.
-
-    `target` is vLLM's ModelConfig of the served model. Everything that can be wrong with the drafter or the options
-    is found here, before any weights load (DrafterConfigError).
-    """
-    options = ServingOptions.take_from(speculative)
-    folder = _drafter_folder(speculative, target.model)
-    drafter = DrafterConfig.load(folder)
-    drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
-    check_weights(folder, drafter, expected_shapes(drafter))
-    options = options.for_drafter(drafter, speculative)
-    budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
-    if options.draft == "tree" and SCHEDULE not in speculative:
-        rows, smallest = _default_tree_rows(target.model)
-        speculative[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
-    for option in ("enable_adaptive_verification", "use_local_argmax_reduction", "use_heterogeneous_vocab"):
-        if speculative.get(option):
-            raise DrafterConfigError(f"The CTC drafter does not support {option}; remove it from --speculative-config.")
-    method = speculative.get("rejection_sample_method")
-    if method in LOSSY:
-        raise DrafterConfigError(
-            f"rejection_sample_method {method!r} accepts tokens that the target would not say; remove it from "
-            "--speculative-config, so that drafts are verified exactly."
-        )
-    if options.draft == "chain" and method == "block":
-        _check_block_verification()
-    speculative.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
-    return options, drafter
-
-
-LOSSY = ("synthetic", "fly")  # of vLLM's ways to accept drafts
-
-
-def _check_block_verification() -> None:
-    """How far it accepts depends on the numbers drawn for later positions, which 0.32 draws again in the next step."""
-    import vllm
-
-    if Version(vllm.__version__).release[:2] < (0, 33):
-        raise DrafterConfigError(
-            "Block verification of vLLM 0.32 draws the same random numbers for a position again after it was rejected, "
-            'so that samples leave the target\'s distribution; use "rejection_sample_method": "standard", or vLLM 0.33.'
-        )
-
-
-# Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.
-# CPU: measured with the tiny pair (benchmarks/results/latency_model.md), and with 135 M weights, whose rows are dear
-# beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
-# and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
-# 295 (3.35 TB/s, H100).
-TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 4)}
-
-
-def _default_tree_rows(target: str) -> tuple[int, int]:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return TREE_ROWS["cuda"]
-    return TREE_ROWS["cpu, large target" if is_large(target) else "cpu"]
-
-
-def _drafter_folder(speculative: dict[str, Any], target: str) -> Path:
-    """The drafter's local folder: as given, downloaded from the model hub, or inside the target's folder."""
-    model = speculative.get("model")
-    if model is None:
-        folder = Path(target) / DRAFTER_SUBFOLDER
-        if not _is_folder(folder):
-            raise DrafterConfigError(
-                f'No CTC drafter given: add "model": DRAFTER to --speculative-config, or put the drafter into {folder}.'
-            )
-        return folder
-    if not isinstance(model, str | Path):
-        raise DrafterConfigError(
-            f'"model" in --speculative-config is {shown(model)}; give the folder or the hub name of a CTC drafter.'
-        )
-    if _is_folder(Path(model)):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+@contextlib.contextmanager
+def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Other values while vLLM's own code runs: the user's words come back afterwards."""
+    saved = {name: getattr(owner, name) for name in values}
     try:
-        return Path(snapshot_download(model, revision=speculative.get("revision")))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        name = model if str(model).isprintable() else shown(model)
-        raise DrafterConfigError(
-            f"No CTC drafter at {name}: it is neither a folder nor a model that the hub could deliver "
-            f"({type(error).__name__}); give the folder that `vllm-ctc train` wrote."
-        ) from error
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(owner, name, value)
 
 
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:
-        raise DrafterConfigError(
-            f"The CTC drafter at {path} cannot be read ({error.strerror}); make it readable to this user."
-        ) from error
+def _report(resolved: Resolved, dtype: str) -> None:
+    options, drafter, for_vllm = resolved
+    logger.info(
+        "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
+        for_vllm["model"], drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"], options.search,
+    )  # fmt: skip
+    if drafter.target_dtype not in ("", dtype):
+        logger.warning(
+            "CTC drafter %s was trained on what the target says in %s, and the target is served in %s: it will say "
+            "other words in places, and fewer drafts will be accepted than with --dtype %s.",
+            for_vllm["model"], drafter.target_dtype, dtype, drafter.target_dtype,
+        )  # fmt: skip
 
 
 def _select_v2_runner() -> None:
@@ -295,56 +167,8 @@ def _checking(original: Callable) -> Callable:
         config = original(self, *args, **kwargs)
         if not _is_ctc(config.speculative_config):
             return config
-        if not config.use_v2_model_runner:
-            raise DrafterConfigError(
-                "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM "
-                "fall back to V1 (see its warning above); remove that option."
-            )
-        _check_reports_hidden_states(config.model_config)
-        if config.parallel_config.pipeline_parallel_size > 1:
-            # vLLM silently leaves the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
-            raise DrafterConfigError(
-                "The CTC drafter runs on a pipeline's last stage and shares the target's embedding, which is on the "
-                "first; use --tensor-parallel-size in place of --pipeline-parallel-size."
-            )
-        lora = config.lora_config
-        if lora is not None and (lora.target_modules is None or "lm_head" in lora.target_modules):
-            # LoraState.make_lora_inputs maps one row of logits a request, not 1 + N (vLLM 0.32 and 0.33).
-            raise DrafterConfigError(
-                "With a drafter, vLLM would adapt the wrong rows of logits if an adapter may change the target's head; "
-                "add --lora-target-modules with what your adapters change, without lm_head."
-            )
-        if config.watermark_config is not None:  # vLLM 0.33 lets it pass with "dflash", which watermarks its drafts
-            raise DrafterConfigError(
-                "The CTC drafter does not watermark the tokens that it drafts; remove watermark_config, or the drafter."
-            )
-        if config.speculative_config.draft_model_config.hf_config.ctc_options.draft == "tree":
-            from vllm_ctc_spec.serving.tree.support import check_engine
-
-            check_engine(config)
-        from vllm_ctc_spec.serving import cpu
-
-        if cpu.is_needed():
-            from vllm_ctc_spec.serving.cpu import support
-
-            support.check_engine(config)
-        scheduler = config.scheduler_config
-        slots = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
-        fitting = scheduler.max_num_batched_tokens // slots
-        if fitting < 1:
-            raise DrafterConfigError(
-                f"The CTC drafter needs {slots} draft slots a request, but max_num_batched_tokens is "
-                f"{scheduler.max_num_batched_tokens}; raise --max-num-batched-tokens."
-            )
-        # The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself, 0.32 does not.
-        if (scheduler.max_num_active_seqs or scheduler.max_num_seqs) > fitting:
-            logger.warning(
-                "Lowering max_num_seqs from %d to %d: the CTC drafter uses %d slots a request and "
-                "max_num_batched_tokens is %d.",
-                scheduler.max_num_seqs, fitting, slots, scheduler.max_num_batched_tokens,
-            )  # fmt: skip
-            scheduler.max_num_seqs = fitting
-            scheduler.max_num_active_seqs = None
+        limits.check(config)
+        _fit_requests(config.scheduler_config, config.speculative_config.draft_model_config.hf_config.num_frames)
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
             setattr(config.observability_config, metrics.FOLDER, metrics.folder())
@@ -353,17 +177,18 @@ def _checking(original: Callable) -> Callable:
     return create_engine_config
 
 
-def _check_reports_hidden_states(target: Any) -> None:
-    """`target` is vLLM's ModelConfig. vLLM itself asks the loaded model, and ends in a worker."""
-    from vllm.model_executor.model_loader.utils import get_model_cls
-    from vllm.model_executor.models.interfaces import supports_eagle3
-
-    model = get_model_cls(target)
-    if not supports_eagle3(model):
-        raise DrafterConfigError(
-            f"The CTC drafter reads hidden states of the target's layers, which vLLM's {model.__name__} does not "
-            "report; serve this target without drafter, or one that vLLM supports for EAGLE-3."
-        )
+def _fit_requests(scheduler: Any, num_frames: int) -> None:
+    """The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself, 0.32 does not."""
+    slots = 1 + num_frames
+    fitting = scheduler.max_num_batched_tokens // slots
+    if (scheduler.max_num_active_seqs or scheduler.max_num_seqs) > fitting:
+        logger.warning(
+            "Lowering max_num_seqs from %d to %d: the CTC drafter uses %d slots a request and "
+            "max_num_batched_tokens is %d.",
+            scheduler.max_num_seqs, fitting, slots, scheduler.max_num_batched_tokens,
+        )  # fmt: skip
+        scheduler.max_num_seqs = fitting
+        scheduler.max_num_active_seqs = None
 
 
 def _looking_ahead(original: property) -> property:

@@ -1,4 +1,4 @@
-"""CTCProposer: vLLM's DFlash proposer, told about frames, with the CTC chain in place of per-slot sampling.
+"""CTCProposer: vLLM's DFlash proposer, told about frames, with a source of drafts in place of per-slot sampling.
 
 `num_speculative_tokens` (N) is the verification budget, the checkpoint's frames (T) are the width of the drafter's
 forward; the two differ. After `super().__init__` has sized the draft buffers with N, DFlash's own machinery (query
@@ -19,12 +19,14 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames
+from vllm_ctc_spec.draft.ctc import default_width, read_frames
+from vllm_ctc_spec.draft.source import DraftSource, DraftStep, source_class
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.serving import metrics
 from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
@@ -43,20 +45,25 @@ class CTCProposer(DFlashSpeculator):
     _speculator_name = "CTC"
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
-        self.num_labels: int = vllm_config.speculative_config.num_speculative_tokens  # N
+        # Before the base class is constructed: vLLM 0.33 sizes buffers there by `_num_graph_context_tokens`.
         self._most_verified_rows = most_verified_rows(vllm_config)
         super().__init__(vllm_config, device)
+        self.num_drafted: int = vllm_config.speculative_config.num_speculative_tokens  # N
         hf_config = self.draft_model_config.hf_config
         self.num_frames: int = hf_config.num_frames  # T
         self.options: ServingOptions = hf_config.ctc_options
+        self.source: DraftSource = source_class("ctc")(self.options.search)
         self.trees: TreeTable | None = None
-        self.tree_step: TreeStep | None = None
+        self.layout: TreeLayout | None = None
         if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
-            self.trees = TreeTable(self.max_num_reqs, self.num_labels, device)
-            self.tree_step = TreeStep.allocate(self.max_num_reqs, self.max_num_tokens, self.num_labels, device)
+            self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
+            self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, self.num_drafted, device)
+        width = self.options.tree_width or default_width(self.num_drafted)
+        self.budget = Budget(self.num_drafted, width, self.options.tree_depth)  # of a tree
         self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
         self.meter = self._make_meter(vllm_config)
-        self._idle = False
+        self._idle = False  # nothing is to be drafted for this batch; goes with vLLM 0.32, see `propose`
+        self._verdict: Verdict | None = None  # of a verification of trees, until `propose` has read its rows
         self.num_speculative_steps = self.num_frames
         self.num_query_per_req = 1 + self.num_frames
         num_rows = self.max_num_reqs * self.num_frames
@@ -75,7 +82,7 @@ class CTCProposer(DFlashSpeculator):
             return None
         labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index)
         file = metrics.CounterFile(folder, labels) if folder is not None and os.path.isdir(folder) else None
-        return metrics.DraftMeter(file, self.max_num_reqs, self.num_labels, self.num_frames, self.device)
+        return metrics.DraftMeter(file, self.max_num_reqs, self.num_drafted, self.num_frames, self.device)
 
     def load_model(self, target_model: nn.Module) -> None:
         layers = target_layers(self.vllm_config)
@@ -86,7 +93,7 @@ class CTCProposer(DFlashSpeculator):
             shape = *self.draft_logits.shape[:2], len(self.model.vocabulary.token_ids)
             self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
-            attach_trees(self.vllm_config, target_model, layers, self.trees, self.tree_step)
+            attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """A schedule of smaller drafts for larger batches changes what is verified, never the 1 + T rows a request of
@@ -120,20 +127,32 @@ class CTCProposer(DFlashSpeculator):
     ) -> torch.Tensor:
         """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
         that follows is the case of a chain."""
-        if self.tree_step is not None and self.tree_step.path is not None and aux_hidden_states:
-            self.tree_step.put_path_first(aux_hidden_states)
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and aux_hidden_states:
+            self.layout.put_path_first(verdict, aux_hidden_states)
+        # vLLM 0.32 runs the draft of a batch that is too large for drafts all the same; the context has to be stored,
+        # and no CUDA graph of the draft may be replayed, because it would draft. vLLM 0.33 returns before by itself.
         self._idle = kwargs.get("num_speculative_tokens") == 0
         if self._idle:
-            kwargs["is_profile"] = True  # no CUDA graph of the draft, which would be replayed whole (vLLM 0.32)
+            kwargs["is_profile"] = True
         return super().propose(
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )
+
+    def new_request(self, request: int) -> None:
+        """From the model state of trees: the slot has another request."""
+        self.source.reset(request)
+
+    def verified(self, verdict: Verdict) -> None:
+        """From the tree's sampler, in the step whose hidden states `propose` gets next."""
+        self._verdict = verdict
 
     def observe_verification(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
     ) -> None:
         """vLLM's hook between a verification and the next draft."""
         super().observe_verification(idx_mapping, num_sampled, num_rejected)
+        self.source.prepare(idx_mapping, num_sampled)
         if self.meter is not None:
             self.meter.observe(idx_mapping, num_sampled + num_rejected)
 
@@ -154,48 +173,36 @@ class CTCProposer(DFlashSpeculator):
         num_tokens_across_dp: torch.Tensor | None,
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> None:
-        """One forward, then labels. Recorded in the draft's CUDA graph: fixed shapes, nothing is read on the host."""
-        if self._idle:  # a batch so large that nothing is to be drafted; the context is stored all the same
+        """The module runs, the source drafts, the draft is stored and counted. Recorded in the draft's CUDA graph:
+        fixed shapes, nothing is read on the host."""
+        if self._idle:
             return
-        hidden = self._run_model(
-            num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
-        )
-        num_frames, num_queries = self.num_frames, num_reqs * self.num_query_per_req
-        slots = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
-        anchor_tokens = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
+        num_queries = num_reqs * self.num_query_per_req
+        requests = self.sample_idx_mapping[: num_reqs * self.num_frames : self.num_frames]
+        anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         vocabulary = self.model.vocabulary
-        anchor = anchor_tokens if vocabulary is None else vocabulary.to_labels(anchor_tokens)
-        frames, stats = read_frames(self.model.compute_frames(slots), anchor, self.model.markov_tables)
-        requests = self.sample_idx_mapping[: num_reqs * num_frames : num_frames]
-        if self.trees is None:
-            labels, lengths = draft_chain(self.options.search, frames, stats, self.num_labels, self._sampling(num_reqs))
+        if vocabulary is not None:
+            anchor = vocabulary.to_labels(anchor)
+        frames = stats = None
+        if "frames" in self.source.reads:
+            hidden = self._run_model(
+                num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
+            )
+            hidden = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
+            frames, stats = read_frames(self.model.compute_frames(hidden), anchor, self.model.markov_tables)
+        if self.trees is None:  # chains are CTC's own
+            labels, draft = self.source.chain(frames, stats, self.num_drafted, self._sampling(num_reqs))
+            most = None
         else:
-            tree = self._search_tree(frames, requests)
-            self.trees.store(requests, tree)
-            labels = tree.tokens[:, 1:]
+            chain_only = self.trees.chain_only[requests]
+            draft = self.source.draft(DraftStep(requests, anchor, chain_only, frames), self.budget)
+            self.trees.store(requests, draft)
+            labels, most = draft.tokens[:, 1:], torch.where(chain_only, self.budget.depth, self.budget.nodes)
         self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
         if self.label_logits is not None:
-            self._scatter_label_logits(requests.clamp_min(0))
+            spread_label_logits(self.label_logits, vocabulary.token_ids, requests, self.draft_logits)
         if self.meter is not None:
-            self.meter.record_frames(requests, frames)
-            if self.trees is None:
-                self.meter.record_chain(requests, lengths)
-            else:
-                most = torch.where(self.trees.chain_only[requests], self.options.tree_depth, self.num_labels)
-                self.meter.record_tree(requests, tree, most)
-
-    def _scatter_label_logits(self, requests: torch.Tensor) -> None:
-        """The law of each label to the columns of its token. Tokens that are no labels have kept the -inf of
-        `draft_logits_spec`. An inert row repeats what the first request's rows have already."""
-        columns = self.model.vocabulary.token_ids
-        label = torch.arange(self.num_labels, device=columns.device)
-        self.draft_logits[requests[:, None, None], label[:, None], columns] = self.label_logits[requests]
-
-    def _search_tree(self, frames: Frames, requests: torch.Tensor) -> DraftTree:
-        """requests [B]: the request slot of each row, -1 is inert."""
-        width = self.options.tree_width or default_width(self.num_labels)
-        budget = Budget(self.num_labels, width, self.options.tree_depth)
-        return draft_tree(self.options.search, frames, budget, self.trees.chain_only[requests])
+            self.meter.record(requests, draft, most=most, frames=frames)
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the
@@ -210,3 +217,16 @@ class CTCProposer(DFlashSpeculator):
             slots=self.sample_idx_mapping[first_frame],
             draft_logits=self.draft_logits if self.label_logits is None else self.label_logits,
         )
+
+
+def spread_label_logits(
+    label_logits: torch.Tensor, token_ids: torch.Tensor, requests: torch.Tensor, draft_logits: torch.Tensor
+) -> None:
+    """The law of each label goes to the columns of its token. Tokens that are no labels keep their -inf.
+
+    label_logits [R, N, L] and draft_logits [R, N, V] fp32 by request slot, token_ids [L] int64, requests [B] int64. An
+    inert row, -1, repeats what the first slot's rows have already.
+    """
+    rows = requests.clamp_min(0)
+    label = torch.arange(label_logits.shape[1], device=token_ids.device)
+    draft_logits[rows[:, None, None], label[:, None], token_ids] = label_logits[rows]

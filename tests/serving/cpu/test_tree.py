@@ -11,7 +11,7 @@ from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.serving.cpu.tree import CpuPathCompaction, attend_tree_rows, check_layout, views
-from vllm_ctc_spec.serving.tree.state import TreeStep
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 
 REQUESTS = [(37, 5), (0, 17), (100, 1), (200, 9), (63, 65), (128, 3)]  # positions before the anchor, tree rows
 NUM_BLOCKS, MAX_ROWS = 40, 65
@@ -47,7 +47,7 @@ class Batch:
         self.block_table = torch.zeros(len(REQUESTS), max(lengths) // block_size + 1, dtype=torch.int32)
         total = sum(rows for _, rows in REQUESTS)
         self.query = torch.randn(total, num_heads, head_size, generator=generator)
-        self.step = TreeStep.allocate(len(REQUESTS), total, MAX_ROWS - 1, torch.device("cpu"))
+        self.layout = TreeLayout.allocate(len(REQUESTS), total, MAX_ROWS - 1, torch.device("cpu"))
         self.dense = torch.zeros(2, NUM_BLOCKS, block_size, num_kv_heads, head_size)
         self.slots, root = [], 0
         for r, (before, rows) in enumerate(REQUESTS):
@@ -60,8 +60,8 @@ class Batch:
             self.dense.flatten(1, 2)[:, slots.long()] = entries
             parents = [-1] + [node - 1 if chains else rng.randrange(node) for node in range(1, rows)]
             _, ancestors = tree_mask(torch.tensor([parents], dtype=torch.int32))
-            self.step.ancestors[root : root + rows] = ancestors[0]
-            self.step.roots[r], self.step.num_rows[r] = root, rows
+            self.layout.ancestors[root : root + rows] = ancestors[0]
+            self.layout.anchor_rows[r], self.layout.num_rows[r] = root, rows
             self.slots.append(slots[before:])
             root += rows
         self.metadata = SimpleNamespace(seq_lens=torch.tensor(lengths, dtype=torch.int32), block_table=self.block_table)
@@ -69,7 +69,7 @@ class Batch:
     def attend(self) -> torch.Tensor:
         output = torch.full_like(self.query, UNWRITTEN)
         layer = self.layer
-        attend_tree_rows(layer, self.step, self.query, layer.kv_cache, self.metadata, output)
+        attend_tree_rows(layer, self.layout, self.query, layer.kv_cache, self.metadata, output)
         return output
 
 
@@ -81,8 +81,8 @@ def test_trees_against_the_dense_reference(shape):
     batch = Batch(*shape, chains=False)
     expected = torch.empty_like(batch.query)
     tree_attention(
-        batch.query, *batch.dense, expected, batch.block_table, batch.metadata.seq_lens, batch.step.roots,
-        batch.step.num_rows, batch.step.ancestors, batch.layer.scale, MAX_ROWS,
+        batch.query, *batch.dense, expected, batch.block_table, batch.metadata.seq_lens, batch.layout.anchor_rows,
+        batch.layout.num_rows, batch.layout.ancestors, batch.layer.scale, MAX_ROWS,
     )  # fmt: skip
     torch.testing.assert_close(batch.attend(), expected)
 
@@ -112,7 +112,7 @@ def test_a_tree_that_is_a_chain_equals_vllms_attention(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_accepted_path_moves_to_the_front(shape):
     batch = Batch(*shape, chains=False)
-    layer, step = batch.layer, batch.step
+    layer, layout = batch.layer, batch.layout
     keys, values = views(layer.kv_cache)
     # Emitted tokens and the accepted nodes; the last request is in the middle of its prompt.
     accepted = [(1, [0]), (4, [0, 2, 5, 16]), (1, [0]), (3, [0, 1, 8]), (5, [0, 1, 2, 3, 64]), (0, [])]
@@ -122,14 +122,16 @@ def test_the_accepted_path_moves_to_the_front(shape):
         return [(keys[block, :, :, offset], values[block, :, offset]) for block, offset in at]
 
     expected = [[(k.clone(), v.clone()) for k, v in entries(s[path])] for s, (_, path) in zip(batch.slots, accepted)]
-    step.num_reqs, step.slot_mappings = len(REQUESTS), torch.cat(batch.slots)[None].long()
-    step.path = torch.arange(MAX_ROWS).repeat(len(REQUESTS), 1).int()
+    layout.slot_mappings = torch.cat(batch.slots)[None].long()
+    verdict = Verdict(
+        path=torch.arange(MAX_ROWS).repeat(len(REQUESTS), 1).int(),
+        num_sampled=torch.tensor([count for count, _ in accepted], dtype=torch.int32),
+    )
     for r, (_, path) in enumerate(accepted):
-        step.path[r, : len(path)] = torch.tensor(path, dtype=torch.int32)
-    step.num_sampled = torch.tensor([count for count, _ in accepted], dtype=torch.int32)
+        verdict.path[r, : len(path)] = torch.tensor(path, dtype=torch.int32)
     compaction = CpuPathCompaction({"layer": layer})
     compaction.bind(SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer", "drafter's"])]))
-    compaction.run(step)
+    compaction.run(layout, verdict)
     for slots, (count, _), wanted in zip(batch.slots, accepted, expected):
         for given, right in zip(entries(slots[:count]), wanted, strict=True):
             assert torch.equal(given[0], right[0]) and torch.equal(given[1], right[1])

@@ -17,16 +17,21 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 import vllm_ctc_spec.kernels
-import vllm_ctc_spec.serving.proposer
 import vllm_ctc_spec.serving.tree.model_state
 import vllm_ctc_spec.serving.tree.verification
-from vllm_ctc_spec.drafter.lattice import TransitionHead
+from vllm_ctc_spec.accept.rule import Rows
+from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
+from vllm_ctc_spec.draft.source import DraftStep
+from vllm_ctc_spec.drafter.lattice import FrameOutputs, TransitionHead, read_lattice
 from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
+from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.serving.metrics import CounterFile, DraftMeter
-from vllm_ctc_spec.serving.model import CTCDraftModel
-from vllm_ctc_spec.serving.proposer import CTCProposer
+from vllm_ctc_spec.serving.proposer import spread_label_logits
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.table import TreeTable
 from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 
 META = torch.device("meta")
@@ -91,80 +96,95 @@ def launched(monkeypatch) -> list[str]:
     return names
 
 
-def make_proposer(
-    draft: str, search: str, lattice: str, sampled: bool, folder, draft_vocabulary: bool = False
-) -> CTCProposer:
-    proposer = object.__new__(CTCProposer)
+@pytest.fixture
+def meter(tmp_path) -> DraftMeter:
+    return DraftMeter(CounterFile(str(tmp_path), ("m", "0")), REQUESTS, NODES, FRAMES, META)
+
+
+def emitted(lattice: str, num_labels: int) -> tuple[Frames, FrameStats]:
+    """As the drafter's module and its heads give them to the proposer."""
     config = SimpleNamespace(hidden_size=HIDDEN, transition_rank=RANK, num_frames=FRAMES)
     with META:
-        head = TransitionHead(config) if lattice == "transitions" else None
+        transitions = TransitionHead(config) if lattice == "transitions" else None
         blank = torch.nn.Linear(HIDDEN, 1) if lattice == "ctc" else None
-    inner = SimpleNamespace(blank_head=blank, transition_head=head)
-    model = SimpleNamespace(
-        model=inner,
-        compute_logits=lambda hidden: empty(hidden.shape[0], VOCABULARY, dtype=torch.bfloat16),
-        markov_tables=(empty(VOCABULARY, RANK), empty(VOCABULARY, RANK)) if search == "prefix" else None,
-        vocabulary=None, draft_head=None,
-    )  # fmt: skip
-    if draft_vocabulary:
-        ids = empty(LABELS, dtype=torch.int64)
-        model.vocabulary = DraftVocabulary(ids, empty(VOCABULARY, dtype=torch.int64))
-        model.draft_head = lambda hidden: empty(hidden.shape[0], LABELS, dtype=torch.bfloat16)
-        model.markov_tables = empty(LABELS + 1, RANK), empty(LABELS, RANK)
-    model.compute_frames = lambda slots: CTCDraftModel.compute_frames(model, slots)
-    is_tree = draft == "tree"
-    vars(proposer).update(
-        _idle=False, num_frames=FRAMES, num_query_per_req=1 + FRAMES, num_labels=NODES, model=model,
-        options=SimpleNamespace(draft=draft, search=search, tree_width=None, tree_depth=8),
-        trees=TreeTable(REQUESTS, NODES, META) if is_tree else None,
-        tree_step=TreeStep.allocate(REQUESTS, TOKENS, NODES, META) if is_tree else None,
-        meter=DraftMeter(CounterFile(str(folder), ("m", "0")), REQUESTS, NODES, FRAMES, META),
-        input_buffers=SimpleNamespace(input_ids=empty(REQUESTS * (1 + FRAMES), dtype=torch.int32)),
-        sample_idx_mapping=empty(REQUESTS * FRAMES, dtype=torch.int64),
-        sample_pos=empty(REQUESTS * FRAMES, dtype=torch.int64),
-        draft_tokens=empty(REQUESTS, NODES, dtype=torch.int64),
-        draft_logits=empty(REQUESTS, NODES, VOCABULARY) if sampled else None,
-        label_logits=empty(REQUESTS, NODES, LABELS) if sampled and draft_vocabulary else None,
-        temperature=empty(REQUESTS), seeds=empty(REQUESTS, dtype=torch.int64),
-        _run_model=lambda *args: empty(REQUESTS * (1 + FRAMES), HIDDEN),
-    )  # fmt: skip
-    return proposer
+    logits = empty(REQUESTS, FRAMES, num_labels, dtype=torch.bfloat16)
+    outputs = FrameOutputs(logits, read_lattice(empty(REQUESTS, 1 + FRAMES, HIDDEN), blank, transitions))
+    markov = empty(num_labels + 1, RANK), empty(num_labels, RANK)
+    return read_frames(outputs, empty(REQUESTS, dtype=torch.int64), markov)
+
+
+def slots_of_requests() -> Tensor:
+    """Every T-th element, as the proposer has them."""
+    return empty(REQUESTS * FRAMES, dtype=torch.int64)[::FRAMES]
 
 
 @pytest.mark.parametrize(
-    ("draft", "search", "lattice", "sampled", "kernel"),
+    ("search", "lattice", "sampled", "kernel"),
     [
-        ("chain", "prefix", "ctc", False, "search_kernel"),
-        ("chain", "prefix", "transitions", False, "search_kernel"),
-        ("chain", "prefix", "slots", True, "score_kernel"),
-        ("chain", "argmax", "ctc", False, "_collapse_kernel"),
-        ("tree", "prefix", "ctc", False, "search_kernel"),
-        ("tree", "prefix", "transitions", False, "search_kernel"),
-        ("tree", "transform", "ctc", False, "beam_kernel"),
+        ("prefix", "ctc", False, "search_kernel"),
+        ("prefix", "transitions", False, "search_kernel"),
+        ("prefix", "slots", True, "score_kernel"),
+        ("argmax", "ctc", False, "_collapse_kernel"),
     ],
 )
-def test_a_draft_is_made_without_the_host(draft, search, lattice, sampled, kernel, launched, tmp_path):
-    proposer = make_proposer(draft, search, lattice, sampled, tmp_path)
-    proposer._generate_draft(REQUESTS, REQUESTS * (1 + FRAMES), None, None, None)
+def test_a_chain_is_drafted_and_counted_without_the_host(search, lattice, sampled, kernel, launched, meter):
+    requests = slots_of_requests()
+    frames, stats = emitted(lattice, VOCABULARY)
+    sampling = ChainSampling(
+        empty(REQUESTS), empty(REQUESTS, dtype=torch.int64), requests, requests, empty(REQUESTS, NODES, VOCABULARY)
+    )
+    labels, lengths = CTCSource(search).chain(frames, stats, NODES, sampling if sampled else None)
+    meter.record(requests, lengths, frames=frames)
+    assert labels.shape == (REQUESTS, NODES)
     assert {"_frame_stats_kernel", kernel} <= set(launched)
 
 
 @pytest.mark.parametrize(
-    ("draft", "sampled", "kernel"),
-    [("chain", False, "search_kernel"), ("chain", True, "score_kernel"), ("tree", False, "search_kernel")],
+    ("search", "lattice", "kernel"),
+    [
+        ("prefix", "ctc", "search_kernel"),
+        ("prefix", "transitions", "search_kernel"),
+        ("transform", "ctc", "beam_kernel"),
+    ],
 )
-def test_a_draft_of_a_draft_vocabulary_is_made_without_the_host(draft, sampled, kernel, launched, tmp_path):
-    proposer = make_proposer(draft, "prefix", "transitions", sampled, tmp_path, draft_vocabulary=True)
-    proposer._generate_draft(REQUESTS, REQUESTS * (1 + FRAMES), None, None, None)
+def test_a_tree_is_drafted_kept_and_counted_without_the_host(search, lattice, kernel, launched, meter):
+    table, requests = TreeTable(REQUESTS, NODES, META), slots_of_requests()
+    frames, _ = emitted(lattice, VOCABULARY)
+    step = DraftStep(requests, frames.anchor, table.chain_only[requests], frames)
+    tree = CTCSource(search).draft(step, Budget(NODES, default_width(NODES), 8))
+    table.store(requests, tree)
+    meter.record(requests, tree, most=torch.where(step.chain_only, 8, NODES), frames=frames)
+    assert tree.tokens.shape == (REQUESTS, 1 + NODES)
     assert {"_frame_stats_kernel", kernel} <= set(launched)
 
 
-def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_path, monkeypatch):
-    proposer = make_proposer("tree", "prefix", "transitions", False, tmp_path)
-    trees, step = proposer.trees, proposer.tree_step
-    proposer.meter._timer = object()  # the thread that copies counters out is none of the step's business
+def test_a_rule_is_walked_without_the_host():
+    class Everything:
+        def accepts(self, rows: Rows) -> Tensor:
+            return torch.ones_like(rows.parent, dtype=torch.bool)
+
+    tokens, parents = empty(TOKENS, dtype=torch.int64), TreeTable(REQUESTS, NODES, META).parents
+    requests, starts = empty(REQUESTS, dtype=torch.int32), empty(REQUESTS + 1, dtype=torch.int32)
+    sampled, num_sampled, path = walk(
+        Everything(), empty(TOKENS, VOCABULARY), tokens, tokens, parents, requests, starts
+    )
+    assert sampled.shape == path.shape == (REQUESTS, 1 + NODES) and num_sampled.shape == (REQUESTS,)
+
+
+def test_labels_become_tokens_without_the_host(launched):
+    vocabulary = DraftVocabulary(empty(LABELS, dtype=torch.int64), empty(VOCABULARY, dtype=torch.int64))
+    anchor = vocabulary.to_labels(empty(REQUESTS * (1 + FRAMES), dtype=torch.int32)[:: 1 + FRAMES].long())
+    assert vocabulary.to_tokens(empty(REQUESTS, NODES, dtype=torch.int64)).shape == (REQUESTS, NODES)
+    draft_logits = empty(REQUESTS, NODES, VOCABULARY)
+    spread_label_logits(empty(REQUESTS, NODES, LABELS), vocabulary.token_ids, slots_of_requests(), draft_logits)
+    assert anchor.shape == (REQUESTS,)
+
+
+def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, meter, monkeypatch):
+    trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, NODES, META)
+    meter._timer = object()  # the thread that copies counters out is none of the step's business
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
-    state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "step": step, "compaction": None}))
+    state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "layout": layout, "compaction": None}))
     rows = np.arange(REQUESTS + 1, dtype=np.int32) * (1 + NODES)
     num_tokens, starts = int(rows[-1]), empty(REQUESTS + 1, dtype=torch.int32)
     slots = empty(REQUESTS, dtype=torch.int32)
@@ -180,7 +200,7 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
     vllms = SimpleNamespace(
         apply_sampling_params=lambda logits, *args: logits, sampling_states=states, use_fp64_gumbel=False
     )
-    vars(sampler).update(trees=trees, step=step, sampler=vllms, _paths=[])
+    vars(sampler).update(trees=trees, layout=layout, sampler=vllms, _paths=[])
     tokens = empty(num_tokens, dtype=torch.int64)
     monkeypatch.setattr(vllm_ctc_spec.serving.tree.verification, "gumbel_sample", lambda *args, **options: tokens)
     _, sampled, num_sampled = sampler._verify(
@@ -188,9 +208,8 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, tmp_
         idx_mapping=slots, idx_mapping_np=np.arange(REQUESTS), expanded_idx_mapping=tokens,
         expanded_local_pos=tokens.int(), seq_lens_upper_bound_np=rows[1:], verify_draft_sampled=tokens,
     )  # fmt: skip
-    step.path, step.num_sampled = sampler._paths[-1], num_sampled
     assert sampled.shape == (REQUESTS, 1 + NODES)
-    step.put_path_first([empty(num_tokens, HIDDEN)])
-    proposer.meter._host = empty(*proposer.meter.totals.shape, dtype=torch.int64)  # a copy that nobody waits for
-    proposer.meter.observe(slots.long(), num_sampled)
+    layout.put_path_first(Verdict(sampler._paths[-1], num_sampled), [empty(num_tokens, HIDDEN)])
+    meter._host = empty(*meter.totals.shape, dtype=torch.int64)  # a copy that nobody waits for
+    meter.observe(slots.long(), num_sampled)
     assert {"_tree_layout_kernel", "_tree_walk_kernel"} <= set(launched)

@@ -9,8 +9,9 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
-from vllm_ctc_spec.serving.tree.state import Attend, TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 NODES, CPU = 4, torch.device("cpu")
 
@@ -19,7 +20,8 @@ NODES, CPU = 4, torch.device("cpu")
 def state(monkeypatch) -> TreeModelState:
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
     kind = type("State", (TreeModelState,), {
-        "trees": TreeTable(8, NODES, CPU), "step": TreeStep.allocate(8, 64, NODES, CPU), "compaction": None,
+        "trees": TreeTable(8, NODES, CPU), "layout": TreeLayout.allocate(8, 64, NODES, CPU), "compaction": None,
+        "proposer": None,
     })  # fmt: skip
     return object.__new__(kind)
 
@@ -36,7 +38,7 @@ def batch(rows: list[int], tree_rows: list[int]) -> SimpleNamespace:
 
 def prepare(state: TreeModelState, input_batch, mode=CUDAGraphMode.NONE, **kwargs) -> Attend:
     state.prepare_attn(input_batch, mode, (), torch.zeros(1, 64, dtype=torch.int64), [], None, **kwargs)
-    return state.step.attend
+    return state.layout.attend
 
 
 def test_a_step_takes_what_its_rows_need(state):
@@ -54,7 +56,7 @@ def test_a_graph_of_verifications_captures_our_attention(state, rows, attend):
     dummy = InputBatch.make_dummy(4, 4 * rows, buffers)
     assert dummy.num_draft_tokens == 0
     assert prepare(state, dummy, for_capture=True) is attend
-    address = state.step.positions.data_ptr()
+    address = state.layout.positions.data_ptr()
     prepare(state, batch([5, 5], [5, 5]), CUDAGraphMode.FULL)
-    assert state.step.positions.data_ptr() == address
-    assert state.step.num_rows.tolist() == [5, 5, 0, 0, 0, 0, 0, 0]
+    assert state.layout.positions.data_ptr() == address
+    assert state.layout.num_rows.tolist() == [5, 5, 0, 0, 0, 0, 0, 0]

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from vllm_ctc_spec.kernels.kv_compaction import moved_slots
+from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
-from vllm_ctc_spec.serving.tree.state import TreeStep
-from vllm_ctc_spec.serving.tree.support import refused
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 
 
 class Rows(NamedTuple):
@@ -27,7 +28,7 @@ class Rows(NamedTuple):
 
 def attend_tree_rows(
     implementation: Any,
-    step: TreeStep,
+    layout: TreeLayout,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     attn_metadata: Any,
@@ -39,7 +40,7 @@ def attend_tree_rows(
     num_kv_heads, head_size, block_size = keys.shape[1:]
     group = implementation.num_queries_per_kv
     if getattr(attn_metadata, "ctc_rows", None) is None:  # the first layer of a step
-        attn_metadata.ctc_rows = _tree_rows(step, attn_metadata, block_size, num_kv_heads, group)
+        attn_metadata.ctc_rows = _tree_rows(layout, attn_metadata, block_size, num_kv_heads, group)
     for tree in attn_metadata.ctc_rows:
         num_rows = tree.rows.stop - tree.rows.start
         q = query[tree.rows].transpose(0, 1)  # [Hkv * group, rows, d]
@@ -54,20 +55,19 @@ def attend_tree_rows(
         output[tree.rows] = out.view(-1, num_rows, head_size).transpose(0, 1)
 
 
-def _tree_rows(step: TreeStep, attn_metadata: Any, block_size: int, num_kv_heads: int, group: int) -> list[Rows]:
+def _tree_rows(layout: TreeLayout, attn_metadata: Any, block_size: int, num_kv_heads: int, group: int) -> list[Rows]:
     result = []
-    layout = zip(step.roots.tolist(), step.num_rows.tolist(), attn_metadata.seq_lens.tolist(), strict=False)
-    for (root, num_rows, seq_len), table in zip(layout, attn_metadata.block_table.tolist(), strict=False):
+    requests = zip(layout.anchor_rows.tolist(), layout.num_rows.tolist(), attn_metadata.seq_lens.tolist(), strict=False)
+    for (anchor_row, num_rows, seq_len), table in zip(requests, attn_metadata.block_table.tolist(), strict=False):
+        rows = slice(anchor_row, anchor_row + num_rows)
         widths = [min(block_size, seq_len - start) for start in range(0, seq_len, block_size)]
         bias = torch.zeros(num_rows, seq_len)
-        visible = visible_rows(step.ancestors[root : root + num_rows])
+        visible = visible_rows(layout.ancestors[rows])
         bias[:, seq_len - num_rows :].masked_fill_(~visible, -torch.inf)
         bias = bias.repeat(group, 1)  # rows of one head of the group after those of another
         scores = bias.new_empty(num_kv_heads, group * num_rows, seq_len)
         blocks = list(zip(table, widths, strict=False))
-        result.append(
-            Rows(slice(root, root + num_rows), blocks, list(bias.split(widths, 1)), scores, scores.split(widths, 2))
-        )
+        result.append(Rows(rows, blocks, list(bias.split(widths, 1)), scores, scores.split(widths, 2)))
     return result
 
 
@@ -87,7 +87,7 @@ def check_layout(layer: Any) -> None:
     layer.impl.do_kv_cache_update(layer, key, value, cache, torch.arange(block_size))
     keys, values = views(cache)
     if not (torch.equal(keys[0], key.permute(1, 2, 0)) and torch.equal(values[0], value.transpose(0, 1))):
-        raise refused(f"the instruction set {layer.isa!r} of this CPU in vLLM")
+        raise refused_with_trees(f"the instruction set {layer.isa!r} of this CPU in vLLM")
 
 
 def views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,20 +109,15 @@ class CpuPathCompaction(PathCompaction):
         for group_id, caches in self.caches_by_group(kv_cache_config).items():
             self._caches[group_id] = [tuple(half.numpy() for half in views(cache)) for cache in caches]
 
-    def run(self, step: TreeStep) -> None:
-        sources, targets = [], []
-        roots = step.roots[: step.num_reqs].tolist()
-        for root, count, path in zip(roots, step.num_sampled.tolist(), step.path.tolist(), strict=True):
-            moved = [k for k in range(1, count) if path[k] != k]
-            sources += [root + path[k] for k in moved]
-            targets += [root + k for k in moved]
-        if not sources:
-            return
+    def run(self, layout: TreeLayout, verdict: Verdict) -> None:
+        anchor_rows = layout.anchor_rows[: len(verdict.path)]
         for group_id, caches in self._caches.items():
-            slots = step.slot_mappings[group_id].numpy()
+            targets, sources = moved_slots(layout.slot_mappings[group_id], anchor_rows, *verdict)
+            if not targets.size:
+                continue
             block_size = caches[0][1].shape[2]
-            from_block, from_offset = np.divmod(slots[sources], block_size)
-            to_block, to_offset = np.divmod(slots[targets], block_size)
+            from_block, from_offset = np.divmod(sources, block_size)
+            to_block, to_offset = np.divmod(targets, block_size)
             for keys, values in caches:  # all entries are read before any is written
                 keys[to_block, :, :, to_offset] = keys[from_block, :, :, from_offset]
                 values[to_block, :, to_offset] = values[from_block, :, from_offset]

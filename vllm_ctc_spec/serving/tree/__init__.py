@@ -5,15 +5,16 @@ Nothing of vLLM is patched here. When the drafter is loaded, before anything els
 model state `TreeModelState` through its official hook `get_model_state_cls`; that one brings positions, layout and
 sampler.
 
-    state.py         what a request's tree is between two steps, and where its rows lie in the step that verifies it
+    table.py         what a request's tree is between two steps
+    layout.py        where its rows lie in the batch that verifies it, and what the verification says
     attach.py        the one place where trees meet the loaded target
     model_state.py   vLLM's hooks: requests come, rows get positions, the sampler is replaced
     attention.py     rows of a tree attend the context and their own ancestors
     verification.py  one target token per node, and the walk that accepts a path
     compaction.py    the accepted path moves to the front of the tree's rows in the key/value cache
-    support.py       what trees cannot do, said at startup
+    layers.py        which attention layers can verify trees
 
 The order of a step: the proposer stores trees by request slot; the next step's `prepare_attn` lays them out over the
-batch's rows; attention reads that layout; the sampler walks, compacts the key/value cache and leaves the accepted
-rows to the proposer, whose context they are.
+batch's rows; attention reads that layout; the sampler walks, and hands its verdict to the compaction of the key/value
+cache and to the proposer, whose context the accepted rows are.
 """

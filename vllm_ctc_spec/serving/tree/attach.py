@@ -6,11 +6,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_ctc_spec.serving.tree import support
+from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.attention import AttendTreeRows, attend_tree_rows, use_tree_attention
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
-from vllm_ctc_spec.serving.tree.model_state import TreeModelState
-from vllm_ctc_spec.serving.tree.state import TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layers import check_layer
+from vllm_ctc_spec.serving.tree.layout import TreeLayout
+from vllm_ctc_spec.serving.tree.model_state import Proposer, TreeModelState
+from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
 def target_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
@@ -19,20 +21,25 @@ def target_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
 
 
 def attach_trees(
-    vllm_config: VllmConfig, target: nn.Module, layers: dict[str, Attention], trees: TreeTable, step: TreeStep
+    vllm_config: VllmConfig,
+    target: nn.Module,
+    layers: dict[str, Attention],
+    trees: TreeTable,
+    layout: TreeLayout,
+    proposer: Proposer,
 ) -> None:
-    """Let `target`, with its attention `layers`, verify `trees` in the layout of `step`.
+    """Let `target`, with its attention `layers`, verify the `trees` of `proposer`, laid out in `layout`.
 
     vLLM loads a drafter after the target's weights and before the model state, the samplers and the attention
     metadata builders are made from the target (`GPUModelRunner.load_model`), so that they are made from this.
     """
     if resolve_model_state_cls(vllm_config, target) is not DefaultModelState:
-        raise support.refused(f"{type(target).__name__}, which keeps a state of its own in vLLM")
+        raise refused_with_trees(f"{type(target).__name__}, which keeps a state of its own in vLLM")
     for name, layer in layers.items():
-        support.check_layer(name, layer)
-    attend, compaction = _on_cpu() if step.positions.is_cpu else (attend_tree_rows, PathCompaction)
-    use_tree_attention(layers.values(), attend, step)
-    shared = {"trees": trees, "step": step, "compaction": compaction(layers)}
+        check_layer(name, layer)
+    attend, compaction = _on_cpu() if layout.positions.is_cpu else (attend_tree_rows, PathCompaction)
+    use_tree_attention(layers.values(), attend, layout)
+    shared = {"trees": trees, "layout": layout, "compaction": compaction(layers), "proposer": proposer}
     model_state = type("TreeModelState", (TreeModelState,), shared)
     target.get_model_state_cls = lambda: model_state
 

@@ -7,27 +7,27 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
-from vllm_ctc_spec.serving.tree.state import Attend, TreeStep
+from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout
 
 AttendTreeRows = Callable[..., None]
-"""f(implementation, step, query, kv_cache, attn_metadata, output): writes the tree rows of `output`.
+"""f(implementation, layout, query, kv_cache, attn_metadata, output): writes the tree rows of `output`.
 
 query, output [num_tokens, num_heads, head_size]; kv_cache [num_blocks, num_kv_heads, block_size, 2 * head_size], which
 holds the keys and values of all rows already."""
 
 
-def use_tree_attention(layers: Iterable[Attention], attend_tree_rows: AttendTreeRows, step: TreeStep) -> None:
+def use_tree_attention(layers: Iterable[Attention], attend_tree_rows: AttendTreeRows, layout: TreeLayout) -> None:
     """Give each layer's implementation a subclass of its class; the layer, its backend and its attention group stay
-    vLLM's. (An object can change to a subclass with one base only: the memory layout must be the same.)"""
+    vLLM's. `__class__` may be assigned only a subclass with a single base and without new slots."""
     classes: dict[type, type] = {}
     for layer in layers:
         stock = type(layer.impl)
         if stock not in classes:
-            classes[stock] = _with_trees(stock, attend_tree_rows, step)
+            classes[stock] = _with_trees(stock, attend_tree_rows, layout)
         layer.impl.__class__ = classes[stock]
 
 
-def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, step: TreeStep) -> type:
+def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, layout: TreeLayout) -> type:
     class TreeAttention(stock):  # type: ignore[misc, valid-type]
         """Rows of trees are ours, all others are the stock implementation's.
 
@@ -47,11 +47,11 @@ def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, step: TreeStep) -
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
-            attend = Attend.NO_ROWS if attn_metadata is None else step.attend
+            attend = Attend.NO_ROWS if attn_metadata is None else layout.attend
             if attend is not Attend.ALL_ROWS:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if attend is not Attend.NO_ROWS:
-                attend_tree_rows(self, step, query, kv_cache, attn_metadata, output)
+                attend_tree_rows(self, layout, query, kv_cache, attn_metadata, output)
             return output
 
         def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -63,7 +63,7 @@ def _with_trees(stock: type, attend_tree_rows: AttendTreeRows, step: TreeStep) -
 
 def attend_tree_rows(
     implementation: Any,
-    step: TreeStep,
+    layout: TreeLayout,
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     attn_metadata: Any,
@@ -79,9 +79,9 @@ def attend_tree_rows(
         output,
         attn_metadata.block_table,
         attn_metadata.seq_lens,
-        step.roots[:num_reqs],
-        step.num_rows[:num_reqs],
-        step.ancestors,
+        layout.anchor_rows[:num_reqs],
+        layout.num_rows[:num_reqs],
+        layout.ancestors,
         implementation.scale,
-        step.max_rows,
+        layout.max_rows,
     )

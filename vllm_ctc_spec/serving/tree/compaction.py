@@ -5,7 +5,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.serving.tree.state import TreeStep
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 
 
 class PathCompaction:
@@ -34,8 +34,7 @@ class PathCompaction:
                 result[group_id] = list(distinct.values())
         return result
 
-    def run(self, step: TreeStep) -> None:
-        assert step.slot_mappings is not None
+    def run(self, layout: TreeLayout, verdict: Verdict) -> None:
+        anchor_rows = layout.anchor_rows[: len(verdict.path)]
         for group_id, caches in self._groups.items():
-            slots = step.slot_mappings[group_id]
-            compact_kv(caches, slots, step.roots[: step.num_reqs], step.path, step.num_sampled)
+            compact_kv(caches, layout.slot_mappings[group_id], anchor_rows, *verdict)

@@ -1,6 +1,6 @@
 """TreeModelState: vLLM's default model state, with a tree's layout, positions and sampler."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,21 +14,34 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
-from vllm_ctc_spec.serving.tree.state import Attend, TreeStep, TreeTable
+from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout, Verdict
+from vllm_ctc_spec.serving.tree.table import TreeTable
 from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 
 
+class Proposer(Protocol):
+    """What the proposer is told."""
+
+    def new_request(self, request: int) -> None:
+        """A new request takes this slot."""
+
+    def verified(self, verdict: Verdict) -> None:
+        """The verdict on the step whose hidden states it reads next."""
+
+
 class TreeModelState(DefaultModelState):
-    """Created by vLLM from the class that `attach` returns, which carries the three things shared with the proposer
-    and the attention layers (hooks: vllm/v1/worker/gpu/model_states/interface.py)."""
+    """Created by vLLM from the class that `attach` makes, which carries what is shared with the proposer and the
+    attention layers (hooks: vllm/v1/worker/gpu/model_states/interface.py)."""
 
     trees: TreeTable
-    step: TreeStep
+    layout: TreeLayout
     compaction: PathCompaction
+    proposer: Proposer
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.trees.reset(req_index, _depends_on_history(new_req_data.sampling_params))
+        self.proposer.new_request(req_index)
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
@@ -48,11 +61,9 @@ class TreeModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        step = self.step
-        step.attend = _attend(input_batch, for_capture)
-        step.num_reqs = input_batch.num_reqs
-        step.slot_mappings = slot_mappings
-        step.path = step.num_sampled = None
+        layout = self.layout
+        layout.attend = _attend(input_batch, for_capture)
+        layout.slot_mappings = slot_mappings
         tree_layout(
             input_batch.positions,
             input_batch.query_start_loc[: input_batch.num_reqs + 1],
@@ -60,10 +71,10 @@ class TreeModelState(DefaultModelState):
             input_batch.idx_mapping,
             self.trees.depths,
             self.trees.ancestors,
-            step.positions,
-            step.ancestors,
-            step.roots,
-            step.num_rows,
+            layout.positions,
+            layout.ancestors,
+            layout.anchor_rows,
+            layout.num_rows,
         )
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, *args, for_capture=for_capture, **kwargs
@@ -72,18 +83,18 @@ class TreeModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         # The same buffer on every step: CUDA graphs keep its address.
         inputs = super().prepare_inputs(input_batch, req_states)
-        return {**inputs, "positions": self.step.positions[: input_batch.num_tokens_after_padding]}
+        return {**inputs, "positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        return {**inputs, "positions": self.step.positions[:num_tokens]}
+        return {**inputs, "positions": self.layout.positions[:num_tokens]}
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         return sampler, TreeRejectionSampler(self, sampler)
 
 
 def _attend(input_batch: InputBatch, for_capture: bool) -> Attend:
-    """Known on the host. A replayed graph does what was captured, whatever this says then.
+    """Computed on the host. While a CUDA graph is replayed, the captured choice wins and this value is ignored.
 
     Full graphs are captured with a dummy batch, which has no drafts, and replayed for verifications of that many rows a
     request (UNIFORM_BATCH); with one row a request there is nothing to verify, and the stock attention is right.

@@ -12,22 +12,28 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_ctc_spec.kernels.tree_walk import tree_walk
-from vllm_ctc_spec.serving.tree.state import in_path_order
+from vllm_ctc_spec.accept.rule import AcceptanceRule, make_rule
+from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.serving.tree.layout import Verdict, in_path_order
 
 
 class TreeRejectionSampler(RejectionSampler):
-    """Accepts the child whose token the target drew, else emits that token and stops.
+    """Draws a token of the target at each node, and walks along the edges that the rule of acceptance marks.
 
-    The tree is deterministic given the context, so this is exact at any temperature: each emitted token is one draw
-    from the target's law. The draw at a node uses the seed and position that a sampler without speculation would use
-    there, so that even seeded output is token-identical.
+    The exact rule steps to the child whose token was drawn, else emits that token and stops. The tree is deterministic
+    given the context, so this is exact at any temperature: each emitted token is one draw from the target's law. The
+    draw at a node uses the seed and position that a sampler without speculation would use there, so that even seeded
+    output is token-identical.
     """
+
+    rule: AcceptanceRule = make_rule("exact")
 
     def __init__(self, state: Any, sampler: Sampler):
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
-        self.trees, self.step, self.compaction = state.trees, state.step, state.compaction
-        self._paths: list[torch.Tensor] = []
+        self.trees, self.layout, self.compaction, self.proposer = (
+            state.trees, state.layout, state.compaction, state.proposer,
+        )  # fmt: skip
+        self._paths: list[torch.Tensor] = []  # of the requests that `_verify` was called for, in their order
 
     def __call__(
         self,
@@ -38,10 +44,10 @@ class TreeRejectionSampler(RejectionSampler):
     ) -> SamplerOutput:
         self._paths.clear()
         output = super().__call__(logits, input_batch, draft_logits, invalid_drafts)
-        self.step.path = torch.cat(self._paths) if len(self._paths) > 1 else self._paths[0]
-        self.step.num_sampled = output.num_sampled
+        verdict = Verdict(torch.cat(self._paths) if len(self._paths) > 1 else self._paths[0], output.num_sampled)
         # Now: before the drafter, a cache lookup or a connector can read the rows that move.
-        self.compaction.run(self.step)
+        self.compaction.run(self.layout, verdict)
+        self.proposer.verified(verdict)
         return output
 
     def _verify(
@@ -81,8 +87,14 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=sampler.use_fp64_gumbel,
         )
-        sampled, num_sampled, path = tree_walk(
-            target_tokens, verify_draft_sampled.long(), self.trees.parents, idx_mapping, cu_num_logits
+        sampled, num_sampled, path = walk(
+            self.rule,
+            processed_logits,
+            target_tokens,
+            verify_draft_sampled.long(),
+            self.trees.parents,
+            idx_mapping,
+            cu_num_logits,
         )
         self._paths.append(path)
         return processed_logits, sampled, num_sampled
@@ -99,7 +111,7 @@ class TreeRejectionSampler(RejectionSampler):
         """vLLM pairs the k-th emitted token with the request's k-th row: put the accepted nodes' rows there."""
         if max_num_logprobs == NO_LOGPROBS:
             return None
-        rows = in_path_order(cu_num_logits[:-1], self._paths[-1], num_sampled, logits.shape[0])
+        rows = in_path_order(cu_num_logits[:-1], Verdict(self._paths[-1], num_sampled), logits.shape[0])
         return super()._get_logprobs_tensors(
             sampled, num_sampled, logits[rows], cu_num_logits, cu_num_logits_np, max_num_logprobs
         )

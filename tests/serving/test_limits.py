@@ -1,16 +1,29 @@
-"""What trees cannot do is said in one sentence that names it and the way out."""
+"""What trees cannot do, and what a CPU lacks, is said in one sentence that names it and the way out. What no draft can
+do is refused in tests/engine/test_bad_input.py: the sentences name what vLLM makes of real options."""
 
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from vllm_ctc_spec.errors import DrafterConfigError
-from vllm_ctc_spec.serving.tree.support import check_engine, check_layer
+from vllm_ctc_spec.serving import limits
 
 
-def configuration(**changes) -> SimpleNamespace:
-    """A configuration that trees can serve, with `part__field=value` changed."""
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """What these tests make up is judged by the tables of trees and CPUs alone."""
+    monkeypatch.setattr(limits, "ALWAYS", ())
+    monkeypatch.setattr(limits.cpu, "is_needed", lambda: False)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(limits.cpu, "is_needed", lambda: True)
+
+
+def configuration(draft: str = "tree", **changes) -> SimpleNamespace:
+    """A configuration that every table lets pass, with `part__field=value` changed."""
+    hf_config = SimpleNamespace(ctc_options=SimpleNamespace(draft=draft))
     parts = {
         "parallel_config": dict(
             prefill_context_parallel_size=1, decode_context_parallel_size=1, use_ubatching=False,
@@ -22,7 +35,10 @@ def configuration(**changes) -> SimpleNamespace:
             uses_alibi=False, hf_text_config=SimpleNamespace(),
         ),
         "cache_config": dict(cache_dtype="auto", kv_sharing_fast_prefill=False),
-        "speculative_config": dict(draft_sample_method="greedy", rejection_sample_method="standard"),
+        "speculative_config": dict(
+            draft_sample_method="greedy", rejection_sample_method="standard",
+            draft_model_config=SimpleNamespace(hf_config=hf_config),
+        ),
         "aux_output_config": dict(enabled=False),
     }  # fmt: skip
     whole = {"kv_transfer_config": None}
@@ -85,67 +101,68 @@ def case(change: dict, what: str, why: str):
 )
 def test_an_engine_that_trees_cannot_serve(change, what):
     with pytest.raises(DrafterConfigError, match=f"trees do not work with .*{what}.*draft chains"):
-        check_engine(configuration(**change))
+        limits.check(configuration(**change))
+    limits.check(configuration("chain", **change))
 
 
 @pytest.mark.feature("batch invariance", tree="refused: tree kernels are not batch-invariant")
 def test_batch_invariance(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(DrafterConfigError, match="trees do not work with batch invariance"):
-        check_engine(configuration())
+        limits.check(configuration())
 
 
 def test_an_engine_that_trees_can_serve():
-    check_engine(configuration())
+    limits.check(configuration())
     unused = SimpleNamespace(sliding_window=512, use_sliding_window=False, layer_types=["full_attention"] * 4)
-    check_engine(configuration(model_config__hf_text_config=unused))
-
-
-def layer(
-    backend: str = "FLASH_ATTN", writes_in_forward: bool = False, cache: torch.dtype = torch.bfloat16,
-    window: int | None = None, mm_prefix: bool = False, **implementation,
-) -> SimpleNamespace:  # fmt: skip
-    fields = {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 0, **implementation}
-    attn_backend = SimpleNamespace(get_name=lambda: backend, forward_includes_kv_cache_update=writes_in_forward)
-    return SimpleNamespace(
-        attn_backend=attn_backend, impl=SimpleNamespace(**fields), dtype=torch.bfloat16, kv_cache_torch_dtype=cache,
-        sliding_window=window, use_mm_prefix=mm_prefix,
-    )  # fmt: skip
+    limits.check(configuration(model_config__hf_text_config=unused))
 
 
 @pytest.mark.parametrize(
-    ("unfit", "what"),
+    ("change", "what"),
     [
-        pytest.param(
-            layer("FLASHINFER"),
-            "the attention backend FLASHINFER",
-            marks=pytest.mark.feature(
-                "attention backends other than FLASH_ATTN, TRITON_ATTN and CPU_ATTN", tree="refused: no tree kernel"
-            ),
-        ),
-        (layer(writes_in_forward=True), "the attention backend FLASH_ATTN"),
-        (layer(cache=torch.uint8), "a KV cache of torch.uint8 under a model of torch.bfloat16"),
-        (layer(window=512), "sliding windows"),
-        (layer(mm_prefix=True), "bidirectional prefixes"),
-        pytest.param(
-            layer(sinks=object()),
-            "attention sinks",
-            marks=pytest.mark.feature("targets with attention sinks", tree="refused: the tree kernel has none"),
-        ),
-        pytest.param(
-            layer(logits_soft_cap=30.0),
-            "attention soft caps",
-            marks=pytest.mark.feature("targets with attention soft caps", tree="refused: the tree kernel has none"),
-        ),
-        (layer(alibi_slopes=[0.5]), "ALiBi"),
+        ({"model_config__use_mla": True}, "MLA targets"),
+        ({"model_config__is_hybrid": True}, "hybrid and recurrent targets"),
+        ({"model_config__is_attention_free": True}, "hybrid and recurrent targets"),
+        ({"model_config__uses_mrope": True}, "targets with multimodal rotary positions"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
+        ({"model_config__return_sampling_mask": True}, "sampling masks"),
+        ({"model_config__enable_trace_replay": True}, "trace replay"),
     ],
-    ids=["backend", "cache update", "cache dtype", "window", "prefix", "sinks", "soft cap", "ALiBi"],
+    ids=str,
 )
-def test_a_layer_that_trees_cannot_use(unfit, what):
-    with pytest.raises(DrafterConfigError, match=f"trees do not work with {what}"):
-        check_layer("model.layers.0", unfit)
+def test_an_engine_that_a_cpu_cannot_serve(change, what, on_a_cpu):
+    limits.check(configuration("chain"))
+    with pytest.raises(DrafterConfigError, match=f"On a CPU, the CTC drafter does not work with {what}"):
+        limits.check(configuration("chain", **change))
 
 
-@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"])
-def test_a_layer_that_trees_can_use(backend):
-    check_layer("model.layers.0", layer(backend))
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"enable_adaptive_verification": True}, "does not support enable_adaptive_verification; remove it"),
+        ({"use_heterogeneous_vocab": True}, "does not support use_heterogeneous_vocab; remove it"),
+        ({"rejection_sample_method": "fly"}, "'fly' accepts tokens that the target would not say; remove it"),
+        ({"rejection_sample_method": "synthetic"}, "'synthetic' accepts tokens that the target would not say"),
+    ],
+    ids=str,
+)
+def test_options_of_vllm_that_no_draft_may_have(options, says, draft):
+    limits.check_options({"rejection_sample_method": "standard", "use_heterogeneous_vocab": False}, draft)
+    with pytest.raises(DrafterConfigError, match=says):
+        limits.check_options(options, draft)
+
+
+@pytest.mark.parametrize(("version", "draft", "is_refused"), [
+    ("0.32.0", "chain", True), ("0.33.0", "chain", False), ("0.32.0", "tree", False),
+])  # fmt: skip
+def test_block_verification_of_chains_before_vllm_0_33(monkeypatch, version, draft, is_refused):
+    monkeypatch.setattr("vllm.__version__", version)
+    if not is_refused:
+        limits.check_options({"rejection_sample_method": "block"}, draft)
+        return
+    with pytest.raises(DrafterConfigError, match='draws the same random numbers.*"standard", or vLLM 0.33'):
+        limits.check_options({"rejection_sample_method": "block"}, draft)
