@@ -40,7 +40,7 @@ from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
-from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import read_eval_prompts, respond, response_log_probs
 from vllm_ctc_spec.training.features import Features, in_process
 from vllm_ctc_spec.training.run import train

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from vllm_ctc_spec import cli
-from vllm_ctc_spec.training import evaluate, ray_data, run, vllm_data
+from vllm_ctc_spec.training import answers, evaluate, run
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.vllm_data import DataConfig
+from vllm_ctc_spec.training.data_config import DataConfig
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.ray import data as ray_data
 
 from .training.tiny import make_target, write_rows
 
@@ -285,7 +286,7 @@ DATA_DEFAULTS = {
 def data_asked(monkeypatch):
     """What `make_dataset` would be called with."""
     calls = []
-    monkeypatch.setattr(vllm_data, "make_dataset", lambda *args: calls.append(args) or "done")
+    monkeypatch.setattr(answers, "make_dataset", lambda *args: calls.append(args) or "done")
     return calls
 
 
@@ -299,7 +300,7 @@ def test_help_loads_no_torch():
 
 def test_data_defaults(data_asked, capsys):
     assert cli.main(DATA) == 0
-    assert data_asked == [(DataConfig(**DATA_DEFAULTS), False, vllm_data.generate_here)]
+    assert data_asked == [(DataConfig(**DATA_DEFAULTS), False, answers.generate_here)]
     assert capsys.readouterr().out == "done\n"
 
 

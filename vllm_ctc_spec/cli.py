@@ -23,7 +23,7 @@ from vllm_ctc_spec.training.config import (
     option,
     read_settings,
 )
-from vllm_ctc_spec.training.eval_settings import DEFAULT_MAX_NEW_TOKENS, EvalConfig
+from vllm_ctc_spec.training.eval_config import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 
 TRAIN_HELP = {
     "target": "Hugging Face folder of the model to speed up",
@@ -127,7 +127,7 @@ def add_train(commands) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option need no torch.
-    from vllm_ctc_spec.training import ray_train, run
+    from vllm_ctc_spec.training import run
     from vllm_ctc_spec.training.checkpoint import RunPaths
 
     given = vars(args)
@@ -138,7 +138,9 @@ def run_train(args: argparse.Namespace) -> None:
     work = given.get("work", args.output / "work")
     paths, overwrite = RunPaths(args.output, work, given.get("labels", work / "labels")), given.get("overwrite", False)
     if workers.use_ray:
-        print(ray_train.train(config, paths, overwrite, workers))
+        from vllm_ctc_spec.training.ray.train import train
+
+        print(train(config, paths, overwrite, workers))
     else:
         print(run.train(config, paths, overwrite))
 
@@ -203,13 +205,14 @@ def add_data(commands) -> None:
 
 def run_data(args: argparse.Namespace) -> None:
     # As in run_train: --help needs no torch.
-    from vllm_ctc_spec.training.vllm_data import DataConfig, generate_here, make_dataset
+    from vllm_ctc_spec.training.answers import generate_here, make_dataset
+    from vllm_ctc_spec.training.data_config import DataConfig
 
     if not args.ray and (args.ray_address, args.num_workers) != (None, None):
         raise TrainingError("--ray-address and --num-workers choose Ray's workers: add --ray.")
     generate = generate_here
     if args.ray:
-        from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype
+        from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype
 
         refuse_to_guess_dtype(args.dtype, args.ray_address)
 

@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.acceptance import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.dataset import Example
-from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import evaluate, response_log_probs
 from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.target import Target

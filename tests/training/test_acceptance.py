@@ -21,9 +21,9 @@ from vllm_ctc_spec.training.acceptance import (
     walk,
 )
 from vllm_ctc_spec.training.batches import make_batch
+from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.features import in_process
-from vllm_ctc_spec.training.generate import Example
 
 EXAMPLE = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
 LATTICES = ["ctc", "transitions", "slots"]

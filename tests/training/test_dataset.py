@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset
-from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.dataset import (
     Example,
     check_room,
@@ -24,6 +23,7 @@ from vllm_ctc_spec.training.dataset import (
     write_responses,
     write_states,
 )
+from vllm_ctc_spec.training.prompts import Prompts
 
 PROMPTS = Prompts([[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]], [[1, 9, 2]], 0, 0)
 SETTINGS = {

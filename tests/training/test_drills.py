@@ -1,7 +1,7 @@
 """What goes wrong while a drafter is trained or its data are generated: one sentence, nothing that was written is lost,
 and the same command continues. docs/operations.md is the table of these drills.
 
-Killed workers of Ray are in test_ray_train.py, a run that is killed without warning is in test_train.py. The slow ones
+Killed workers of Ray are in ray/test_train.py, a run that is killed without warning is in test_train.py. The slow ones
 start vLLM or Ray: half a minute each.
 """
 
@@ -21,11 +21,12 @@ import torch
 from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
+from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers, write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
-from vllm_ctc_spec.training.vllm_data import DataConfig, make_dataset
 
 from .tiny import make_target, write_rows
 

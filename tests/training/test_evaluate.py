@@ -14,12 +14,12 @@ from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import evaluate as module
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
-from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import Example, dataset_settings, plan_shards, write_responses
-from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, respond, response_log_probs
 from vllm_ctc_spec.training.features import in_process
 from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.prompts import read_prompts
 
 LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
 

@@ -8,8 +8,8 @@ import torch
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset, generate
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.generate import decode, make_labels, sample
+from vllm_ctc_spec.training.prompts import Prompts
 
 CONFIG = TrainConfig(target="t", data="d", max_new_tokens=12)
 PROMPTS = [[1, 5, 6, 3, 2], [1, 7, 3, 2], [1, 8, 9, 10, 11, 12, 3, 2], [1, 20, 3, 2], [1, 4, 4, 3, 2]]

@@ -20,12 +20,11 @@ from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.dataset import plan_shards, read_shard, write_states
-from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.dataset import Example, plan_shards, read_shard, write_states
+from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.features import in_process
-from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loop import Trainer
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.run import drafter_shape, prepare, train
 from vllm_ctc_spec.training.target import Target, TargetText
 

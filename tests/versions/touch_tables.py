@@ -32,8 +32,8 @@ VARIABLES = {
     "serving.tree.support.c": "vllm.config.VllmConfig",
     "serving.tree.support.check_layer.layer": "vllm.model_executor.layers.attention.Attention",
     "serving.tree.verification.__init__.state": f"{GPU}.model_states.default.DefaultModelState",
-    "training.vllm_data._report_death.client": "vllm.v1.engine.core_client.SyncMPClient",
-    "training.vllm_data.output": "vllm.RequestOutput",
+    "training.engine._report_death.client": "vllm.v1.engine.core_client.SyncMPClient",
+    "training.engine.output": "vllm.RequestOutput",
 }
 BACKENDS = "vllm.v1.attention.backends"
 # Names that are reached through a loop over strings, an object whose class vLLM chooses, or a dictionary of options.

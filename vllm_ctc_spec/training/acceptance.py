@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.batches import anchor_positions, make_batch
+from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.features import Features
-from vllm_ctc_spec.training.generate import Example
 
 ANCHORS_AT_ONCE = 64  # bounds the logits, and the attention mask, which is quadratic in the anchors of a forward
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.config import DTYPES
-from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.files import differing_settings, new_file
+from vllm_ctc_spec.training.prompts import Prompts
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "vllm.log"  # of the engines that generate

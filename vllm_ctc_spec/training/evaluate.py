@@ -25,7 +25,13 @@ from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.batches import anchor_positions
-from vllm_ctc_spec.training.data import (
+from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.features import Features, in_process
+from vllm_ctc_spec.training.files import fitting_a_gpu, write_atomically
+from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.loop import TORCH_DTYPES
+from vllm_ctc_spec.training.prompts import (
     FIELD_NAMES,
     RefusedRow,
     fits,
@@ -34,12 +40,6 @@ from vllm_ctc_spec.training.data import (
     skipped_rows,
     token_ids,
 )
-from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.features import Features, in_process
-from vllm_ctc_spec.training.files import fitting_a_gpu, write_atomically
-from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.loop import TORCH_DTYPES
 from vllm_ctc_spec.training.target import Target, TargetText
 
 PROMPTS_AT_ONCE = 32  # rows of the cache while the target answers

@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
-from vllm_ctc_spec.training.data import Prompts
 from vllm_ctc_spec.training.dataset import (
     Advance,
     Example,
@@ -18,6 +17,7 @@ from vllm_ctc_spec.training.dataset import (
     read_examples,
     write_responses,
 )
+from vllm_ctc_spec.training.prompts import Prompts
 from vllm_ctc_spec.training.target import Target
 
 TOKENS_AT_ONCE = 65_536  # of prompts and responses in a batch: 10 GB of cache for an 8B model in bf16, and 5 GB of MLP

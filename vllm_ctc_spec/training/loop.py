@@ -15,8 +15,8 @@ from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure
 from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
+from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.features import Features
-from vllm_ctc_spec.training.generate import Example
 from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
 from vllm_ctc_spec.training.muon import Muon

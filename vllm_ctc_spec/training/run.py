@@ -12,7 +12,6 @@ from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
-from vllm_ctc_spec.training.data import read_prompts
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, responses_dtype, target_fingerprint
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
 from vllm_ctc_spec.training.features import in_process, stored
@@ -20,6 +19,7 @@ from vllm_ctc_spec.training.files import fitting_a_gpu
 from vllm_ctc_spec.training.generate import make_labels
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
 from vllm_ctc_spec.training.metrics import read_log
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.target import Target, TargetTables, TargetText
 from vllm_ctc_spec.training.workers import ALONE, Workers
 

@@ -21,7 +21,7 @@ from vllm_ctc_spec.training.checkpoint import RunPaths, recover
 from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig, WorkerOptions
 from vllm_ctc_spec.training.files import fitting_a_gpu
 from vllm_ctc_spec.training.metrics import LogFollower, StepBar
-from vllm_ctc_spec.training.ray_cluster import ray_cluster
+from vllm_ctc_spec.training.ray.cluster import ray_cluster
 from vllm_ctc_spec.training.run import GPU_LEVERS, Prepared, load_target, prepare, work
 from vllm_ctc_spec.training.workers import Workers
 

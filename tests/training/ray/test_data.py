@@ -1,6 +1,6 @@
 """Responses by vLLM engines in Ray's workers: the same shards as without Ray, and errors as one sentence.
 
-Those that start engines take minutes on a busy machine: `pytest -m slow tests/training/test_ray_data.py`.
+Those that start engines take minutes on a busy machine: `pytest -m slow tests/training/ray/test_data.py`.
 """
 
 import dataclasses
@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training import dataset, ray_data
+from vllm_ctc_spec.training import dataset
+from vllm_ctc_spec.training.answers import make_dataset
+from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import read_examples
+from vllm_ctc_spec.training.engine import EngineConfig
 from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
+from vllm_ctc_spec.training.ray import data as ray_data
+from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
 from vllm_ctc_spec.training.target import Target
-from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
 
-from .tiny import make_target
+from ..tiny import make_target
 
 
 @pytest.fixture(scope="module")

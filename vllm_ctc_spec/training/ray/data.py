@@ -11,8 +11,8 @@ import torch
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.dataset import Advance, Responses, Shard
-from vllm_ctc_spec.training.ray_cluster import ray_cluster
-from vllm_ctc_spec.training.vllm_data import Engine, EngineConfig
+from vllm_ctc_spec.training.engine import Engine, EngineConfig
+from vllm_ctc_spec.training.ray.cluster import ray_cluster
 
 
 @dataclasses.dataclass(frozen=True)

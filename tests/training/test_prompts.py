@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.data import FIELD_NAMES, PROMPT_FIELDS, parse_row, read_lines, read_prompts
+from vllm_ctc_spec.training.prompts import FIELD_NAMES, PROMPT_FIELDS, parse_row, read_lines, read_prompts
 
 from .tiny import write_rows
 

@@ -32,7 +32,7 @@ def ray_train():
     pytest.importorskip("ray.train")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is missed
-        from vllm_ctc_spec.training import ray_train
+        from vllm_ctc_spec.training.ray import train as ray_train
 
         yield ray_train
 
