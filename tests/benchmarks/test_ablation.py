@@ -14,7 +14,7 @@ import torch
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.dataset import Example
-from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.target import Target
 
 from ..training.tiny import make_target

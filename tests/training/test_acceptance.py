@@ -11,19 +11,13 @@ from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import DraftTree
-from vllm_ctc_spec.training import acceptance
-from vllm_ctc_spec.training.acceptance import (
-    Acceptance,
-    expected_walk,
-    measure_chain,
-    measure_sampled_chain,
-    measure_trees,
-    walk,
-)
+from vllm_ctc_spec.training import measure
+from vllm_ctc_spec.training.acceptance import Acceptance, expected_walk, walk
 from vllm_ctc_spec.training.batches import make_batch
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
-from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.hidden_states import in_process
+from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 
 EXAMPLE = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
 LATTICES = ["ctc", "transitions", "slots"]
@@ -177,7 +171,7 @@ def test_a_token_past_the_end_is_not_accepted(make_drafter, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [4, 64])
 def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(make_drafter, monkeypatch, at_once):
-    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", at_once)
+    monkeypatch.setattr(measure, "ANCHORS_AT_ONCE", at_once)
     examples = [EXAMPLE, Example([1, 2], [3]), Example([1, 9, 2], [4, 5, 5]), Example([1, 2], [10, 11, 12, 13])]
     answers = {6: [7, 8, 0, 0], 9: [9, 9, 9, 9], 7: [3, 0, 0, 0], 4: [5, 5, 5, 5], 10: [0, 12, 13, 0]}
 
@@ -217,7 +211,7 @@ def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_draft
 
 def test_the_logits_of_few_anchors_are_there_at_a_time(make_drafter, monkeypatch):
     """However long the response is."""
-    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", 2)
+    monkeypatch.setattr(measure, "ANCHORS_AT_ONCE", 2)
     at, logits, most = Drafting.at, [], []
 
     def watched(*args):

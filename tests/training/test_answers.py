@@ -24,7 +24,7 @@ from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import open_dataset, responses_dtype, stored_states, target_fingerprint
 from vllm_ctc_spec.training.engine import Engine, EngineConfig
-from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.generate import respond
 from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
 
@@ -83,7 +83,7 @@ def test_greedy_responses_are_those_of_transformers(config, generate, target32, 
     assert report == f"{config.output}: 22 responses for training, 2 held out."
     assert "22 prompts for training, 2 held out." in capsys.readouterr().out
     for example in train + held_out:
-        assert [example.response] == decode(target32, [example.prompt], NEW_TOKENS)
+        assert [example] == respond(target32, [example.prompt], NEW_TOKENS)
     ended = [e.response[-1] in target32.eos_ids for e in train]
     assert any(ended) and not all(ended)
 
@@ -96,7 +96,7 @@ def test_responses_end_at_the_targets_positions(config, generate, engine, target
     train, _ = opened(config)
     assert max(map(len, train)) == 64
     for example in train:
-        assert [example.response] == decode(target32, [example.prompt], 60)
+        assert [example] == respond(target32, [example.prompt], 60)
 
 
 def test_sampled_responses_depend_on_seed_and_row_alone(config, generate, engine, monkeypatch):
@@ -315,7 +315,7 @@ def test_prompts_are_checked_without_loading_a_model(config, tmp_path, monkeypat
 
 def test_a_missing_vllm_is_one_sentence(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    refused(config, "generates with vLLM, which cannot be imported")
+    refused(config, "generates with vLLM, which cannot be imported .*; install vLLM")
 
 
 def test_a_target_that_vllm_cannot_serve_is_one_sentence(config, tmp_path):

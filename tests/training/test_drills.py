@@ -38,16 +38,16 @@ PROGRAM = "import sys; from vllm_ctc_spec.cli import main; sys.exit(main(sys.arg
 CONTINUES = "vllm-ctc: interrupted; the same command continues."
 
 
-def training(target: Path, rows: Path, folder: Path) -> list[str]:
+def training(target: Path, data: Path, folder: Path) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    folders = [f"--target={target}", f"--data={rows}", f"--output={folder / 'out'}"]
-    return ["train", *folders, f"--labels={folder / 'labels'}", *options]
+    folders = [f"--target={target}", f"--data={data}", f"--output={folder / 'out'}"]
+    return ["train", *folders, *options]
 
 
 @pytest.fixture
-def command(target_folder, rows_file, tmp_path) -> list[str]:
+def command(target_folder, dataset_folder, tmp_path) -> list[str]:
     """A small training, whose folder is `tmp_path / "out"`."""
-    return training(target_folder, rows_file, tmp_path)
+    return training(target_folder, dataset_folder, tmp_path)
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def weights(work: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(target_folder, rows_file, tmp_path_factory) -> bytes:
+def undisturbed(target_folder, dataset_folder, tmp_path_factory) -> bytes:
     """The weights that `command` ends with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert main(training(target_folder, rows_file, folder)) == 0
+    assert main(training(target_folder, dataset_folder, folder)) == 0
     return weights(folder / "out" / "work")
 
 
@@ -369,14 +369,14 @@ def test_damaged_settings_of_a_run_are_named(command, work, capsys):
 
 
 @pytest.mark.parametrize("damage", ["half of it", "zeros", "nothing"])
-def test_a_shard_of_responses_that_was_cut_is_generated_again(damage, command, tmp_path, monkeypatch):
-    stop_at(0, interrupt, monkeypatch)
-    assert main(command) == 130
-    shard = tmp_path / "labels" / "train-00000.jsonl"
+def test_a_shard_of_responses_that_was_cut_is_generated_again(damage, target_folder, rows_file, tmp_path):
+    output = tmp_path / "data"
+    finish_data(target_folder, rows_file, output)
+    shard = output / "train-00000.jsonl"
     whole = shard.read_bytes()
     shard.write_bytes(DAMAGES[damage](whole))
-    assert main(command) == 130
-    assert shard.read_bytes() == whole
+    (missing,) = finish_data(target_folder, rows_file, output)
+    assert missing.path(output) == shard and shard.read_bytes() == whole
 
 
 def test_damaged_hidden_states_are_computed_again(tmp_path):

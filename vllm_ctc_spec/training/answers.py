@@ -1,7 +1,6 @@
 """The target's own answers by vLLM's offline engine, written as a dataset, and its hidden states beside them."""
 
 import contextlib
-import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,9 @@ from vllm_ctc_spec.training.extract_hidden_states import HANDOVER_PREFIX, HANDOV
 from vllm_ctc_spec.training.prompts import Prompts, read_prompts
 from vllm_ctc_spec.training.target import TargetText
 
+Generate = Callable[[EngineConfig, Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
+"""Answers shards with an engine like this, in any order, each as soon as it is there."""
+
 
 def generate_here(config: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Responses]]:
     with contextlib.closing(Engine(config)) as engine:
@@ -33,7 +35,21 @@ def generate_here(config: EngineConfig, shards: Sequence[Shard], advance: Advanc
             yield shard, engine.responses(shard, advance)
 
 
-Generate = Callable[[EngineConfig, Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
+def answer(
+    config: DataConfig, text: TargetText, prompts: Prompts, overwrite: bool, generate: Generate = generate_here
+) -> list[Shard]:
+    """Write or continue the responses of a dataset; returns its shards."""
+    dtype = engine_dtype(config.dtype, text.config)
+    settings = dataset_settings(config.target, prompts, config.max_new_tokens, config.temperature, config.seed, dtype)
+    check_folder(config.output, settings, overwrite)
+    for leftover in config.output.glob(f"{HANDOVER_PREFIX}*{HANDOVER_SUFFIX}"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    print(prompts.report())
+    shards = plan_shards(prompts, config.temperature)
+    write_responses(
+        config.output, settings, shards, functools.partial(generate, _engine_config(config, text, prompts)), overwrite
+    )
+    return shards
 
 
 def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = generate_here) -> str:
@@ -45,20 +61,12 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
             f"--aux-layers must be between 1 and {text.num_layers}, the target's layers, not {list(layer_ids)}."
         )
     prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
-    shards = plan_shards(prompts, config.temperature)
-    config = dataclasses.replace(config, dtype=engine_dtype(config.dtype, text.config))
-    settings = dataset_settings(
-        config.target, prompts, config.max_new_tokens, config.temperature, config.seed, config.dtype
-    )
-    check_folder(config.output, settings, overwrite)
-    for leftover in config.output.glob(f"{HANDOVER_PREFIX}*{HANDOVER_SUFFIX}"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    print(prompts.report())
-    engine = _engine_config(config, text, prompts)
-    write_responses(config.output, settings, shards, functools.partial(generate, engine), overwrite)
+    shards = answer(config, text, prompts, overwrite, generate)
     if config.hidden_states:
         print(check_room(config.output, shards, layer_ids, text.config.get_text_config().hidden_size))
-        compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
+        compute = functools.partial(
+            compute_states, _engine_config(config, text, prompts), config.output, layer_ids=layer_ids
+        )
         write_states(config.output, shards, layer_ids, compute)
     return f"{config.output}: {len(prompts.train)} responses for training, {len(prompts.held_out)} held out."
 
@@ -67,7 +75,7 @@ def _engine_config(config: DataConfig, text: TargetText, prompts: Prompts) -> En
     longest = max(map(len, prompts.train + prompts.held_out))
     return EngineConfig(
         target=config.target,
-        dtype=config.dtype,
+        dtype=engine_dtype(config.dtype, text.config),
         max_length=text.max_length,
         # A cache for the target's own maximum may need more memory than there is.
         max_model_len=min(text.max_length, longest + config.max_new_tokens),

@@ -26,6 +26,7 @@ from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.config import DTYPES
 from vllm_ctc_spec.training.files import differing_settings, new_file
 from vllm_ctc_spec.training.prompts import Prompts
+from vllm_ctc_spec.training.target import loading
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "vllm.log"  # of the engines that generate
@@ -72,7 +73,7 @@ class Shard:
 
 Responses = list[list[int]]
 Advance = Callable[[int], object]
-"""Told of prompts that are answered before their shard is whole."""
+"""Called with the number of prompts that have just been answered, before their shard is whole."""
 Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
 """Generates shards, in any order, each as soon as it is there; one response per prompt."""
 ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tensor]]]
@@ -82,11 +83,11 @@ ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tenso
 def plan_shards(prompts: Prompts, temperature: float) -> list[Shard]:
     """Like lengths together, for little padding. Held-out responses are greedy: they measure greedy acceptance."""
     shards = []
-    for part, rows, heat in (("held-out", prompts.held_out, 0.0), ("train", prompts.train, temperature)):
+    for part, rows, shard_temperature in (("held-out", prompts.held_out, 0.0), ("train", prompts.train, temperature)):
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         for index, start in enumerate(range(0, len(order), SHARD_PROMPTS)):
             chosen = order[start : start + SHARD_PROMPTS]
-            shards.append(Shard(part, index, chosen, [rows[row] for row in chosen], heat))
+            shards.append(Shard(part, index, chosen, [rows[row] for row in chosen], shard_temperature))
     return shards
 
 
@@ -127,15 +128,16 @@ def target_fingerprint(folder: str) -> str:
     """Tells a target retrained in the same folder: the first values of every parameter in its files."""
     digest = hashlib.sha256()
     paths = sorted(Path(folder).glob("*.safetensors"))
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                values = file.get_slice(name)
-                first = values[:1] if values.get_shape() else file.get_tensor(name)
-                digest.update(name.encode() + first.flatten()[:64].float().numpy().tobytes())
-    for path in () if paths else sorted(Path(folder).glob("*.bin")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with loading(folder):
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    values = file.get_slice(name)
+                    first = values[:1] if values.get_shape() else file.get_tensor(name)
+                    digest.update(name.encode() + first.flatten()[:64].float().numpy().tobytes())
+        for path in () if paths else sorted(Path(folder).glob("*.bin")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -28,10 +28,10 @@ class Drafting:
     valid: Tensor  # [N, U]
 
     @classmethod
-    def at(cls, drafter: CTCDrafter, features: Tensor, batch: Batch) -> "Drafting":
-        """features `[B, S, A * H]`; the anchors without a label are left out."""
+    def at(cls, drafter: CTCDrafter, hidden_states: Tensor, batch: Batch) -> "Drafting":
+        """hidden_states `[B, S, A * H]`; the anchors without a label are left out."""
         kept = batch.valid[..., 0]
-        slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept]
+        slots = drafter.hidden_slots(hidden_states, batch.anchors, batch.positions)[kept]
         return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
 
     @functools.cached_property

@@ -203,6 +203,6 @@ def check_vllm() -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         raise TrainingError(
-            f"`vllm-ctc data` generates with vLLM, which cannot be imported ({error}); install vLLM, or give the "
-            "prompts to `vllm-ctc train --data`, which generates without it."
+            f"The target generates with vLLM, which cannot be imported ({error}); install vLLM 0.32 or 0.33, or train "
+            "on a dataset that `vllm-ctc data` wrote on a machine that has it."
         ) from error

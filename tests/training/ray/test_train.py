@@ -48,12 +48,10 @@ def cluster(ray_train):
 
 
 @pytest.fixture(scope="module")
-def train(target_folder, rows_file, tmp_path_factory):
-    labels = tmp_path_factory.mktemp("labels")
-
+def train(target_folder, dataset_folder):
     def run(output: Path, *more: str, **change) -> int:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in {**OPTIONS, **change}.items()]
-        where = ["--target", str(target_folder), "--data", str(rows_file), "--labels", str(labels)]
+        where = ["--target", str(target_folder), "--data", str(dataset_folder)]
         return main(["train", *where, "--output", str(output), *options, *more])
 
     return run
