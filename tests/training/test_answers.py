@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving import cpu, plugin
-from vllm_ctc_spec.training import answers, dataset, extract_hidden_states, target
+from vllm_ctc_spec.training import answers, dataset, dataset_writer, extract_hidden_states, target
 from vllm_ctc_spec.training import engine as engine_module
 from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.data_config import DataConfig
@@ -103,7 +103,7 @@ def test_sampled_responses_depend_on_seed_and_row_alone(config, generate, engine
     sampled = dataclasses.replace(config, temperature=1.0)
     make_dataset(sampled, False, generate)
     first, held_out = opened(sampled)
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 5)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 5)
     again = dataclasses.replace(sampled, output=config.output.with_name("again"))
     make_dataset(again, False, generate)
     (again.output / "train-00002.jsonl").unlink()
@@ -180,13 +180,13 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
 
 
 def test_hidden_states_are_not_begun_without_room(config, generate, monkeypatch, capsys):
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=100))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=100))
     monkeypatch.setattr(answers, "compute_states", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(TrainingError, match="The hidden states of .* tokens after 2 layers take 0.00 GB"):
         make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
     train, held_out = opened(config)
     free = sum(map(len, train + held_out)) * 2 * 32 * 2  # exactly enough for hidden states of width 32
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=free))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=free))
     monkeypatch.setattr(answers, "compute_states", lambda *args, layer_ids: iter(()))
     make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
     assert "tokens after 2 layers take 0.00 GB; there is room for 0.00 GB." in capsys.readouterr().out
@@ -370,7 +370,7 @@ def test_an_engine_that_fails_names_its_log(config, engine, monkeypatch):
     assert logging.getLogger("vllm").handlers == handlers and engine_module.LOGGING_VARIABLE not in os.environ
     monkeypatch.undo()
     assert [path.name for path in config.output.iterdir()] == [dataset.LOG_NAME]
-    assert not dataset.check_folder(config.output, {}, False)
+    assert not dataset_writer.check_folder(config.output, {}, False)
 
 
 def test_a_log_that_cannot_be_written_is_one_sentence(config, tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ from vllm_ctc_spec.serving import plugin
 from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
 from vllm_ctc_spec.training.data_config import DataConfig
-from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers, write_states
+from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers
+from vllm_ctc_spec.training.dataset_writer import write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
 

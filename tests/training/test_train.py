@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
-from vllm_ctc_spec.training import checkpoint, dataset
+from vllm_ctc_spec.training import checkpoint, dataset_writer
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.dataset import Example, plan_shards, read_shard, write_states
+from vllm_ctc_spec.training.dataset import Example, read_shard
+from vllm_ctc_spec.training.dataset_writer import plan_shards, write_states
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.loop import Trainer
@@ -291,7 +292,7 @@ def test_nothing_is_loaded_or_claimed_while_a_run_is_prepared(config, from_promp
 
 
 def test_the_target_answers_as_the_run_asks_and_where_shards_are_missing(from_prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 8)
     config = dataclasses.replace(from_prompts, temperature=1.0, seed=3, chat_template_kwargs={"thinking": False})
     asked = []
 

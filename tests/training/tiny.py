@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_ctc_spec.training.dataset import Advance, Responses, Shard
+from vllm_ctc_spec.training.dataset import Shard
+from vllm_ctc_spec.training.dataset_writer import Advance, Responses
 from vllm_ctc_spec.training.engine import EngineConfig
 from vllm_ctc_spec.training.generate import respond
 from vllm_ctc_spec.training.target import Target

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from vllm_ctc_spec.drafter.config import default_aux_layer_ids
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.data_config import DataConfig
-from vllm_ctc_spec.training.dataset import (
-    LOG_NAME,
+from vllm_ctc_spec.training.dataset import LOG_NAME, Shard
+from vllm_ctc_spec.training.dataset_writer import (
     Advance,
     Responses,
-    Shard,
     check_folder,
     check_room,
     dataset_settings,

@@ -80,9 +80,9 @@ class Drafting:
         reached = torch.zeros_like(tree.depths)
         for row in range(1, on_path.shape[1]):  # parents come before their children
             parent, depth = tree.parents[:, row].long(), tree.depths[:, row].long()
-            there = (depth > 0) & on_path.gather(1, parent.clamp_min(0)[:, None])[:, 0]
+            reachable = (depth > 0) & on_path.gather(1, parent.clamp_min(0)[:, None])[:, 0]
             label = (depth - 1).clamp_min(0)[:, None]
             said = self.labels.gather(1, label)[:, 0] == tree.tokens[:, row]
-            on_path[:, row] = there & said & self.valid.gather(1, label)[:, 0]
+            on_path[:, row] = reachable & said & self.valid.gather(1, label)[:, 0]
             reached[:, row] = torch.where(on_path[:, row], tree.depths[:, row], 0)
         return reached.amax(1)

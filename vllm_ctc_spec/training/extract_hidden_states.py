@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.dataset import Advance, Shard, read_shard
+from vllm_ctc_spec.training.dataset import Shard, read_shard
+from vllm_ctc_spec.training.dataset_writer import Advance
 from vllm_ctc_spec.training.engine import Engine, EngineConfig
 
 States = Iterator[tuple[Shard, Tensor]]

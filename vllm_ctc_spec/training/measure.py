@@ -32,14 +32,14 @@ def draft_everywhere(
     time: their logits are gone before the next ones come."""
     device, num_labels = drafter.target_head.device, drafter.config.num_labels
     for example in examples:
-        there = torch.tensor(anchor_positions(example), dtype=torch.long)[None]
-        if not there.numel():
+        positions = torch.tensor(anchor_positions(example), dtype=torch.long)[None]
+        if not positions.numel():
             continue
-        batch = make_batch([example], there, num_labels).to(device)
+        batch = make_batch([example], positions, num_labels).to(device)
         states = hidden_states([example], batch.token_ids)
         parts = [
             measure(Drafting.at(drafter, states, batch.anchors_in(slice(start, start + ANCHORS_AT_ONCE))))
-            for start in range(0, there.shape[1], ANCHORS_AT_ONCE)
+            for start in range(0, positions.shape[1], ANCHORS_AT_ONCE)
         ]
         yield example, parts
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training import dataset
+from vllm_ctc_spec.training import dataset, dataset_writer
 from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import read_examples
@@ -37,7 +37,7 @@ def with_ray(num_workers):
 
 @pytest.mark.slow
 def test_two_workers_make_the_missing_shards_as_one_process_does(config, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 4)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 4)
     expected = dataclasses.replace(config, output=config.output.with_name("expected"))
     make_dataset(expected, False, by_transformers)
     make_dataset(config, False, by_transformers)

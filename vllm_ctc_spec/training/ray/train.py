@@ -73,9 +73,9 @@ def _ray_folder(paths: RunPaths) -> Path:
 def _device_kind(resources: dict[str, float], num_workers: int) -> str:
     """What each worker takes one of: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
     kind = "GPU" if resources.get("GPU") else "CPU"
-    there = int(resources.get(kind, 0))
-    if num_workers > there:
-        raise TrainingError(f"--num-workers {num_workers} needs as many {kind}s, and the Ray cluster has {there}.")
+    available = int(resources.get(kind, 0))
+    if num_workers > available:
+        raise TrainingError(f"--num-workers {num_workers} needs as many {kind}s, and the Ray cluster has {available}.")
     return kind
 
 
