@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -55,14 +56,15 @@ def test_every_kind_of_draft_is_measured_on_the_targets_responses(lattice, targe
     evaluate(settings, tmp_path / "eval.json")
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
-    features = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
     prompts = read_eval_prompts(settings, target).prompts
     expected = []
     for temperature in (0, 1):
         examples = respond(target, prompts, settings.max_new_tokens, temperature, settings.seed)
-        trees = measure_trees(drafter, features, examples, (2, 4))
-        expected += [measure_chain(drafter, features, examples), trees[2], trees[4]]
-    expected.append(measure_sampled_chain(drafter, features, examples, lambda one: response_log_probs(target, one)))
+        trees = measure_trees(drafter, hidden_states, examples, (2, 4))
+        expected += [measure_chain(drafter, hidden_states, examples), trees[2], trees[4]]
+    log_probs = functools.partial(response_log_probs, target)
+    expected.append(measure_sampled_chain(drafter, hidden_states, examples, log_probs))
     kinds = ["chain of 4", "tree of 2 nodes", "tree of 4 nodes"]
     assert [(row["drafts"], row["temperature"]) for row in results] == [
         *((kind, temperature) for temperature in (0, 1) for kind in kinds), ("sampled chain of 4", 1),

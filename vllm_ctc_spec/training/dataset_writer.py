@@ -30,6 +30,7 @@ from vllm_ctc_spec.training.prompts import Prompts
 
 PARTS = ("held-out", "train")
 SHARD_PROMPTS = 128  # generated and written together: what a kill can lose
+
 Responses = list[list[int]]
 Advance = Callable[[int], object]
 """Called with the number of prompts that have just been answered, before their shard is whole."""
