@@ -28,21 +28,16 @@ from torch import Tensor
 
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
-from vllm_ctc_spec.training.acceptance import (
-    Acceptance,
-    draft_everywhere,
-    measure_chain,
-    measure_sampled_chain,
-    measure_trees,
-    walk,
-)
+from vllm_ctc_spec.training.acceptance import Acceptance, walk
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.evaluate import read_eval_prompts, respond, response_log_probs
-from vllm_ctc_spec.training.features import Features, in_process
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.evaluate import read_eval_prompts, response_log_probs
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.hidden_states import HiddenStates, in_process
+from vllm_ctc_spec.training.measure import draft_everywhere, measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.run import train
 from vllm_ctc_spec.training.target import Target, TargetText
 
@@ -93,7 +88,9 @@ def slug(method: str, seed: int) -> str:
 
 
 @torch.no_grad()
-def measure_published(drafter: CTCDrafter, features: Features, examples: Sequence[Example]) -> dict[str, Acceptance]:
+def measure_published(
+    drafter: CTCDrafter, hidden_states: HiddenStates, examples: Sequence[Example]
+) -> dict[str, Acceptance]:
     """Drafts as the paper makes them: arg-max frames, and its transform of a tree, with as many symbols as nodes."""
     found: dict[str, Acceptance] = {"arg-max chain": Acceptance([], [])}
     found |= {f"transform {size}": Acceptance([], []) for size in SIZES}
@@ -102,7 +99,7 @@ def measure_published(drafter: CTCDrafter, features: Features, examples: Sequenc
         trees = (part.tree(size, "transform", width=size) for size in SIZES)
         return [part.accepted(part.chain("argmax")), *map(part.accepted_in, trees)]
 
-    for _, parts in draft_everywhere(drafter, features, examples, depths):
+    for _, parts in draft_everywhere(drafter, hidden_states, examples, depths):
         for acceptance, accepted in zip(found.values(), zip(*parts)):
             every = torch.cat(accepted).tolist()
             acceptance.tokens.append(len(every))
@@ -129,7 +126,8 @@ class Bench:
                 str(self.args.target), "", str(data), num_prompts=count, category=category, temperature=(temperature,)
             )
             prompts = read_eval_prompts(config, TargetText.load(str(self.args.target))).prompts
-            rows = [[e.prompt, e.response] for e in respond(self.target, prompts, config, temperature)]
+            examples = respond(self.target, prompts, config.max_new_tokens, temperature, config.seed)
+            rows = [[e.prompt, e.response] for e in examples]
             write(path, rows)
         return [Example(*row) for row in json.loads(path.read_text())]
 
@@ -146,19 +144,19 @@ class Bench:
 
     def measure(self, drafter: CTCDrafter) -> dict[str, dict]:
         """By test set, then by drafts."""
-        features = in_process(self.target, drafter.config.aux_hidden_state_layer_ids)
+        hidden_states = in_process(self.target, drafter.config.aux_hidden_state_layer_ids)
         results: dict[str, dict] = {}
         for name in self.sets:
             examples = self.responses(name, 0.0)
-            found = {"chain": measure_chain(drafter, features, examples)}
-            found |= {f"tree {n}": a for n, a in measure_trees(drafter, features, examples, SIZES).items()}
+            found = {"chain": measure_chain(drafter, hidden_states, examples)}
+            found |= {f"tree {n}": a for n, a in measure_trees(drafter, hidden_states, examples, SIZES).items()}
             if name == "GSM8K test":
                 sampled = self.responses(name, 1.0)
                 found["chain at temperature 1"] = measure_sampled_chain(
-                    drafter, features, sampled, partial(response_log_probs, self.target)
+                    drafter, hidden_states, sampled, partial(response_log_probs, self.target)
                 )
             if drafter.config.lattice == "ctc" and drafter.markov_head is None:
-                found |= measure_published(drafter, features, examples)
+                found |= measure_published(drafter, hidden_states, examples)
             results[name] = {drafts: asdict(acceptance) for drafts, acceptance in found.items()}
         return results
 

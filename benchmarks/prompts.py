@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from vllm_ctc_spec.errors import UserError
+from vllm_ctc_spec.training.rows import Row, read_rows
+
 FIELDS = ("question", "prompt", "turns")
 # Spec-Bench has these under their own names, ten prompts each, and its own tables have them as one.
 MT_BENCH = "mt_bench"
@@ -64,7 +67,7 @@ def read(args: argparse.Namespace) -> list[PromptSet]:
 def categories(path: Path, wanted: list[str] | None) -> list[PromptSet]:
     by_category: dict[str, list[str]] = {}
     for row in rows_of(path):
-        by_category.setdefault(row.get("category", ""), []).append(first_turn(row, path))
+        by_category.setdefault(row.fields.get("category", ""), []).append(first_turn(row, path))
     if MT_BENCH in (wanted or ()) and by_category.keys() >= set(MT_BENCH_PARTS):
         parts = zip(*(by_category[name] for name in MT_BENCH_PARTS))  # so that the first few are of every kind
         by_category[MT_BENCH] = list(chain.from_iterable(parts))
@@ -78,22 +81,20 @@ def read_prompts(path: Path) -> list[str]:
     return [first_turn(row, path) for row in rows_of(path)]
 
 
-def rows_of(path: Path) -> list[dict]:
+def rows_of(path: Path) -> list[Row]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {path} cannot be read as jsonl ({error}).") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
+        rows = read_rows(path, FIELDS)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not rows or not all(row.fields for row in rows):
         raise SystemExit(f"error: {path} needs a JSON object in every line.")
     return rows
 
 
-def first_turn(row: dict, path: Path) -> str:
-    found = next((row[name] for name in FIELDS if row.get(name)), None)
-    text = found[0] if isinstance(found, list) else found
-    if not isinstance(text, str):
+def first_turn(row: Row, path: Path) -> str:
+    if row.messages is None:
         raise SystemExit(f"error: a row of {path} has none of the keys {', '.join(FIELDS)}.")
-    return text
+    return row.messages[0]["content"]
 
 
 def fitting(prompts: PromptSet, tokenizer, room: int, limit: int) -> PromptSet:

@@ -1,5 +1,6 @@
 """The trainer on this device: losses and gradients against fp64 on the host, and a short training that must learn."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from outcome import FAILED, Outcome, Settings, verdict
+from outcome import FAILED, NOT_RUN, Outcome, Settings, verdict
 from pair import TINY, read_pair
 
 from vllm_ctc_spec.drafter.lattice import Lattice, transition_log_probs
@@ -32,6 +33,9 @@ def check(settings: Settings) -> Iterator[Outcome]:
             except Exception as problem:
                 traceback.print_exc()
                 yield Outcome(PART, f"loss {loss}, {lattice}", FAILED, f"{type(problem).__name__}: {problem}"[:300])
+    if importlib.util.find_spec("vllm") is None:
+        yield Outcome(PART, "vllm-ctc train", NOT_RUN, "vLLM, which answers the prompts, is not installed")
+        return
     yield training_outcome(STEPS[settings.quick], settings.seed)
 
 

@@ -12,8 +12,9 @@
     engine    vLLM with an embedded pair: the same greedy tokens with none, chain and tree, eager and with CUDA graphs;
               step times of an 8B shape with dummy weights
 
-What cannot run here is said and skipped: `engine` without vLLM, `graphs` and `budgets` without a GPU. Without a GPU the
-kernels run in Triton's interpreter. Every part has a process of its own, so that a crash in one leaves the others.
+What cannot run here is said and skipped: `engine` and the short training without vLLM, `graphs` and `budgets` without a
+GPU. Without a GPU the kernels run in Triton's interpreter. Every part has a process of its own, so that a crash in one
+leaves the others.
 Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if anything failed. The seed is printed: --seed repeats a run.
 """
 

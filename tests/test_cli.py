@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from vllm_ctc_spec import cli
-from vllm_ctc_spec.training import evaluate, ray_data, run, vllm_data
+from vllm_ctc_spec.training import answers, evaluate, run
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.vllm_data import DataConfig
+from vllm_ctc_spec.training.data_config import DataConfig
+from vllm_ctc_spec.training.dataset import read_examples
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.ray import data as ray_data
+from vllm_ctc_spec.training.target import Target
 
 from .training.tiny import make_target, write_rows
 
@@ -147,8 +151,8 @@ def test_help_explains_every_option(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     shown = capsys.readouterr().out
-    for name in CHANGED:
-        assert cli.TRAIN_HELP[name].split()[0] in shown and "--" + name.replace("_", "-") in shown
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"].split()[0] in shown and "--" + field.name.replace("_", "-") in shown
     assert "(default: 12)" in shown
 
 
@@ -192,22 +196,30 @@ def test_cuda_is_not_started_by_looking_for_it(given, expected, monkeypatch):
     assert seen == [expected]
 
 
-def test_a_run_from_the_command_line(tmp_path, capsys):
-    target, rows = make_target(tmp_path / "target"), write_rows(tmp_path / "rows.jsonl")
+def test_a_run_from_the_command_line(tmp_path):
+    """From prompts, which vLLM answers, as a user starts it."""
+    target, rows = make_target(tmp_path / "target", head_dim=32), write_rows(tmp_path / "rows.jsonl")
     small = "--steps 2 --batch-size 2 --anchors 3 --max-new-tokens 12 --num-frames 4 --num-labels 2".split()
     output = tmp_path / "drafter"
-    command = ["train", "--target", str(target), "--data", str(rows), "--output", str(output), *small]
-    assert cli.main(command) == 0
-    shown = capsys.readouterr().out
-    assert "22 prompts for training, 2 held out." in shown
-    assert f'"model": "{output}"' in shown
+    names = ("LOGGING_LEVEL", "ENABLE_V1_MULTIPROCESSING")  # the tests' own
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(names)}
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        command = ["train", "--target", target, "--data", rows, "--output", output, *small, *more]
+        command = [sys.executable, "-m", "vllm_ctc_spec.cli", *map(str, command)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "22 prompts for training, 2 held out." in done.stdout
+    assert f'"model": "{output}"' in done.stdout
     assert json.loads((output / "config.json").read_text())["num_frames"] == 4
-    arguments = ["--chat-template-kwargs", '{"enable_thinking": false}']
-    assert cli.main([*command, "--output", str(tmp_path / "other"), *arguments]) == 0
-    labels = json.loads((tmp_path / "other" / "work" / "labels" / "settings.json").read_text())
-    assert labels["chat_template_kwargs"] == {"enable_thinking": False}
-    assert cli.main([*command, "--lr", "1"]) == 1
-    assert "--lr 0.004 -> 1.0" in capsys.readouterr().err
+    loaded = Target.load(str(target), torch.device("cpu"), torch.float32)
+    answered = read_examples(output / "work" / "labels", "train")
+    assert answered == [respond(loaded, [example.prompt], 12)[0] for example in answered]
+    refused = run("--lr", "1")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "--lr 0.004 -> 1.0" in refused.stderr
 
 
 EVAL = ["eval", "--target", "t", "--drafter", "d", "--data", "f"]
@@ -285,7 +297,7 @@ DATA_DEFAULTS = {
 def data_asked(monkeypatch):
     """What `make_dataset` would be called with."""
     calls = []
-    monkeypatch.setattr(vllm_data, "make_dataset", lambda *args: calls.append(args) or "done")
+    monkeypatch.setattr(answers, "make_dataset", lambda *args: calls.append(args) or "done")
     return calls
 
 
@@ -299,7 +311,7 @@ def test_help_loads_no_torch():
 
 def test_data_defaults(data_asked, capsys):
     assert cli.main(DATA) == 0
-    assert data_asked == [(DataConfig(**DATA_DEFAULTS), False, vllm_data.generate_here)]
+    assert data_asked == [(DataConfig(**DATA_DEFAULTS), False, answers.generate_here)]
     assert capsys.readouterr().out == "done\n"
 
 

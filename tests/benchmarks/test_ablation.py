@@ -14,7 +14,7 @@ import torch
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.training.dataset import Example
-from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.target import Target
 
 from ..training.tiny import make_target
@@ -83,8 +83,8 @@ def test_the_papers_drafts_are_measured(tmp_path):
     target = Target.load(str(make_target(tmp_path / "target")), torch.device("cpu"), torch.float32)
     config = DrafterConfig.for_target(target.model.config, num_frames=6, num_labels=4, markov_rank=0)
     drafter = CTCDrafter(config, target.embedding, target.head)
-    features = in_process(target, config.aux_hidden_state_layer_ids)
-    found = ablation.measure_published(drafter, features, [Example([1, 5, 3, 2], [6, 7, 8, 9])] * 2)
+    hidden_states = in_process(target, config.aux_hidden_state_layer_ids)
+    found = ablation.measure_published(drafter, hidden_states, [Example([1, 5, 3, 2], [6, 7, 8, 9])] * 2)
     assert list(found) == ["arg-max chain", *(f"transform {size}" for size in ablation.SIZES)]
     for acceptance in found.values():
         assert acceptance.tokens == [3, 3] and len(acceptance.steps) == 2

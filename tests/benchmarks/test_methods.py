@@ -157,7 +157,7 @@ def test_categories_of_spec_bench_are_datasets(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "a JSON object in every line"),
         ("[1]", "a JSON object in every line"),
         ("", "a JSON object in every line"),
         ('{"x": 1}', "none of the keys"),

@@ -17,11 +17,11 @@ from server import Server
 from vllm import SamplingParams
 
 from vllm_ctc_spec.drafter.module import CTCDrafter
-from vllm_ctc_spec.training.acceptance import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.dataset import Example
-from vllm_ctc_spec.training.eval_settings import EvalConfig
+from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import evaluate, response_log_probs
-from vllm_ctc_spec.training.features import in_process
+from vllm_ctc_spec.training.hidden_states import in_process
+from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.target import Target
 
 from .conftest import TREE

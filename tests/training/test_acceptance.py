@@ -11,19 +11,13 @@ from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import DraftTree
-from vllm_ctc_spec.training import acceptance
-from vllm_ctc_spec.training.acceptance import (
-    Acceptance,
-    expected_walk,
-    measure_chain,
-    measure_sampled_chain,
-    measure_trees,
-    walk,
-)
+from vllm_ctc_spec.training import measure
+from vllm_ctc_spec.training.acceptance import Acceptance, expected_walk, walk
 from vllm_ctc_spec.training.batches import make_batch
+from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
-from vllm_ctc_spec.training.features import in_process
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.hidden_states import in_process
+from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 
 EXAMPLE = Example([1, 5, 3, 2], [6, 7, 8, 9, 9, 9, 6, 7, 3])
 LATTICES = ["ctc", "transitions", "slots"]
@@ -50,11 +44,11 @@ def make_drafter(target):
 
 
 @torch.no_grad()
-def draft(drafter, features, example=EXAMPLE) -> Drafting:
+def draft(drafter, hidden_states, example=EXAMPLE) -> Drafting:
     """At every anchor of one response."""
     positions = torch.arange(len(example.prompt), len(example) - 1)[None]
     batch = make_batch([example], positions, drafter.config.num_labels)
-    return Drafting.at(drafter, features([example], batch.token_ids), batch)
+    return Drafting.at(drafter, hidden_states([example], batch.token_ids), batch)
 
 
 def oracle_arguments(drafting: Drafting, row: int) -> dict:
@@ -177,7 +171,7 @@ def test_a_token_past_the_end_is_not_accepted(make_drafter, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [4, 64])
 def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(make_drafter, monkeypatch, at_once):
-    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", at_once)
+    monkeypatch.setattr(measure, "ANCHORS_AT_ONCE", at_once)
     examples = [EXAMPLE, Example([1, 2], [3]), Example([1, 9, 2], [4, 5, 5]), Example([1, 2], [10, 11, 12, 13])]
     answers = {6: [7, 8, 0, 0], 9: [9, 9, 9, 9], 7: [3, 0, 0, 0], 4: [5, 5, 5, 5], 10: [0, 12, 13, 0]}
 
@@ -194,22 +188,22 @@ def test_measured_steps_are_those_of_serving_one_anchor_at_a_time(make_drafter, 
 
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_drafter):
-    drafter, features = make_drafter(lattice)
+    drafter, hidden_states = make_drafter(lattice)
     tokens = torch.tensor([EXAMPLE.prompt + EXAMPLE.response])
 
     def loop(depth_of) -> int:
         position, steps = 4, 0
         while position < 12:
             following = make_batch([EXAMPLE], torch.tensor([[position]]), 4)
-            context = features([EXAMPLE], tokens[:, :position])
+            context = hidden_states([EXAMPLE], tokens[:, :position])
             with torch.no_grad():
                 position += 1 + depth_of(Drafting.at(drafter, context, following))
             steps += 1
         return steps
 
     chain_steps = loop(lambda drafting: int(drafting.accepted(drafting.chain())))
-    assert measure_chain(drafter, features, [EXAMPLE]).steps == [chain_steps]
-    measured = measure_trees(drafter, features, [EXAMPLE], [4, 16])
+    assert measure_chain(drafter, hidden_states, [EXAMPLE]).steps == [chain_steps]
+    measured = measure_trees(drafter, hidden_states, [EXAMPLE], [4, 16])
     for size in (4, 16):
         in_tree = lambda drafting, size=size: int(drafting.accepted_in(drafting.tree(size)))  # noqa: E731
         assert measured[size].steps == [loop(in_tree)]
@@ -217,7 +211,7 @@ def test_the_real_drafts_are_measured_like_a_loop_over_steps(lattice, make_draft
 
 def test_the_logits_of_few_anchors_are_there_at_a_time(make_drafter, monkeypatch):
     """However long the response is."""
-    monkeypatch.setattr(acceptance, "ANCHORS_AT_ONCE", 2)
+    monkeypatch.setattr(measure, "ANCHORS_AT_ONCE", 2)
     at, logits, most = Drafting.at, [], []
 
     def watched(*args):
@@ -227,23 +221,23 @@ def test_the_logits_of_few_anchors_are_there_at_a_time(make_drafter, monkeypatch
         return drafting
 
     monkeypatch.setattr(Drafting, "at", watched)
-    drafter, features = make_drafter()
-    measure_chain(drafter, features, [EXAMPLE])
-    measure_trees(drafter, features, [EXAMPLE], [4, 16])
-    measure_sampled_chain(drafter, features, [EXAMPLE], lambda example: torch.zeros(9))
+    drafter, hidden_states = make_drafter()
+    measure_chain(drafter, hidden_states, [EXAMPLE])
+    measure_trees(drafter, hidden_states, [EXAMPLE], [4, 16])
+    measure_sampled_chain(drafter, hidden_states, [EXAMPLE], lambda example: torch.zeros(9))
     assert most == [0] * 12  # four parts each
 
 
 def test_sampled_chains_are_accepted_by_the_ratio_of_the_laws(make_drafter):
-    drafter, features = make_drafter()
-    log_q, valid = (getattr(draft(drafter, features), name) for name in ("log_q", "valid"))
+    drafter, hidden_states = make_drafter()
+    log_q, valid = (getattr(draft(drafter, hidden_states), name) for name in ("log_q", "valid"))
     log_p = torch.log(torch.linspace(0.05, 0.9, 9))
     expected = torch.zeros(8, 4)
     for i in range(8):
         for k in range(4):
             if valid[i, k]:
                 expected[i, k] = min(1.0, math.exp(float(log_q()[i, k]) - float(log_p[i + 1 + k])))
-    measured = measure_sampled_chain(drafter, features, [EXAMPLE], lambda example: log_p)
+    measured = measure_sampled_chain(drafter, hidden_states, [EXAMPLE], lambda example: log_p)
     assert measured.tokens == [8] and measured.steps == [pytest.approx(expected_walk(expected), rel=1e-4)]
 
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from vllm_ctc_spec.training.batches import anchor_positions, epochs, make_batch, sample_batch
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.dataset import Example
 
 EXAMPLE = Example([10, 11, 12], [20, 21, 22, 23])
 SHORT = Example([13], [30, 31])

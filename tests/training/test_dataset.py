@@ -11,19 +11,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training import dataset
-from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.dataset import (
-    Example,
-    check_room,
-    open_dataset,
-    plan_shards,
-    read_examples,
-    stored_states,
-    target_fingerprint,
-    write_responses,
-    write_states,
-)
+from vllm_ctc_spec.training import dataset, dataset_writer
+from vllm_ctc_spec.training.dataset import Example, open_dataset, read_examples, stored_states, target_fingerprint
+from vllm_ctc_spec.training.dataset_writer import check_room, plan_shards, write_responses, write_states
+from vllm_ctc_spec.training.files import new_file
+from vllm_ctc_spec.training.prompts import Prompts
 
 PROMPTS = Prompts([[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]], [[1, 9, 2]], 0, 0)
 SETTINGS = {
@@ -34,7 +26,7 @@ LAYERS, WIDTH = (1, 2), 6
 
 @pytest.fixture(autouse=True)
 def two_prompts_a_shard(monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 2)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 2)
 
 
 def answer(prompt):
@@ -87,7 +79,7 @@ def test_rows_do_not_depend_on_the_size_of_shards(monkeypatch):
         return {tuple(p): row for s in plan_shards(PROMPTS, 1.0) for row, p in zip(s.rows, s.prompts)}
 
     small = rows()
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 100)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 100)
     assert rows() == small and small[1, 8, 9, 9, 2] == 2
 
 
@@ -116,7 +108,7 @@ def test_the_bar_counts_every_prompt_once(tmp_path, monkeypatch, told):
             advance(len(responses) if told is None else told)
             yield shard, responses
 
-    monkeypatch.setattr(dataset, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr(dataset_writer, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     write(tmp_path, respond=telling)
     assert bars[0].n == bars[0].total == len(PROMPTS.train) + len(PROMPTS.held_out)
 
@@ -202,7 +194,7 @@ def test_a_full_disk_leaves_whole_files_and_the_run_continues(tmp_path, monkeypa
     plain_text = Path.write_text
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write_text)
-        patch.setattr(dataset, "save_file", write_tensors)
+        patch.setattr(dataset_writer, "save_file", write_tensors)
         with pytest.raises(TrainingError, match=f"{full} cannot be written to {tmp_path}.*same command continues"):
             write(tmp_path)
             add_states(tmp_path)
@@ -214,7 +206,7 @@ def test_a_full_disk_leaves_whole_files_and_the_run_continues(tmp_path, monkeypa
 
 def test_a_real_write_error_of_safetensors_is_one_sentence(tmp_path):
     with pytest.raises(TrainingError, match="x.safetensors cannot be written"):
-        with dataset.new_file(tmp_path / "x.safetensors") as temporary:
+        with new_file(tmp_path / "x.safetensors") as temporary:
             save_file({"a": torch.zeros(1)}, temporary / "not" / "a" / "folder")
     assert names(tmp_path) == []
 
@@ -280,7 +272,7 @@ def test_hidden_states_that_the_disk_has_no_room_for_are_refused(tmp_path, monke
     write(tmp_path)
     tokens = sum(map(len, [e for part in open_dataset(tmp_path, "w") for e in part]))
     size, free = tokens * WIDTH * 2, []
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=free[-1]))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=free[-1]))
     free.append(size)
     assert check_room(tmp_path, shards, LAYERS, width).startswith(
         f"The hidden states of {tokens} tokens after 2 layers"
@@ -299,7 +291,7 @@ def test_hidden_states_that_the_disk_has_no_room_for_are_refused(tmp_path, monke
 
 def test_the_room_is_told_in_gigabytes(tmp_path, monkeypatch):
     write(tmp_path)
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=5 * 10**9))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=5 * 10**9))
     tokens = sum(map(len, [e for part in open_dataset(tmp_path, "w") for e in part]))
     room = check_room(tmp_path, plan_shards(PROMPTS, 0.0), LAYERS, 10**6)
     taken = f"The hidden states of {tokens} tokens after 2 layers take {tokens * 4 / 1000:.2f} GB"

@@ -1,7 +1,7 @@
 """What goes wrong while a drafter is trained or its data are generated: one sentence, nothing that was written is lost,
 and the same command continues. docs/operations.md is the table of these drills.
 
-Killed workers of Ray are in test_ray_train.py, a run that is killed without warning is in test_train.py. The slow ones
+Killed workers of Ray are in ray/test_train.py, a run that is killed without warning is in test_train.py. The slow ones
 start vLLM or Ray: half a minute each.
 """
 
@@ -21,11 +21,13 @@ import torch
 from vllm_ctc_spec.cli import main
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
-from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers, write_states
+from vllm_ctc_spec.training.data_config import DataConfig
+from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers
+from vllm_ctc_spec.training.dataset_writer import write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
-from vllm_ctc_spec.training.vllm_data import DataConfig, make_dataset
 
 from .tiny import make_target, write_rows
 
@@ -37,16 +39,16 @@ PROGRAM = "import sys; from vllm_ctc_spec.cli import main; sys.exit(main(sys.arg
 CONTINUES = "vllm-ctc: interrupted; the same command continues."
 
 
-def training(target: Path, rows: Path, folder: Path) -> list[str]:
+def training(target: Path, data: Path, folder: Path) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    folders = [f"--target={target}", f"--data={rows}", f"--output={folder / 'out'}"]
-    return ["train", *folders, f"--labels={folder / 'labels'}", *options]
+    folders = [f"--target={target}", f"--data={data}", f"--output={folder / 'out'}"]
+    return ["train", *folders, *options]
 
 
 @pytest.fixture
-def command(target_folder, rows_file, tmp_path) -> list[str]:
+def command(target_folder, dataset_folder, tmp_path) -> list[str]:
     """A small training, whose folder is `tmp_path / "out"`."""
-    return training(target_folder, rows_file, tmp_path)
+    return training(target_folder, dataset_folder, tmp_path)
 
 
 @pytest.fixture
@@ -138,10 +140,10 @@ def weights(work: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(target_folder, rows_file, tmp_path_factory) -> bytes:
+def undisturbed(target_folder, dataset_folder, tmp_path_factory) -> bytes:
     """The weights that `command` ends with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert main(training(target_folder, rows_file, folder)) == 0
+    assert main(training(target_folder, dataset_folder, folder)) == 0
     return weights(folder / "out" / "work")
 
 
@@ -368,14 +370,14 @@ def test_damaged_settings_of_a_run_are_named(command, work, capsys):
 
 
 @pytest.mark.parametrize("damage", ["half of it", "zeros", "nothing"])
-def test_a_shard_of_responses_that_was_cut_is_generated_again(damage, command, tmp_path, monkeypatch):
-    stop_at(0, interrupt, monkeypatch)
-    assert main(command) == 130
-    shard = tmp_path / "labels" / "train-00000.jsonl"
+def test_a_shard_of_responses_that_was_cut_is_generated_again(damage, target_folder, rows_file, tmp_path):
+    output = tmp_path / "data"
+    finish_data(target_folder, rows_file, output)
+    shard = output / "train-00000.jsonl"
     whole = shard.read_bytes()
     shard.write_bytes(DAMAGES[damage](whole))
-    assert main(command) == 130
-    assert shard.read_bytes() == whole
+    (missing,) = finish_data(target_folder, rows_file, output)
+    assert missing.path(output) == shard and shard.read_bytes() == whole
 
 
 def test_damaged_hidden_states_are_computed_again(tmp_path):

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,13 +15,13 @@ from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import evaluate as module
-from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
-from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.dataset import Example, dataset_settings, plan_shards, write_responses
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, respond, response_log_probs
-from vllm_ctc_spec.training.features import in_process
-from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training.dataset import Example
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, response_log_probs
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.hidden_states import in_process
+from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 
 LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
 
@@ -54,14 +56,15 @@ def test_every_kind_of_draft_is_measured_on_the_targets_responses(lattice, targe
     evaluate(settings, tmp_path / "eval.json")
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
-    features = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
     prompts = read_eval_prompts(settings, target).prompts
     expected = []
     for temperature in (0, 1):
-        examples = respond(target, prompts, settings, temperature)
-        trees = measure_trees(drafter, features, examples, (2, 4))
-        expected += [measure_chain(drafter, features, examples), trees[2], trees[4]]
-    expected.append(measure_sampled_chain(drafter, features, examples, lambda one: response_log_probs(target, one)))
+        examples = respond(target, prompts, settings.max_new_tokens, temperature, settings.seed)
+        trees = measure_trees(drafter, hidden_states, examples, (2, 4))
+        expected += [measure_chain(drafter, hidden_states, examples), trees[2], trees[4]]
+    log_probs = functools.partial(response_log_probs, target)
+    expected.append(measure_sampled_chain(drafter, hidden_states, examples, log_probs))
     kinds = ["chain of 4", "tree of 2 nodes", "tree of 4 nodes"]
     assert [(row["drafts"], row["temperature"]) for row in results] == [
         *((kind, temperature) for temperature in (0, 1) for kind in kinds), ("sampled chain of 4", 1),
@@ -109,20 +112,6 @@ def test_log_probs_are_those_of_one_forward(target, monkeypatch, at_once):
     assert torch.allclose(response_log_probs(target, example), expected, atol=1e-4)
 
 
-def test_responses_keep_the_order_of_the_prompts(target, config, monkeypatch):
-    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
-    prompts = [[1, 5, 6, 7, 8, 3, 2], [1, 5, 3, 2], [1, 9, 8, 7, 3, 2], [1, 4, 4, 3, 2]]
-    examples = respond(target, prompts, config(), 0.0)
-    assert [example.prompt for example in examples] == prompts
-    assert [example.response for example in examples] == [decode(target, [prompt], 8)[0] for prompt in prompts]
-
-
-def test_sampled_responses_follow_the_seed(target, config):
-    prompts = [[1, 5, 3, 2], [1, 9, 8, 7, 3, 2]] * 4
-    first, again, other = (respond(target, prompts, config(seed=seed), 1.0) for seed in (0, 0, 1))
-    assert first == again != other
-
-
 def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target, config, tmp_path):
     strict = "{% if messages[0].content is none %}{{ raise_exception('no text') }}{% endif %}"
     template = strict + target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}"
@@ -144,7 +133,8 @@ def test_skipped_rows_are_counted(target, config, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_eval_prompts(config(data=str(path), num_prompts=2), target)
-    assert (len(found.prompts), found.unusable, found.too_long) == (2, 1, 1)  # nothing behind the last prompt counts
+    assert len(found.prompts) == 2
+    assert (found.skipped.unusable, found.skipped.too_long) == (1, 1)  # nothing behind the last prompt counts
     assert "2 prompts; 1 rows skipped: none of the fields question" in found.report()
     assert "1 rows skipped: longer than the target's positions." in found.report()
     path.write_text('{"answer": "x"}\n')
@@ -158,7 +148,7 @@ def test_a_category_is_all_that_is_read(target, config, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"question": "d"}\nno json\n')
     found = read_eval_prompts(config(data=str(path), category="qa"), target)
     shown = [target.tokenizer.decode(ids).replace(" ", "") for ids in found.prompts]
-    assert shown == ["<u>a<e><a>", "<u>c<e><a>"] and not found.unusable
+    assert shown == ["<u>a<e><a>", "<u>c<e><a>"] and not found.skipped.unusable
     with pytest.raises(TrainingError, match="no category 'code': there are math, qa"):
         read_eval_prompts(config(data=str(path), category="code"), target)
     path.write_text('{"question": "d"}\n')
@@ -167,17 +157,9 @@ def test_a_category_is_all_that_is_read(target, config, tmp_path):
 
 
 @pytest.fixture
-def dataset(target, target_folder, rows_file, tmp_path) -> str:
-    prompts = read_prompts(str(rows_file), target, 8, 2)
-    settings = dataset_settings(str(target_folder), prompts, 8, 0.0, 0, "float32")
-    write_responses(
-        tmp_path / "dataset",
-        settings,
-        plan_shards(prompts, 0.0),
-        lambda shards, advance: ((shard, decode(target, shard.prompts, 8)) for shard in shards),
-        overwrite=False,
-    )
-    return str(tmp_path / "dataset")
+def dataset(dataset_folder, tmp_path) -> str:
+    """A copy, which these tests may look into beside what they write."""
+    return str(shutil.copytree(dataset_folder, tmp_path / "dataset"))
 
 
 def test_a_dataset_is_measured_by_its_held_out_responses(dataset, target, config, tmp_path, capsys):

@@ -169,8 +169,8 @@ def test_a_multimodal_target_is_its_language_model(tmp_path):
     AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(folder)
     described, target = TargetText.load(str(folder)), load(folder)
     assert (described.num_layers, described.max_length, target.max_length) == (2, 64, 64)
-    shape = drafter_shape(TrainConfig(str(folder), "d"), target)
-    assert shape == drafter_shape(TrainConfig(str(folder), "d"), described)
+    shape = drafter_shape(TrainConfig(str(folder), "d"), target.config)
+    assert shape == drafter_shape(TrainConfig(str(folder), "d"), described.config)
     assert (shape.vocab_size, shape.hidden_size, shape.target_num_layers) == (31, 32, 2)
     assert shape.target_architecture == "Gemma3ForConditionalGeneration"
     assert AuxHiddenStates(target, (1, 2))(torch.tensor([[5, 6, 7]])).shape == (1, 3, 64)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,19 +16,21 @@ from safetensors.torch import load_file
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
-from vllm_ctc_spec.training import checkpoint, generate
+from vllm_ctc_spec.training import checkpoint, dataset_writer
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.data import read_prompts
-from vllm_ctc_spec.training.dataset import plan_shards, read_shard, write_states
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.features import in_process
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.dataset import Example, read_shard
+from vllm_ctc_spec.training.dataset_writer import plan_shards, write_states
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.loop import Trainer
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.run import drafter_shape, prepare, train
 from vllm_ctc_spec.training.target import Target, TargetText
+
+from .tiny import by_transformers
 
 SMALL = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=12, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
@@ -36,17 +39,18 @@ SMALL = dict(
 
 
 @pytest.fixture
-def config(target_folder, rows_file):
-    return TrainConfig(target=str(target_folder), data=str(rows_file), **SMALL)
+def config(target_folder, dataset_folder):
+    return TrainConfig(target=str(target_folder), data=str(dataset_folder), **SMALL)
+
+
+@pytest.fixture
+def from_prompts(config, rows_file):
+    """The same run, whose target has to answer first."""
+    return dataclasses.replace(config, data=str(rows_file))
 
 
 def paths(folder: Path, labels: Path | None = None) -> RunPaths:
     return RunPaths(folder, folder / "work", labels or folder / "work" / "labels")
-
-
-@pytest.fixture(scope="session")
-def shared_labels(tmp_path_factory):
-    return tmp_path_factory.mktemp("labels")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -60,19 +64,19 @@ def changed(config: TrainConfig, **change) -> TrainConfig:
 
 
 def make_trainer(config: TrainConfig, target) -> Trainer:
-    shape = drafter_shape(config, target)
-    features = in_process(target, shape.aux_hidden_state_layer_ids)
-    return Trainer(config, shape, features, target.embedding, target.head)
+    shape = drafter_shape(config, target.config)
+    hidden_states = in_process(target, shape.aux_hidden_state_layer_ids)
+    return Trainer(config, shape, hidden_states, target.embedding, target.head)
 
 
 TRAINED = [("prefix", "ctc"), ("prefix", "transitions"), ("ctc", "ctc"), ("ce", None)]
 
 
 @pytest.mark.parametrize(("loss", "lattice"), TRAINED)
-def test_training_lowers_the_loss_and_publishes_the_best(config, loss, lattice, tmp_path, shared_labels, target):
+def test_training_lowers_the_loss_and_publishes_the_best(config, loss, lattice, tmp_path, target):
     rank = 0 if loss == "ctc" else 4
     config = changed(config, loss=loss, lattice=lattice, markov_rank=rank, steps=40, eval_every=20)
-    report = train(config, paths(tmp_path, shared_labels), overwrite=False)
+    report = train(config, paths(tmp_path), overwrite=False)
     log = read_log(tmp_path)
     assert [entry["step"] for entry in log] == list(range(1, 41))
     mean = [entry["loss_sum"] / entry["anchors_total"] for entry in log]
@@ -84,16 +88,16 @@ def test_training_lowers_the_loss_and_publishes_the_best(config, loss, lattice, 
     assert TrainConfig(**json.loads((tmp_path / "train_config.json").read_text())) == config
 
 
-def test_a_killed_run_continues_with_the_same_losses(config, tmp_path, shared_labels):
+def test_a_killed_run_continues_with_the_same_losses(config, tmp_path):
     """The process dies without warning after the checkpoint of step 4, in the middle of what follows."""
-    train(config, paths(tmp_path / "whole", shared_labels), overwrite=False)
+    train(config, paths(tmp_path / "whole"), overwrite=False)
     options = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     killed = tmp_path / "killed"
     waiting = "import time; from vllm_ctc_spec.training import loop; step = loop.Trainer.step\n"
     waiting += "loop.Trainer.step = lambda self, e: time.sleep(600) if self.progress.step == 6 else step(self, e)\n"
     waiting += "import sys; from vllm_ctc_spec.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", waiting, "train", "--target", config.target, "--data", config.data, "--output"]
-    command += [str(killed), "--labels", str(shared_labels), *options]
+    command += [str(killed), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, deadline = killed / "work" / "log.jsonl", time.monotonic() + 300  # a busy machine loads PyTorch for minutes
     try:
@@ -106,14 +110,14 @@ def test_a_killed_run_continues_with_the_same_losses(config, tmp_path, shared_la
     assert not (killed / "config.json").exists()
     with log.open("a") as file:
         file.write('{"step": 7, "loss_s')  # a line that the kill cut short
-    report = train(config, paths(killed, shared_labels), overwrite=False)
+    report = train(config, paths(killed), overwrite=False)
     assert read_log(killed) == read_log(tmp_path / "whole")
     ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (killed, tmp_path / "whole"))
     assert ours == theirs
-    assert report.splitlines()[1] in train(config, paths(killed, shared_labels), overwrite=False)  # nothing left to do
+    assert report.splitlines()[1] in train(config, paths(killed), overwrite=False)  # nothing left to do
 
 
-def test_resuming_starts_at_the_checkpoint(config, tmp_path, shared_labels, monkeypatch):
+def test_resuming_starts_at_the_checkpoint(config, tmp_path, monkeypatch):
     step, steps = Trainer.step, []
 
     def stop_at_ten(self, examples):
@@ -124,13 +128,13 @@ def test_resuming_starts_at_the_checkpoint(config, tmp_path, shared_labels, monk
 
     monkeypatch.setattr(Trainer, "step", stop_at_ten)
     with pytest.raises(KeyboardInterrupt):
-        train(config, paths(tmp_path, shared_labels), overwrite=False)
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+        train(config, paths(tmp_path), overwrite=False)
+    train(config, paths(tmp_path), overwrite=False)
     assert steps == [*range(10), 8, 9, 10, 11]
 
 
-def test_a_crash_while_publishing_leaves_no_drafter(config, tmp_path, shared_labels, monkeypatch):
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+def test_a_crash_while_publishing_leaves_no_drafter(config, tmp_path, monkeypatch):
+    train(config, paths(tmp_path), overwrite=False)
     move = checkpoint.shutil.move
 
     def crash(source, destination):
@@ -140,12 +144,12 @@ def test_a_crash_while_publishing_leaves_no_drafter(config, tmp_path, shared_lab
 
     monkeypatch.setattr(checkpoint.shutil, "move", crash)
     with pytest.raises(OSError, match="disk gone"):
-        train(dataclasses.replace(config, seed=1), paths(tmp_path, shared_labels), overwrite=True)
+        train(dataclasses.replace(config, seed=1), paths(tmp_path), overwrite=True)
     with pytest.raises(DrafterConfigError, match="config.json is missing"):
         DrafterConfig.load(tmp_path)
 
 
-def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(config, tmp_path, shared_labels, monkeypatch):
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(config, tmp_path, monkeypatch):
     save, saved = torch.save, []
 
     def full_at_the_second(state, path):
@@ -157,14 +161,14 @@ def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(config, tmp_pat
 
     monkeypatch.setattr(torch, "save", full_at_the_second)
     with pytest.raises(TrainingError, match="checkpoint.pt cannot be written to .*the same command continues"):
-        train(config, paths(tmp_path, shared_labels), overwrite=False)
+        train(config, paths(tmp_path), overwrite=False)
     assert torch.load(tmp_path / "work" / "checkpoint.pt")["step"] == 4
     assert not list((tmp_path / "work").glob("*.tmp"))
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+    train(config, paths(tmp_path), overwrite=False)
     assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, 13))
 
 
-def test_a_full_disk_at_the_end_publishes_nothing(config, tmp_path, shared_labels, monkeypatch):
+def test_a_full_disk_at_the_end_publishes_nothing(config, tmp_path, monkeypatch):
     def full(self, folder):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"half of it")
@@ -173,21 +177,23 @@ def test_a_full_disk_at_the_end_publishes_nothing(config, tmp_path, shared_label
     with monkeypatch.context() as patch:
         patch.setattr(CTCDrafter, "save", full)
         with pytest.raises(TrainingError, match="The drafter cannot be written to .*the same command continues"):
-            train(config, paths(tmp_path, shared_labels), overwrite=False)
+            train(config, paths(tmp_path), overwrite=False)
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "work" / "staged").exists()
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+    train(config, paths(tmp_path), overwrite=False)
     assert DrafterConfig.load(tmp_path).num_frames == 5
 
 
-def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(config, tmp_path, target, monkeypatch):
-    labels = tmp_path / "labels"
-    train(config, paths(tmp_path / "prompts", labels), overwrite=False)
+def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(
+    from_prompts, tmp_path, target, monkeypatch
+):
+    config, labels = from_prompts, tmp_path / "labels"
+    train(config, paths(tmp_path / "prompts", labels), overwrite=False, generate=by_transformers)
     from_dataset = dataclasses.replace(config, data=str(labels))
     train(from_dataset, paths(tmp_path / "dataset"), overwrite=False)
     assert read_log(tmp_path / "dataset") == read_log(tmp_path / "prompts")
     assert DrafterConfig.load(tmp_path / "dataset").target_dtype == "float32"
     assert DrafterConfig.load(tmp_path / "prompts").target_dtype == "float32"
-    layer_ids = drafter_shape(config, target).aux_hidden_state_layer_ids
+    layer_ids = drafter_shape(config, target.config).aux_hidden_state_layer_ids
     run = in_process(target, layer_ids)
 
     def states(shards, advance):
@@ -195,7 +201,8 @@ def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(conf
             ids = [torch.tensor([e.prompt + e.response]) for e in read_shard(shard.path(labels))]
             yield shard, torch.cat([run([], each)[0] for each in ids])
 
-    write_states(labels, plan_shards(read_prompts(config.data, target, 20, 2), 0.0), layer_ids, states)
+    prompts = read_prompts(config.data, TargetText.load(config.target), 20, 2)
+    write_states(labels, plan_shards(prompts, 0.0), layer_ids, states)
     with monkeypatch.context() as patch:
         patch.setattr(Target, "load", None)  # such a run needs the target's tables alone
         train(dataclasses.replace(from_dataset, features="stored"), paths(tmp_path / "stored"), overwrite=False)
@@ -207,26 +214,27 @@ def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(conf
         train(other, paths(tmp_path / "other"), overwrite=False)
 
 
-def test_stored_features_need_a_dataset(config, tmp_path):
+def test_stored_features_need_a_dataset(from_prompts, tmp_path):
+    config = from_prompts
     with pytest.raises(TrainingError, match="--features stored needs hidden states.*--hidden-states"):
         train(dataclasses.replace(config, features="stored"), paths(tmp_path), overwrite=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_run_in_the_folder_is_named_and_replaced_on_request(config, tmp_path, shared_labels):
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+def test_another_run_in_the_folder_is_named_and_replaced_on_request(config, tmp_path):
+    train(config, paths(tmp_path), overwrite=False)
     before = (tmp_path / "model.safetensors").read_bytes()
     other = dataclasses.replace(config, lr=1e-3, num_frames=6)
     with pytest.raises(TrainingError, match=r"--num-frames 5 -> 6, --lr 0.004 -> 0.001.*--overwrite"):
-        train(other, paths(tmp_path, shared_labels), overwrite=False)
+        train(other, paths(tmp_path), overwrite=False)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    train(other, paths(tmp_path, shared_labels), overwrite=True)
+    train(other, paths(tmp_path), overwrite=True)
     assert DrafterConfig.load(tmp_path).num_frames == 6
 
 
-def test_parts_of_a_step_checkpoints_and_measurements_may_change_in_between(config, tmp_path, shared_labels):
+def test_parts_of_a_step_checkpoints_and_measurements_may_change_in_between(config, tmp_path):
     """None of them changes the weights of a step."""
-    train(config, paths(tmp_path / "whole", shared_labels), overwrite=False)
+    train(config, paths(tmp_path / "whole"), overwrite=False)
     step, folder = Trainer.step, tmp_path / "changed"
 
     def stop(self, examples):
@@ -236,28 +244,28 @@ def test_parts_of_a_step_checkpoints_and_measurements_may_change_in_between(conf
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", stop)
-        train(config, paths(folder, shared_labels), overwrite=False)
+        train(config, paths(folder), overwrite=False)
     change = dict(accumulate=2, save_every=3, eval_every=4)
-    train(dataclasses.replace(config, **change), paths(folder, shared_labels), overwrite=False)
+    train(dataclasses.replace(config, **change), paths(folder), overwrite=False)
     log, whole = read_log(folder), read_log(tmp_path / "whole")
     assert [e["loss_sum"] for e in log] == pytest.approx([e["loss_sum"] for e in whole], rel=1e-4)
     assert [e["step"] for e in log if "held_out_steps_total" in e] == [6, 12]
     assert json.loads((folder / "train_config.json").read_text()).items() >= change.items()
     with pytest.raises(TrainingError, match="other settings .--batch-size 4 -> 2.; use"):
-        train(dataclasses.replace(config, batch_size=2), paths(folder, shared_labels), overwrite=False)
+        train(dataclasses.replace(config, batch_size=2), paths(folder), overwrite=False)
 
 
-def test_a_gpu_that_is_full_is_a_sentence(config, tmp_path, shared_labels, monkeypatch):
+def test_a_gpu_that_is_full_is_a_sentence(config, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB.")
 
     monkeypatch.setattr(Trainer, "backward", full)
     sentence = r"memory is too small \(CUDA out of memory. Tried to allocate 2.00 GiB\); the same run .*--accumulate"
     with pytest.raises(TrainingError, match=sentence):
-        train(config, paths(tmp_path, shared_labels), overwrite=False)
+        train(config, paths(tmp_path), overwrite=False)
     monkeypatch.setattr("transformers.PreTrainedModel.to", full)
     with pytest.raises(TrainingError, match=sentence):
-        train(config, paths(tmp_path, shared_labels), overwrite=False)
+        train(config, paths(tmp_path), overwrite=False)
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [(True, "bf16"), (False, "fp32")])
@@ -267,15 +275,61 @@ def test_a_gpu_computes_in_bf16_unless_told_otherwise(gpu, dtype, monkeypatch):
     assert TrainConfig("t", "d", dtype="fp32").dtype == EvalConfig("t", "d", "f", dtype="fp32").dtype == "fp32"
 
 
-def test_where_workers_load_the_target_it_is_only_described(config, tmp_path, shared_labels, monkeypatch):
-    """Unless it has to answer prompts."""
-    prepared, target = prepare(config, paths(tmp_path / "prompts", shared_labels), False, in_workers=True)
-    assert isinstance(target, Target)
+def test_nothing_is_loaded_or_claimed_while_a_run_is_prepared(config, from_prompts, tmp_path, monkeypatch):
+    """The engine that answers needs the memory, and the weights may be needed in other processes alone."""
     monkeypatch.setattr(Target, "load", None)
-    from_dataset = dataclasses.replace(config, data=str(shared_labels))
-    described, target = prepare(from_dataset, paths(tmp_path / "dataset"), False, in_workers=True)
-    assert isinstance(target, TargetText)
+    described = prepare(config, paths(tmp_path / "dataset"), False)
+    assert not list(tmp_path.iterdir())
+    examples = {tuple(example.prompt): example.response for example in described.examples + described.held_out}
+
+    def recorded(engine, shards, advance):
+        for shard in shards:
+            yield shard, [examples[tuple(prompt)] for prompt in shard.prompts]
+
+    prepared = prepare(from_prompts, paths(tmp_path / "prompts"), False, recorded)
+    assert [path.name for path in (tmp_path / "prompts" / "work").iterdir()] == ["labels"]
     assert (described.drafter_config, described.examples) == (prepared.drafter_config, prepared.examples)
+
+
+def test_the_target_answers_as_the_run_asks_and_where_shards_are_missing(from_prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 8)
+    config = dataclasses.replace(from_prompts, temperature=1.0, seed=3, chat_template_kwargs={"thinking": False})
+    asked = []
+
+    def generate(engine, shards, advance):
+        asked.append((engine, [shard.path(Path()).name for shard in shards]))
+        yield from by_transformers(engine, shards, advance)
+
+    labels = tmp_path / "labels"
+    first = prepare(config, paths(tmp_path / "out", labels), False, generate)
+    engine, names = asked.pop()
+    assert (engine.target, engine.dtype, engine.max_new_tokens, engine.seed) == (config.target, "float32", 20, 3)
+    assert names == ["held-out-00000.jsonl", *(f"train-{i:05d}.jsonl" for i in range(3))]
+    recorded = json.loads((labels / "settings.json").read_text())
+    assert (recorded["temperature"], recorded["chat_template_kwargs"]) == (1.0, {"thinking": False})
+    (labels / "train-00001.jsonl").unlink()
+    again = prepare(config, paths(tmp_path / "other", labels), False, generate)
+    assert asked.pop()[1] == ["train-00001.jsonl"] and again.held_out == first.held_out
+    prepare(config, paths(tmp_path / "other", labels), False, generate)
+    assert not asked
+
+
+def test_answers_of_other_settings_or_another_target_are_refused_then_replaced(from_prompts, tmp_path, target):
+    folder = tmp_path / "target"
+    shutil.copytree(from_prompts.target, folder)
+    config, where = dataclasses.replace(from_prompts, target=str(folder)), paths(tmp_path / "out", tmp_path / "labels")
+    first = prepare(config, where, False, by_transformers)
+    other = dataclasses.replace(config, max_new_tokens=5)
+    with pytest.raises(TrainingError, match="--max-new-tokens 20 -> 5.*--overwrite"):
+        prepare(other, where, False, by_transformers)
+    assert prepare(config, where, False, by_transformers).examples == first.examples
+    replaced = prepare(other, where, True, by_transformers)
+    assert {len(example.response) for example in replaced.examples} <= {1, 2, 3, 4, 5}
+    with torch.no_grad():
+        target.model.model.layers[1].mlp.up_proj.weight += 0.1
+    target.model.save_pretrained(folder)
+    with pytest.raises(TrainingError, match="--target-weights"):
+        prepare(other, where, False, by_transformers)
 
 
 def test_refusals_write_nothing(config, tmp_path, target_folder):
@@ -321,7 +375,7 @@ def test_every_setting_changes_the_second_step(config, change, target):
     assert third_loss(changed(config, **change)) != third_loss(config)
 
 
-def test_the_best_measured_drafter_is_published(config, tmp_path, shared_labels, monkeypatch):
+def test_the_best_measured_drafter_is_published(config, tmp_path, monkeypatch):
     measured, weights = iter([Acceptance([9], [3]), Acceptance([4], [2]), Acceptance([9], [3])]), []
 
     def falling(self, drafter, held_out):
@@ -329,7 +383,7 @@ def test_the_best_measured_drafter_is_published(config, tmp_path, shared_labels,
         return next(measured)
 
     monkeypatch.setattr(Trainer, "acceptance", falling)
-    report = train(config, paths(tmp_path, shared_labels), overwrite=False)
+    report = train(config, paths(tmp_path), overwrite=False)
     assert "best of 12 steps is 6;" in report
     published = load_file(tmp_path / "model.safetensors")
     torch.testing.assert_close(published, weights[0], rtol=0, atol=0)
@@ -351,9 +405,9 @@ def test_the_gradient_of_parts_is_the_gradient_of_the_whole(config, target):
         torch.testing.assert_close(gradients, whole[1])
 
 
-def test_a_run_can_start_from_another_drafter(config, tmp_path, shared_labels, target):
+def test_a_run_can_start_from_another_drafter(config, tmp_path, target):
     """A CTC drafter from a cross-entropy start takes all but the blank; without a step in between it is the same."""
-    train(changed(config, loss="ce"), paths(tmp_path / "ce", shared_labels), overwrite=False)
+    train(changed(config, loss="ce"), paths(tmp_path / "ce"), overwrite=False)
     started = make_trainer(dataclasses.replace(config, init=str(tmp_path / "ce")), target).drafter.state_dict()
     weights = load_file(tmp_path / "ce" / "model.safetensors")
     assert started.keys() - weights.keys() == {"blank_head.weight", "blank_head.bias"}
@@ -362,39 +416,41 @@ def test_a_run_can_start_from_another_drafter(config, tmp_path, shared_labels, t
         make_trainer(dataclasses.replace(config, init=str(tmp_path)), target)
 
 
-def test_the_tree_that_is_served_is_what_chooses_the_best(config, tmp_path, shared_labels):
+def test_the_tree_that_is_served_is_what_chooses_the_best(config, tmp_path):
     config = dataclasses.replace(config, tree_nodes=8)
-    report = train(config, paths(tmp_path, shared_labels), overwrite=False)
+    report = train(config, paths(tmp_path), overwrite=False)
     assert "with trees of 8 nodes" in report and DrafterConfig.load(tmp_path).tree_nodes == 8
-    chain = train(dataclasses.replace(config, tree_nodes=0), paths(tmp_path / "chain", shared_labels), overwrite=False)
+    chain = train(dataclasses.replace(config, tree_nodes=0), paths(tmp_path / "chain"), overwrite=False)
     entries = [entry for entry in read_log(tmp_path) if "held_out_steps_total" in entry]
     chains = [entry for entry in read_log(tmp_path / "chain") if "held_out_steps_total" in entry]
     assert "with chains" in chain
     assert all(a["held_out_steps_total"] < b["held_out_steps_total"] for a, b in zip(entries, chains, strict=True))
 
 
-def test_metrics_reach_tensorboard(config, tmp_path, shared_labels):
+def test_metrics_reach_tensorboard(config, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(config, paths(tmp_path, shared_labels), overwrite=False)
+    train(config, paths(tmp_path), overwrite=False)
     events = reader.EventAccumulator(str(tmp_path / "work" / "tensorboard")).Reload()
     logged = [(e.step, e.value) for e in events.Scalars("loss_sum")]
     assert logged == [(e["step"], pytest.approx(e["loss_sum"])) for e in read_log(tmp_path)]
 
 
-def test_a_diverging_run_says_so(config, tmp_path, shared_labels):
+def test_a_diverging_run_says_so(config, tmp_path):
     with pytest.raises(TrainingError, match="lower --lr"):
-        train(dataclasses.replace(config, lr=1e30), paths(tmp_path, shared_labels), overwrite=False)
+        train(dataclasses.replace(config, lr=1e30), paths(tmp_path), overwrite=False)
 
 
-def test_a_target_that_says_nothing_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "decode", lambda target, prompts, *rest: [[3]] * len(prompts))
+def test_a_target_that_says_nothing_is_refused(from_prompts, tmp_path):
+    def end_at_once(engine, shards, advance):
+        return ((shard, [[3]] * len(shard.prompts)) for shard in shards)
+
     with pytest.raises(TrainingError, match="nothing to draft"):
-        train(config, paths(tmp_path), overwrite=False)
+        train(from_prompts, paths(tmp_path), overwrite=False, generate=end_at_once)
 
 
-def test_the_share_of_labels_that_did_not_fit_is_reported(config, tmp_path, shared_labels):
+def test_the_share_of_labels_that_did_not_fit_is_reported(config, tmp_path):
     config = dataclasses.replace(config, num_frames=3, num_labels=3)
-    report = train(config, paths(tmp_path, shared_labels), overwrite=False)
+    report = train(config, paths(tmp_path), overwrite=False)
     log = read_log(tmp_path)
     share = sum(e["infeasible_labels_total"] for e in log) / sum(e["labels_total"] for e in log)
     assert 0 < share < 1

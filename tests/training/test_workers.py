@@ -34,7 +34,7 @@ WORKER = """
 import json, pickle, sys
 import torch, torch.distributed as dist
 from vllm_ctc_spec.training.loop import Trainer
-from vllm_ctc_spec.training.run import load_target, work
+from vllm_ctc_spec.training.run import load_target, run_worker
 from vllm_ctc_spec.training.workers import Workers
 
 rank = int(sys.argv[1])
@@ -52,19 +52,22 @@ for prepared, parallel, stop in jobs:
         return step(self, examples)
     Trainer.step = stopping
     try:
-        work(prepared, load_target(prepared.config, torch.device("cpu")), Workers(rank, 2, parallel))
+        run_worker(prepared, load_target(prepared.config, torch.device("cpu")), Workers(rank, 2, parallel))
     except KeyboardInterrupt:
         pass
 dist.destroy_process_group()
 """
 
 
-def paths(folder: Path, labels: Path) -> RunPaths:
-    return RunPaths(folder, folder / "work", labels)
+def paths(folder: Path) -> RunPaths:
+    return RunPaths(folder, folder / "work", folder / "work" / "labels")
 
 
-def job(config: TrainConfig, parallel: str, folder: Path, labels: Path, stop: int = -1) -> tuple[Prepared, str, int]:
-    return prepare(config, paths(folder, labels), overwrite=False)[0], parallel, stop
+def job(config: TrainConfig, parallel: str, folder: Path, stop: int = -1) -> tuple[Prepared, str, int]:
+    where = paths(folder)
+    prepared = prepare(config, where, overwrite=False)
+    where.start(config, overwrite=False)
+    return prepared, parallel, stop
 
 
 def run_two(jobs: list[tuple[Prepared, str, int]], folder: Path) -> None:
@@ -83,40 +86,35 @@ def read_log(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def labels(tmp_path_factory):
-    return tmp_path_factory.mktemp("labels")
+def config(target_folder, dataset_folder):
+    return TrainConfig(target=str(target_folder), data=str(dataset_folder), **SMALL)
 
 
 @pytest.fixture(scope="module")
-def config(target_folder, rows_file):
-    return TrainConfig(target=str(target_folder), data=str(rows_file), **SMALL)
-
-
-@pytest.fixture(scope="module")
-def by_two(config, labels, tmp_path_factory):
+def by_two(config, tmp_path_factory):
     """Folder of each job's run by two processes, of one that changes hands (one process, two with shards, two without,
     and one again), and of runs that two processes continue behind a damaged checkpoint."""
     folder = tmp_path_factory.mktemp("two")
     folders = {name: folder / name.replace(" ", "-") for name in JOBS}
     jobs = [
-        job(dataclasses.replace(config, **change), parallel, folders[name], labels)
+        job(dataclasses.replace(config, **change), parallel, folders[name])
         for name, (parallel, change) in JOBS.items()
     ]
     folders["changing hands"] = folder / "changing-hands"
     muon = dataclasses.replace(config, optimizer="muon")
-    train_until(6, muon, folders["changing hands"], labels)
-    jobs.append(job(muon, "fsdp", folders["changing hands"], labels, stop=10))
-    jobs.append(job(muon, "ddp", folders["changing hands"], labels, stop=14))
+    train_until(6, muon, folders["changing hands"])
+    jobs.append(job(muon, "fsdp", folders["changing hands"], stop=10))
+    jobs.append(job(muon, "ddp", folders["changing hands"], stop=14))
     for parallel in PARALLEL:
         folders[f"damaged, {parallel}"] = damaged = folder / f"damaged-{parallel}"
-        train_until(10, config, damaged, labels)
+        train_until(10, config, damaged)
         (damaged / "work" / CHECKPOINT_NAME).write_bytes(b"")  # of step 8
-        jobs.append(job(config, parallel, damaged, labels))
+        jobs.append(job(config, parallel, damaged))
     run_two(jobs, folder)
     return folders
 
 
-def train_until(last: int, config: TrainConfig, folder: Path, labels: Path) -> None:
+def train_until(last: int, config: TrainConfig, folder: Path) -> None:
     """By one process, which is interrupted."""
     step = Trainer.step
 
@@ -127,7 +125,7 @@ def train_until(last: int, config: TrainConfig, folder: Path, labels: Path) -> N
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", stopping)
-        train(config, paths(folder, labels), overwrite=False)
+        train(config, paths(folder), overwrite=False)
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
@@ -143,25 +141,25 @@ def tolerance(change: dict) -> float:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_two_workers_train_as_one(name, by_two, config, labels, tmp_path):
+def test_two_workers_train_as_one(name, by_two, config, tmp_path):
     change = JOBS[name][1]
-    train(dataclasses.replace(config, **change), paths(tmp_path, labels), overwrite=False)
+    train(dataclasses.replace(config, **change), paths(tmp_path), overwrite=False)
     assert_same_run(by_two[name], tmp_path, tolerance(change))
 
 
-def test_a_checkpoint_continues_with_any_number_of_workers(by_two, config, labels, tmp_path):
+def test_a_checkpoint_continues_with_any_number_of_workers(by_two, config, tmp_path):
     muon, folder = dataclasses.replace(config, optimizer="muon"), by_two["changing hands"]
     assert len(read_log(folder)) == 14 and not (folder / "model.safetensors").exists()
-    train(muon, paths(folder, labels), overwrite=False)
-    train(muon, paths(tmp_path, labels), overwrite=False)
+    train(muon, paths(folder), overwrite=False)
+    train(muon, paths(tmp_path), overwrite=False)
     assert_same_run(folder, tmp_path, tolerance({"optimizer": "muon"}))
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-def test_behind_a_damaged_checkpoint_all_workers_go_on_from_the_one_before(parallel, by_two, config, labels, tmp_path):
+def test_behind_a_damaged_checkpoint_all_workers_go_on_from_the_one_before(parallel, by_two, config, tmp_path):
     folder = by_two[f"damaged, {parallel}"]
     assert (folder / "work" / DAMAGED_NAME).is_file()
-    train(config, paths(tmp_path, labels), overwrite=False)
+    train(config, paths(tmp_path), overwrite=False)
     assert_same_run(folder, tmp_path, tolerance({}))
 
 

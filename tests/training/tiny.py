@@ -1,11 +1,18 @@
 """A target small enough to train a drafter for in seconds: random weights, a character tokenizer, a chat template."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_ctc_spec.training.dataset import Shard
+from vllm_ctc_spec.training.dataset_writer import Advance, Responses
+from vllm_ctc_spec.training.engine import EngineConfig
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.target import Target
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 TEMPLATE = (
@@ -39,3 +46,13 @@ def write_rows(path: Path, count: int = 24) -> Path:
     rows = [{"question": CHARACTERS[i % 26] * (1 + i % 5) + CHARACTERS[i % 7 : i % 7 + 3]} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def by_transformers(
+    config: EngineConfig, shards: Sequence[Shard], advance: Advance
+) -> Iterator[tuple[Shard, Responses]]:
+    """Answers in the place of vLLM's, whose engine takes long to start."""
+    target = Target.load(config.target, torch.device("cpu"), getattr(torch, config.dtype))
+    for shard in shards:
+        examples = respond(target, shard.prompts, config.max_new_tokens, shard.temperature, config.seed)
+        yield shard, [example.response for example in examples]

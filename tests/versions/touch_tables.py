@@ -33,8 +33,8 @@ VARIABLES = {
     "serving.tree.compaction.caches_by_group.group": "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
     "serving.tree.layers.check_layer.layer": "vllm.model_executor.layers.attention.Attention",
     "serving.tree.verification.__init__.state": f"{GPU}.model_states.default.DefaultModelState",
-    "training.vllm_data._report_death.client": "vllm.v1.engine.core_client.SyncMPClient",
-    "training.vllm_data.output": "vllm.RequestOutput",
+    "training.engine._report_death.client": "vllm.v1.engine.core_client.SyncMPClient",
+    "training.engine.output": "vllm.RequestOutput",
 }
 # Names that are reached through a loop over strings, an object whose class vLLM chooses, or a dictionary of options.
 NAMES = (

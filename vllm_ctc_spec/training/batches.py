@@ -71,8 +71,8 @@ def sample_batch(examples: Sequence[Example], num_anchors: int, num_labels: int,
     rng = random.Random(seed)
     rows = []
     for example in examples:
-        there = anchor_positions(example)
-        chosen = sorted(rng.sample(there, min(num_anchors, len(there))))
+        positions = anchor_positions(example)
+        chosen = sorted(rng.sample(positions, min(num_anchors, len(positions))))
         rows.append(chosen + [-1] * (num_anchors - len(chosen)))
     return make_batch(examples, torch.tensor(rows), num_labels)
 

@@ -20,7 +20,7 @@ from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig
 from vllm_ctc_spec.training.files import differing_settings, new_file, record_settings, writing
 from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME, LogFollower
-from vllm_ctc_spec.training.workers import WHOLE, Workers
+from vllm_ctc_spec.training.workers import FULL_STATE, Workers
 
 CHECKPOINT_NAME = "checkpoint.pt"
 PREVIOUS_NAME = "checkpoint-previous.pt"  # the one before
@@ -84,7 +84,7 @@ class Progress:
         """One file with whole weights and states, for any number of processes to continue from; called by all. It is
         whole before the one before makes room: at every moment a sound checkpoint lies under one of the two names."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=WHOLE)
+        state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=FULL_STATE)
         if workers.is_main:
             with new_file(work / CHECKPOINT_NAME) as temporary:
                 try:
@@ -138,7 +138,7 @@ def recover(work: Path) -> dict[str, Any]:
             with writing(newest):
                 if errors:
                     os.replace(newest, work / DAMAGED_NAME)
-                    print(_loss(errors[0], work, state["step"]))
+                    print(_steps_lost(errors[0], work, state["step"]))
                 os.replace(previous, newest)
         return state
     if errors:
@@ -146,8 +146,8 @@ def recover(work: Path) -> dict[str, Any]:
     return {}
 
 
-def _loss(damage: TrainingError, work: Path, step: int) -> str:
-    """What a damaged newest checkpoint costs, when the one before is of `step`."""
+def _steps_lost(damage: TrainingError, work: Path, step: int) -> str:
+    """Message for a damaged newest checkpoint when training resumes from `step`."""
     last = max(step + 1, LogFollower(work).last_step)
     return (
         f"The checkpoint {work / CHECKPOINT_NAME} is damaged ({_reason(damage.__cause__)}) and now {DAMAGED_NAME}: "

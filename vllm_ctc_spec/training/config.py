@@ -1,25 +1,28 @@
 """What one training run was asked to do: one dataclass, recorded beside the drafter and compared on every restart."""
 
 import dataclasses
-import tomllib
-from pathlib import Path
+import functools
+import operator
+import types
+import typing
 from typing import Any
 
 from vllm_ctc_spec.drafter.config import LATTICES
 from vllm_ctc_spec.errors import TrainingError
 
 SETTINGS_NAME = "train_config.json"
-LOSS_NAMES = ("prefix", "ctc", "ce")
-OPTIMIZERS = ("muon", "adamw")
-FEATURES = ("target", "stored")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # and what torch and vLLM call them
 PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
 MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
 MAY_CHANGE = ("accumulate", "save_every", "eval_every")
-"""Settings of a run that another command may continue it with: the weights of a step do not depend on them. How often
-they are measured decides only which are known to be the best; what was measured before counts on."""
-CHOICES = {"features": FEATURES, "loss": LOSS_NAMES, "optimizer": OPTIMIZERS, "dtype": DTYPES}
+"""Settings that may differ when a run is resumed, because the weights of a step do not depend on them. How often they
+are measured decides only which of them are known to be the best."""
+
+
+def setting(text: str, default: Any = dataclasses.MISSING, choices: tuple = (), metavar: str | None = None) -> Any:
+    """A field of what was asked for, with all that the command line shows of it; text: its help."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,38 +33,83 @@ class TrainConfig:
     in a run.
     """
 
-    target: str
-    data: str
-    features: str = "target"
-    loss: str = "prefix"
-    lattice: str | None = None
-    num_frames: int = 12
-    num_labels: int = 8
-    num_layers: int = 2
-    aux_layers: tuple[int, ...] | None = None
-    markov_rank: int | None = None
-    transition_rank: int | None = None
-    blank_share: float | None = None
-    draft_vocab_size: int | str = "auto"
-    tree_nodes: int = 0
-    init: str = ""
-    steps: int = 4000
-    batch_size: int = 8
-    accumulate: int = 1
-    anchors: int = 64
-    position_decay: float = 4.0
-    optimizer: str = "muon"
-    lr: float = 4e-3
-    warmup: int = 50
-    clip: float = 1.0
-    seed: int = 0
-    temperature: float = 0.0
-    max_new_tokens: int = 256
-    chat_template_kwargs: dict | None = None
-    held_out: int = 100
-    save_every: int = 100
-    eval_every: int = 500
-    dtype: str | None = None
+    target: str = setting("Hugging Face folder of the model to speed up")
+    data: str = setting("rows with question, prompt, turns or messages (jsonl), or a folder that `vllm-ctc data` wrote")
+    features: str = setting(
+        "target: it runs beside the training; stored: what `vllm-ctc data --hidden-states` kept",
+        "target",
+        choices=("target", "stored"),
+    )
+    loss: str = setting(
+        "prefix: exact prefix conditionals; ctc: the paper's full-sequence loss; ce: cross-entropy, the twin in "
+        "which frame k is label k",
+        "prefix",
+        choices=("prefix", "ctc", "ce"),
+    )
+    lattice: str | None = setting(
+        "how frames spell labels: ctc: with blanks and repeats; transitions: with learned steps between frames; "
+        "slots: one label each (default: slots with --loss ce, else ctc)",
+        None,
+        choices=LATTICES,
+    )
+    num_frames: int = setting("T, the parallel outputs of one draft forward", 12)
+    num_labels: int = setting("U, the labels that one draft is trained to hold; at most T", 8)
+    num_layers: int = setting("transformer layers of the drafter", 2)
+    aux_layers: tuple[int, ...] | None = setting(
+        "layers of the target that the drafter reads, 1 = after the first (default: up to five, spread)",
+        None,
+    )
+    markov_rank: int | None = setting(
+        "rank of the label-conditional head, 0 = none (default: 64, and 0 with --loss ctc)",
+        None,
+    )
+    transition_rank: int | None = setting(
+        "of the steps' queries and keys (default: 64 with --lattice transitions)",
+        None,
+    )
+    blank_share: float | None = setting("share of frames that hold no label at the start (default: (T - U) / T)", None)
+    draft_vocab_size: int | str = setting(
+        "labels that a frame can hold: the tokens that the target says most often; full: all of them; "
+        "auto: as many as make up 99 percent of what it says",
+        "auto",
+    )
+    tree_nodes: int = setting("the tree that the drafter is served with and measured by, 0 = a chain of U labels", 0)
+    init: str = setting("drafter to take weights from, by name and shape, such as one that --loss ce warmed up", "")
+    steps: int = setting("updates", 4000)
+    batch_size: int = setting("sequences in a step, of all workers together", 8)
+    accumulate: int = setting(
+        "parts of a step, one after the other: the same update in less memory; a run may change it",
+        1,
+    )
+    anchors: int = setting("random drafting positions per sequence and step", 64)
+    position_decay: float = setting("label k weighs exp(-(k - 1) / this) in the loss", 4.0)
+    optimizer: str = setting(
+        "muon: for the matrices, and AdamW for the rest; adamw: for everything",
+        "muon",
+        choices=("muon", "adamw"),
+    )
+    lr: float = setting("peak learning rate", 4e-3)
+    warmup: int = setting("steps of linear warm-up, at most a tenth of all", 50)
+    clip: float = setting("largest norm of the gradient", 1.0)
+    seed: int = setting("of the weights, the order and the anchors", 0)
+    temperature: float = setting("of the target's responses, 0 = greedy", 0.0)
+    max_new_tokens: int = setting("longest response of the target", 256)
+    chat_template_kwargs: dict | None = setting(
+        "arguments of the target's chat template as a JSON object, those that the server will use, "
+        """such as '{"enable_thinking": false}' for Qwen3""",
+        None,
+    )
+    held_out: int = setting(
+        "last rows of the file that measure acceptance and are never trained on; at most a tenth",
+        100,
+    )
+    save_every: int = setting("steps between checkpoints", 100)
+    eval_every: int = setting("steps between measurements of the held-out acceptance length; the best one is kept", 500)
+    dtype: str | None = setting(
+        f"of the target, and of the drafter's matrix products (default: {DEFAULT_DTYPE})",
+        None,
+        choices=tuple(DTYPES),
+    )
 
     def __post_init__(self) -> None:
         if self.aux_layers is not None:
@@ -69,9 +117,7 @@ class TrainConfig:
         for name, default in self.resolved().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise TrainingError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        check_choices(self)
         positive = ("steps", "batch_size", "accumulate", "anchors", "position_decay", "lr", "clip", "max_new_tokens",
                     "held_out", "save_every", "eval_every")  # fmt: skip
         for name in positive:
@@ -107,8 +153,6 @@ class TrainConfig:
         }
 
     def _check_combinations(self) -> None:
-        if self.lattice not in LATTICES:
-            raise TrainingError(f"--lattice must be one of {', '.join(LATTICES)}, not {self.lattice!r}.")
         if (self.loss == "ce") != (self.lattice == "slots"):
             raise TrainingError(
                 f"--loss {self.loss} cannot train --lattice {self.lattice}: the cross-entropy twin is --loss ce with "
@@ -131,10 +175,12 @@ class TrainConfig:
 class WorkerOptions:
     """Which processes do the work of a run; the drafter is the same."""
 
-    num_workers: int = 1
-    parallel: str = "ddp"
-    ray_address: str | None = None  # of a running cluster; None: Ray on this machine for more than one worker
-    threads: int | None = None  # of each worker; None: an equal share of PyTorch's choice
+    threads: int | None = setting("CPU threads of each worker (default: PyTorch's choice, shared)", None)
+    num_workers: int = setting("processes that share each step, with Ray", 1)
+    ray_address: str | None = setting(
+        "of a running cluster (default: Ray on this machine, if needed)", None, metavar="HOST:PORT"
+    )
+    parallel: str = setting("each worker holds the drafter (ddp) or a shard of it", "ddp", choices=PARALLEL)
 
     @property
     def use_ray(self) -> bool:
@@ -164,25 +210,22 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Settings from a TOML file, keys as the fields of `TrainConfig`."""
-    try:
-        with path.open("rb") as file:
-            given = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise TrainingError(f"The configuration {path} cannot be read ({error}).") from error
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for name, value in given.items():
-        if name not in fields:
-            raise TrainingError(f"{path} has an unknown setting {name!r}; the settings are {', '.join(fields)}.")
-        if not _fits(value, str(fields[name].type)):
-            raise TrainingError(f"{path}: {name} must be {fields[name].type}, not {value!r}.")
-    return given
+def check_choices(config: Any) -> None:
+    """Refuse a value that is none of its field's choices (TrainingError)."""
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata.get("choices"), getattr(config, field.name)
+        if choices and value not in choices:
+            raise TrainingError(f"{option(field.name)} must be one of {', '.join(choices)}, not {value!r}.")
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    kinds = {
-        "str": str, "int": int, "int | str": (int, str), "float": (int, float), "tuple[int, ...]": list, "dict": dict,
-    }  # fmt: skip
-    kind = kinds[annotation.removesuffix(" | None").removeprefix("<class '").removesuffix("'>")]
-    return isinstance(value, kind) and not isinstance(value, bool)
+def kind_of(field: dataclasses.Field) -> Any:
+    """What a field's values are, None apart: `int` of `int | None`."""
+    if not isinstance(field.type, types.UnionType):
+        return field.type
+    return functools.reduce(operator.or_, (kind for kind in typing.get_args(field.type) if kind is not type(None)))
+
+
+def as_in_training(name: str, **changes: Any) -> Any:
+    """A setting that another command shares with training; changes: its default, or what is shown of it."""
+    field = TrainConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=changes.pop("default", field.default), metadata={**field.metadata, **changes})

@@ -11,26 +11,20 @@ Every file appears whole or not at all, so that a killed run is continued by mak
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.config import DTYPES
-from vllm_ctc_spec.training.data import Prompts
-from vllm_ctc_spec.training.files import differing_settings, new_file
+from vllm_ctc_spec.training.target import loading
 
 SETTINGS_NAME = "settings.json"
 LOG_NAME = "vllm.log"  # of the engines that generate
-PARTS = ("held-out", "train")
-SHARD_PROMPTS = 128  # generated and written together: what a kill can lose
 RESPONSES_SUFFIX, STATES_SUFFIX = ".jsonl", ".safetensors"
 STATES_NAME = "hidden_states"
 LAYERS_NAME = "aux_hidden_state_layer_ids"
@@ -70,47 +64,9 @@ class Shard:
         return folder / f"{self.part}-{self.index:05d}{suffix}"
 
 
-Responses = list[list[int]]
-Advance = Callable[[int], object]
-"""Told of prompts that are answered before their shard is whole."""
-Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
-"""Generates shards, in any order, each as soon as it is there; one response per prompt."""
-ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tensor]]]
-"""The same for hidden states: `[tokens of the shard's examples, A * H]`."""
-
-
-def plan_shards(prompts: Prompts, temperature: float) -> list[Shard]:
-    """Like lengths together, for little padding. Held-out responses are greedy: they measure greedy acceptance."""
-    shards = []
-    for part, rows, heat in (("held-out", prompts.held_out, 0.0), ("train", prompts.train, temperature)):
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        for index, start in enumerate(range(0, len(order), SHARD_PROMPTS)):
-            chosen = order[start : start + SHARD_PROMPTS]
-            shards.append(Shard(part, index, chosen, [rows[row] for row in chosen], heat))
-    return shards
-
-
-def dataset_settings(
-    target: str, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int, dtype: str
-) -> dict[str, Any]:
-    """What decides the responses, to be recorded with them."""
-    return {
-        "prompts": hashlib.sha256(json.dumps([prompts.train, prompts.held_out]).encode()).hexdigest()[:16],
-        "train_prompts": len(prompts.train),
-        "held_out": len(prompts.held_out),
-        "shard_prompts": SHARD_PROMPTS,
-        "target_weights": target_fingerprint(target),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed if temperature else None,
-        "chat_template_kwargs": prompts.chat_template_kwargs,
-        "dtype": dtype,
-    }
-
-
 def responses_dtype(folder: Path) -> str:
     """Of the target as it said what is in this dataset; "" where that is unknown."""
-    return (_recorded_settings(folder) or {}).get("dtype", "")
+    return (recorded_settings(folder) or {}).get("dtype", "")
 
 
 def check_dtype(folder: Path, dtype: str) -> None:
@@ -127,121 +83,26 @@ def target_fingerprint(folder: str) -> str:
     """Tells a target retrained in the same folder: the first values of every parameter in its files."""
     digest = hashlib.sha256()
     paths = sorted(Path(folder).glob("*.safetensors"))
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                values = file.get_slice(name)
-                first = values[:1] if values.get_shape() else file.get_tensor(name)
-                digest.update(name.encode() + first.flatten()[:64].float().numpy().tobytes())
-    for path in () if paths else sorted(Path(folder).glob("*.bin")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with loading(folder):
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    values = file.get_slice(name)
+                    first = values[:1] if values.get_shape() else file.get_tensor(name)
+                    digest.update(name.encode() + first.flatten()[:64].float().numpy().tobytes())
+        for path in () if paths else sorted(Path(folder).glob("*.bin")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
-def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Refuse a folder that holds something else or, without `overwrite`, a dataset of other settings.
-
-    Writes nothing; returns whether what is there is to be replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is a file; give a folder for the dataset.")
-    # A kill while the settings were written leaves a temporary file and the log, an engine that fails the log alone.
-    if not folder.exists() or all(path.suffix == ".tmp" or path.name == LOG_NAME for path in folder.iterdir()):
-        return False
-    if _recorded_settings(folder) is None:
-        raise TrainingError(f"{folder} holds something that is not a dataset; use another folder.")
-    differing = differing_settings(folder / SETTINGS_NAME, settings)
-    if differing and not overwrite:
-        raise TrainingError(
-            f"The responses in {folder} were generated with other settings ({', '.join(differing)}); "
-            "use --overwrite or another folder."
-        )
-    return bool(differing)
-
-
-def _recorded_settings(folder: Path) -> dict[str, Any] | None:
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
     """None unless this folder is a dataset."""
     try:
         recorded = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return recorded if isinstance(recorded, dict) and {"prompts", "target_weights"} <= recorded.keys() else None
-
-
-def write_responses(
-    folder: Path, settings: dict[str, Any], shards: Sequence[Shard], respond: Respond, overwrite: bool
-) -> None:
-    """Generate the shards that the folder lacks, in which nothing changes before the first one is there."""
-    replace = check_folder(folder, settings, overwrite)
-    missing = [shard for shard in shards if replace or not _is_whole(shard.path(folder), len(shard.prompts))]
-    for shard, responses in _with_progress("responses", shards, missing, respond):
-        if replace or not (folder / SETTINGS_NAME).is_file():
-            _claim(folder, settings)
-            replace = False
-        shard.path(folder, STATES_SUFFIX).unlink(missing_ok=True)  # those of responses that are gone
-        rows = [{"prompt": p, "response": r} for p, r in zip(shard.prompts, responses, strict=True)]
-        with new_file(shard.path(folder)) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _is_whole(path: Path, num_rows: int) -> bool:
-    """Whether the shard has all of its lines; a damaged disk may have cut it."""
-    return path.is_file() and path.read_bytes().count(b"\n") == num_rows
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Forget a dataset of other settings, then record these: a kill in between leaves an empty dataset."""
-    for part in PARTS:
-        for suffix in (RESPONSES_SUFFIX, STATES_SUFFIX):
-            for stale in folder.glob(f"{part}-*{suffix}"):
-                stale.unlink()
-    with new_file(folder / SETTINGS_NAME) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def write_states(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...], compute: ComputeStates) -> None:
-    """Add the hidden states after these layers to the shards that lack them."""
-    missing = _without_states(folder, shards, layer_ids)
-    for shard, states in _with_progress("hidden states", shards, missing, compute):
-        with new_file(shard.path(folder, STATES_SUFFIX)) as temporary:
-            save_file({STATES_NAME: states.bfloat16()}, temporary, {LAYERS_NAME: json.dumps(layer_ids)})
-
-
-def _without_states(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...]) -> list[Shard]:
-    return [shard for shard in shards if _stored_layers(shard.path(folder, STATES_SUFFIX)) != layer_ids]
-
-
-def check_room(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...], hidden_size: int) -> str:
-    """What `write_states` will add, for the user to read; TrainingError if the disk has no room for it."""
-    missing = _without_states(folder, shards, layer_ids)
-    tokens = sum(len(example) for shard in missing for example in read_shard(shard.path(folder)))
-    size = tokens * len(layer_ids) * hidden_size * 2  # bfloat16
-    replaced = [path for shard in missing if (path := shard.path(folder, STATES_SUFFIX)).is_file()]
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in replaced)
-    what = f"hidden states of {tokens} tokens after {len(layer_ids)} layers take {size / 1e9:.2f} GB"
-    if size > free:
-        raise TrainingError(
-            f"The {what}, and {folder} has room for {free / 1e9:.2f} GB: use fewer --aux-layers, fewer prompts or "
-            "another disk, or leave --hidden-states out and let the target run beside the training."
-        )
-    return f"The {what}; there is room for {free / 1e9:.2f} GB."
-
-
-def _with_progress(
-    label: str,
-    shards: Sequence[Shard],
-    missing: Sequence[Shard],
-    produce: Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Any]]],
-) -> Iterator[tuple[Shard, Any]]:
-    """What `produce` makes of the missing shards; it is not even called when nothing is missing."""
-    total, left = (sum(len(shard.prompts) for shard in some) for some in (shards, missing))
-    whole = total - left
-    with tqdm(total=total, initial=whole, desc=label, unit="prompt") as bar:
-        for shard, content in produce(missing, bar.update) if missing else ():
-            yield shard, content
-            whole += len(shard.prompts)
-            bar.update(max(0, whole - bar.n))  # what the bar was not told of before
 
 
 def read_shard(path: Path) -> list[Example]:
@@ -269,7 +130,7 @@ def open_dataset(
 
     With `layer_ids`, the hidden states after these layers must be stored too.
     """
-    settings = _recorded_settings(folder)
+    settings = recorded_settings(folder)
     if settings is None:
         raise TrainingError(f"{folder} is not a dataset: write one with `vllm-ctc data`, or give a file of prompts.")
     if settings["target_weights"] != fingerprint:
@@ -288,7 +149,7 @@ def open_dataset(
     return train, held_out
 
 
-def _stored_layers(path: Path) -> tuple[int, ...] | None:
+def stored_layers(path: Path) -> tuple[int, ...] | None:
     """Layers whose hidden states are in this file; None without a file, or with a damaged one."""
     try:
         with safe_open(path, "pt") as file:
@@ -299,7 +160,7 @@ def _stored_layers(path: Path) -> tuple[int, ...] | None:
 
 def _check_stored_layers(examples: Sequence[Example], layer_ids: tuple[int, ...]) -> None:
     for path in {example.states and example.states.path for example in examples}:
-        stored = path and _stored_layers(path)
+        stored = path and stored_layers(path)
         if not set(layer_ids) <= set(stored or ()):
             raise TrainingError(
                 f"{path.parent if path else 'The dataset'} holds hidden states after "

@@ -28,10 +28,10 @@ class Drafting:
     valid: Tensor  # [N, U]
 
     @classmethod
-    def at(cls, drafter: CTCDrafter, features: Tensor, batch: Batch) -> "Drafting":
-        """features `[B, S, A * H]`; the anchors without a label are left out."""
+    def at(cls, drafter: CTCDrafter, hidden_states: Tensor, batch: Batch) -> "Drafting":
+        """hidden_states `[B, S, A * H]`; the anchors without a label are left out."""
         kept = batch.valid[..., 0]
-        slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept]
+        slots = drafter.hidden_slots(hidden_states, batch.anchors, batch.positions)[kept]
         return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
 
     @functools.cached_property
@@ -80,9 +80,9 @@ class Drafting:
         reached = torch.zeros_like(tree.depths)
         for row in range(1, on_path.shape[1]):  # parents come before their children
             parent, depth = tree.parents[:, row].long(), tree.depths[:, row].long()
-            there = (depth > 0) & on_path.gather(1, parent.clamp_min(0)[:, None])[:, 0]
+            reachable = (depth > 0) & on_path.gather(1, parent.clamp_min(0)[:, None])[:, 0]
             label = (depth - 1).clamp_min(0)[:, None]
             said = self.labels.gather(1, label)[:, 0] == tree.tokens[:, row]
-            on_path[:, row] = there & said & self.valid.gather(1, label)[:, 0]
+            on_path[:, row] = reachable & said & self.valid.gather(1, label)[:, 0]
             reached[:, row] = torch.where(on_path[:, row], tree.depths[:, row], 0)
         return reached.amax(1)

@@ -23,41 +23,33 @@ from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter, expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_sampled_chain, measure_trees
+from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import anchor_positions
-from vllm_ctc_spec.training.data import (
-    FIELD_NAMES,
-    RefusedRow,
-    fits,
-    parse_row,
-    read_lines,
-    skipped_rows,
-    token_ids,
-)
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
-from vllm_ctc_spec.training.eval_settings import EvalConfig
-from vllm_ctc_spec.training.features import Features, in_process
-from vllm_ctc_spec.training.files import fitting_a_gpu, write_atomically
-from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.files import write_atomically
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.hidden_states import HiddenStates, in_process
 from vllm_ctc_spec.training.loop import TORCH_DTYPES
+from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
+from vllm_ctc_spec.training.memory import explain_out_of_memory
+from vllm_ctc_spec.training.prompts import Skipped, usable_prompts
+from vllm_ctc_spec.training.rows import FIELD_NAMES, Row, read_rows
 from vllm_ctc_spec.training.target import Target, TargetText
 
-PROMPTS_AT_ONCE = 32  # rows of the cache while the target answers
-GPU_LEVERS = "use --dtype bf16, trees of fewer --nodes or responses of fewer --max-new-tokens"
+OOM_REMEDIES = "use --dtype bf16, trees of fewer --nodes or responses of fewer --max-new-tokens"
 POSITIONS_AT_ONCE = 128  # rows of logits in fp32: 78 MB with a vocabulary of 152 k
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalPrompts:
-    """Token ids of the first usable rows of a file, and how many rows before the last of them were skipped."""
+    """Token ids of the first usable rows of a file, and the rows before the last of them that were skipped."""
 
     prompts: list[list[int]]
-    unusable: int  # without any known field
-    too_long: int  # no room for a response in the target's positions
-    refusals: list[str]  # by the target's chat template
+    skipped: Skipped
 
     def report(self) -> str:
-        return f"{len(self.prompts)} prompts{skipped_rows(self.unusable, self.too_long, self.refusals)}."
+        return f"{len(self.prompts)} prompts{self.skipped}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +99,7 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
         rows = read_eval_prompts(config, text)
         report = rows.report()
     print(report)
-    with fitting_a_gpu(GPU_LEVERS):
+    with explain_out_of_memory(OOM_REMEDIES):
         results = _measure_all(config, drafter_config, held_out if config.is_dataset else rows.prompts)
     if json_path is not None:
         _write(json_path, config, report, results)
@@ -123,78 +115,48 @@ def _measure_all(
     shape = target.config.get_text_config()
     drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
     drafter = CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
-    features = in_process(target, drafter_config.aux_hidden_state_layer_ids)
+    hidden_states = in_process(target, drafter_config.aux_hidden_state_layer_ids)
     results = []
     for temperature in config.temperature:
-        examples = given if config.is_dataset else respond(target, given, config, temperature)
-        results += measure(config, target, drafter, features, examples, temperature)
+        examples = given
+        if not config.is_dataset:
+            examples = respond(target, given, config.max_new_tokens, temperature, config.seed)
+        results += measure(config, target, drafter, hidden_states, examples, temperature)
     return results
 
 
 def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
     """The first `num_prompts` rows that can be used."""
-    lines, prompts, unusable, too_long, refusals = read_lines(config.data), [], 0, 0, []
+    rows = read_rows(config.data)
     if config.category is not None:
-        lines = _in_category(lines, config)
-    for line in lines:
-        if len(prompts) == config.num_prompts:
-            break
-        messages = parse_row(line)
-        if messages is None:
-            unusable += 1
-            continue
-        try:
-            ids = token_ids(messages, text, config.chat_template_kwargs)
-        except RefusedRow as reason:
-            refusals.append(str(reason))
-            continue
-        if fits(ids, text, config.max_new_tokens):
-            prompts.append(ids)
-        else:
-            too_long += 1
+        rows = _in_category(rows, config)
+    prompts, skipped = usable_prompts(
+        rows, text, config.max_new_tokens, config.chat_template_kwargs, limit=config.num_prompts
+    )
     if not prompts:
         raise TrainingError(
-            f"{config.data} has no usable row among {len(lines)}: each needs one of the fields {FIELD_NAMES} and must "
-            f"fit the target's {text.max_length} positions{skipped_rows(unusable, too_long, refusals)}."
+            f"{config.data} has no usable row among {len(rows)}: each needs one of the fields {FIELD_NAMES} and must "
+            f"fit the target's {text.max_length} positions{skipped}."
         )
-    return EvalPrompts(prompts, unusable, too_long, refusals)
+    return EvalPrompts(prompts, skipped)
 
 
-def _in_category(lines: Sequence[str], config: EvalConfig) -> list[str]:
+def _in_category(rows: Sequence[Row], config: EvalConfig) -> list[Row]:
     found = defaultdict(list)
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("category"), str):
-            found[row["category"]].append(line)
+    for row in rows:
+        if isinstance(row.fields.get("category"), str):
+            found[row.fields["category"]].append(row)
     if config.category not in found:
-        there = f"there are {', '.join(sorted(found))}" if found else "its rows have no field `category`"
-        raise TrainingError(f"{config.data} has no category {config.category!r}: {there}.")
+        known = f"there are {', '.join(sorted(found))}" if found else "its rows have no field `category`"
+        raise TrainingError(f"{config.data} has no category {config.category!r}: {known}.")
     return found[config.category]
-
-
-def respond(target: Target, prompts: Sequence[list[int]], config: EvalConfig, temperature: float) -> list[Example]:
-    """The target's responses, in the order of the prompts; like lengths are decoded together, for little padding."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    generator = torch.Generator(target.model.device).manual_seed(config.seed)
-    responses: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=f"responses at temperature {temperature:g}", unit="prompt") as bar:
-        for start in range(0, len(order), PROMPTS_AT_ONCE):
-            chosen = order[start : start + PROMPTS_AT_ONCE]
-            batch = [prompts[row] for row in chosen]
-            answers = decode(target, batch, config.max_new_tokens, temperature, generator, bar.update)
-            for row, response in zip(chosen, answers):
-                responses[row] = response
-    return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
 def measure(
     config: EvalConfig,
     target: Target,
     drafter: CTCDrafter,
-    features: Features,
+    hidden_states: HiddenStates,
     examples: Sequence[Example],
     temperature: float,
 ) -> list[Result]:
@@ -209,12 +171,12 @@ def measure(
         return tqdm(examples, desc=f"{what} at temperature {temperature:g}", unit="prompt")
 
     num_labels = drafter.config.num_labels
-    results = [Result(f"chain of {num_labels}", temperature, measure_chain(drafter, features, bar("chains")))]
-    trees = measure_trees(drafter, features, bar("trees"), config.nodes)
+    results = [Result(f"chain of {num_labels}", temperature, measure_chain(drafter, hidden_states, bar("chains")))]
+    trees = measure_trees(drafter, hidden_states, bar("trees"), config.nodes)
     results += [Result(f"tree of {size} nodes", temperature, measured) for size, measured in trees.items()]
     if temperature:
         sampled = measure_sampled_chain(
-            drafter, features, bar("sampled chains"), lambda example: response_log_probs(target, example)
+            drafter, hidden_states, bar("sampled chains"), lambda example: response_log_probs(target, example)
         )
         results.append(Result(f"sampled chain of {num_labels}", temperature, sampled))
     return results

@@ -1,15 +1,18 @@
-"""Files that appear whole or not at all, and the settings that a run records in one."""
+"""Files that appear whole or not at all, and those with settings: what a run records, what a user writes."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.config import MAY_CHANGE, option
+from vllm_ctc_spec.training.config import MAY_CHANGE, TrainConfig, kind_of, option
 
 
 @contextlib.contextmanager
@@ -37,18 +40,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def fitting_a_gpu(levers: str) -> Iterator[None]:
-    """A GPU whose memory is full is a TrainingError; levers: what the user can do about it."""
-    import torch  # not at the top: --help needs none
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).strip().split(". ")[:2]).rstrip(".")  # what was asked for; a paragraph follows
-        raise TrainingError(f"The GPU's memory is too small ({reason}); {levers}.") from error
-
-
 def write_atomically(path: Path, text: str) -> None:
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -74,3 +65,26 @@ def differing_settings(path: Path, settings: dict) -> list[str]:
         for name in names
         if name not in MAY_CHANGE and recorded.get(name) != settings.get(name)
     ]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file, keys as the fields of `TrainConfig`."""
+    try:
+        with path.open("rb") as file:
+            given = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"The configuration {path} cannot be read ({error}).") from error
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, value in given.items():
+        if name not in fields:
+            raise TrainingError(f"{path} has an unknown setting {name!r}; the settings are {', '.join(fields)}.")
+        if not _fits(value, kind_of(fields[name])):
+            raise TrainingError(f"{path}: {name} must be {fields[name].type}, not {value!r}.")
+    return given
+
+
+TOML_TYPES = {int | str: (int, str), float: (int, float), tuple[int, ...]: list}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    return isinstance(value, TOML_TYPES.get(kind, kind)) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """vLLM's connector that writes a request's hidden states to a file, also where there is no memory to pin.
 
-vLLM imports this module in its workers, by the name that `vllm_data.compute_states` gives it. It can go when vLLM's own
-class runs on a CPU.
+vLLM imports this module in its workers, by the name that `extract_hidden_states.compute_states` gives it. The module
+can go when vLLM's own class runs on a CPU.
 """
 
 import os

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.acceptance import Acceptance, measure_chain, measure_trees
+from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
-from vllm_ctc_spec.training.features import Features
-from vllm_ctc_spec.training.generate import Example
+from vllm_ctc_spec.training.dataset import Example
+from vllm_ctc_spec.training.hidden_states import HiddenStates
 from vllm_ctc_spec.training.loss import LOSSES
+from vllm_ctc_spec.training.measure import measure_chain, measure_trees
 from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
 from vllm_ctc_spec.training.muon import Muon
 from vllm_ctc_spec.training.vocabulary import label_scores
-from vllm_ctc_spec.training.workers import ALONE, Workers
+from vllm_ctc_spec.training.workers import SINGLE_PROCESS, Workers
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FINAL_LR_SHARE = 0.02
@@ -58,13 +59,13 @@ class TrainingStep(nn.Module):
         self.drafter = drafter
         self.config = config
 
-    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """features [B, S, A * H]; the sum of the anchors' losses, how many labels counted, and how many were in the
-        draft vocabulary, as were those before them."""
+    def forward(self, hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [B, S, A * H]; returns the sum of the anchors' losses, how many labels counted, and how many
+        were in the draft vocabulary, as were those before them."""
         drafter, dtype = self.drafter, TORCH_DTYPES[self.config.dtype]
         kept = batch.valid[..., 0]
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            slots = drafter.hidden_slots(features, batch.anchors, batch.positions)[kept].float()  # [N, 1 + T, H]
+        with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            slots = drafter.hidden_slots(hidden_states, batch.anchors, batch.positions)[kept].float()  # [N, 1 + T, H]
         lattice = drafter.lattice(slots)
         anchors, labels, valid = in_labels(
             drafter.vocabulary, batch.anchors[kept], batch.labels[kept], batch.valid[kept]
@@ -89,14 +90,14 @@ class Trainer:
         self,
         config: TrainConfig,
         drafter_config: DrafterConfig,
-        features: Features,
+        hidden_states: HiddenStates,
         embedding: Tensor,
         head: Tensor,
-        workers: Workers = ALONE,
+        workers: Workers = SINGLE_PROCESS,
         token_ids: Sequence[int] | None = None,
     ):
         torch.manual_seed(config.seed)
-        self.config, self.features, self.workers = config, features, workers
+        self.config, self.hidden_states, self.workers = config, hidden_states, workers
         labels = None if token_ids is None else torch.tensor(token_ids)
         self.drafter = CTCDrafter(drafter_config, embedding.float(), head.float(), labels)
         self.drafter.spread_labels(config.blank_share)
@@ -119,10 +120,10 @@ class Trainer:
         loss_sum, counted, inside = 0.0, 0, 0
         for rows in parts:
             part = batch.rows(rows).to(self.device)
-            features = self.features([examples[row] for row in rows], part.token_ids)
+            hidden_states = self.hidden_states([examples[row] for row in rows], part.token_ids)
             averaging = contextlib.nullcontext() if rows is parts[-1] else workers.without_averaging(self.module)
             with averaging:
-                loss, labels, in_vocabulary = self.module(features, part)
+                loss, labels, in_vocabulary = self.module(hidden_states, part)
                 # The processes' gradients are averaged, and a mean over all of the batch is wanted.
                 (loss * (workers.size / num_anchors)).backward()
             loss_sum, counted, inside = loss_sum + loss.item(), counted + int(labels), inside + int(in_vocabulary)
@@ -174,8 +175,8 @@ class Trainer:
     def acceptance(self, drafter: CTCDrafter, held_out: Sequence[Example]) -> Acceptance:
         """Of what the drafter will be served as: greedy chains, or trees."""
         if not self.config.tree_nodes:
-            return measure_chain(drafter, self.features, held_out)
-        return measure_trees(drafter, self.features, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
+            return measure_chain(drafter, self.hidden_states, held_out)
+        return measure_trees(drafter, self.hidden_states, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
 
     def run(self, examples: list[Example], held_out: list[Example], paths: RunPaths) -> None:
         """Train to the last step, continuing from the last checkpoint in the work folder. Files, bar and measurements

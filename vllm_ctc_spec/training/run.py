@@ -6,30 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import TrainingError
+from vllm_ctc_spec.training.answers import Generate, answer, generate_here
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
-from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, responses_dtype, target_fingerprint
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
-from vllm_ctc_spec.training.features import in_process, stored
-from vllm_ctc_spec.training.files import fitting_a_gpu
-from vllm_ctc_spec.training.generate import make_labels
+from vllm_ctc_spec.training.hidden_states import in_process, stored
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
+from vllm_ctc_spec.training.memory import explain_out_of_memory
 from vllm_ctc_spec.training.metrics import read_log
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.target import Target, TargetTables, TargetText
-from vllm_ctc_spec.training.workers import ALONE, Workers
+from vllm_ctc_spec.training.workers import SINGLE_PROCESS, Workers
 
-GPU_LEVERS = (
+OOM_REMEDIES = (
     "the same run goes on in less memory with more parts of a step (--accumulate); --dtype bf16, fewer --anchors, a "
     "smaller --batch-size, or --features stored, which needs no target beside the drafter, start another (--overwrite)"
 )
 
 
-def drafter_shape(config: TrainConfig, target: Target | TargetTables | TargetText) -> DrafterConfig:
+def drafter_shape(config: TrainConfig, target: PreTrainedConfig) -> DrafterConfig:
     """The drafter that these settings describe for this target (DrafterConfigError)."""
     shape = {name: getattr(config, name) for name in (
         "target", "num_frames", "num_labels", "num_layers", "markov_rank", "lattice", "transition_rank", "tree_nodes",
@@ -38,14 +40,14 @@ def drafter_shape(config: TrainConfig, target: Target | TargetTables | TargetTex
         shape["draft_vocab_size"] = config.draft_vocab_size
     if config.aux_layers:
         shape["aux_hidden_state_layer_ids"] = config.aux_layers
-    if target.config.architectures:  # the whole model's, which the language model's own does not name
-        shape["target_architecture"] = target.config.architectures[0]
-    return DrafterConfig.for_target(target.config.get_text_config(), **shape)
+    if target.architectures:  # the whole model's, which the language model's own does not name
+        shape["target_architecture"] = target.architectures[0]
+    return DrafterConfig.for_target(target.get_text_config(), **shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What is checked, claimed and generated once for a run, before its processes work."""
+    """What is checked and generated once for a run, before its processes work."""
 
     config: TrainConfig
     paths: RunPaths
@@ -61,40 +63,27 @@ def load_target(config: TrainConfig, device: torch.device) -> Target | TargetTab
     return kind.load(config.target, device, TORCH_DTYPES[config.dtype])
 
 
-def prepare(
-    config: TrainConfig, paths: RunPaths, overwrite: bool, in_workers: bool = False
-) -> tuple[Prepared, Target | TargetTables | TargetText]:
-    """Nothing is written before everything is checked. in_workers: they load the target, which is loaded here only if
-    it has to answer prompts."""
+def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Generate = generate_here) -> Prepared:
+    """Check everything, then let the target answer prompts; nothing of the run itself is written.
+
+    generate: answers shards of a file of prompts, by vLLM by default.
+    """
     paths.check(config, overwrite)
     text = TargetText.load(config.target)
     if config.features == "target":
         text.refuse_quantised(
             config.target, "let it run the target: --features stored on what `vllm-ctc data --hidden-states` wrote"
         )
-    drafter_config = drafter_shape(config, text)
-    if in_workers and (Path(config.data).is_dir() or config.features == "stored"):
-        target = text
-    else:
-        target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if Path(config.data).is_dir():
-        layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
-        examples, held_out = open_dataset(Path(config.data), target_fingerprint(config.target), layer_ids)
-        if config.features == "target":
-            check_dtype(Path(config.data), config.dtype)
-        dtype = responses_dtype(Path(config.data))
-        paths.start(config, overwrite)
-    elif config.features == "stored":
-        raise TrainingError(
-            f"--features stored needs hidden states, and {config.data} is no dataset: write one with "
-            "`vllm-ctc data --hidden-states`."
-        )
-    else:
-        prompts = read_prompts(config.data, target, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
-        print(prompts.report())
-        paths.start(config, overwrite)
-        examples, held_out = make_labels(config, target, prompts, paths.labels, overwrite)
-        dtype = DTYPES[config.dtype]
+        text.check_layers(config.target)
+    drafter_config = drafter_shape(config, text.config)
+    folder = Path(config.data)
+    if not folder.is_dir():
+        folder = paths.labels
+        answer_prompts(config, text, folder, overwrite, generate)
+    layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
+    examples, held_out = open_dataset(folder, target_fingerprint(config.target), layer_ids)
+    if config.features == "target":
+        check_dtype(folder, config.dtype)
     if not any(anchor_positions(example) for example in examples):
         raise TrainingError(
             f"The responses of {config.target} are one token long, so there is nothing to draft; "
@@ -102,18 +91,36 @@ def prepare(
         )
     token_ids, sentence = choose_tokens(config.draft_vocab_size, drafter_config.vocab_size, examples)
     print(sentence)
-    drafter_config = dataclasses.replace(drafter_config, target_dtype=dtype)
+    drafter_config = dataclasses.replace(drafter_config, target_dtype=responses_dtype(folder))
     if token_ids is not None:
         drafter_config = dataclasses.replace(drafter_config, draft_vocab_size=len(token_ids))
-    return Prepared(config, paths, drafter_config, examples, held_out, token_ids), target
+    return Prepared(config, paths, drafter_config, examples, held_out, token_ids)
 
 
-def work(prepared: Prepared, target: Target | TargetTables, workers: Workers = ALONE) -> str | None:
+def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrite: bool, generate: Generate) -> None:
+    """A dataset of the target's answers to the run's file of prompts, as `vllm-ctc data` writes it."""
+    if config.features == "stored":
+        raise TrainingError(
+            f"--features stored needs hidden states, and {config.data} is no dataset: write one with "
+            "`vllm-ctc data --hidden-states`."
+        )
+    shared = ("target", "max_new_tokens", "temperature", "seed", "held_out", "chat_template_kwargs")
+    asked = DataConfig(
+        prompts=config.data, output=folder, dtype=DTYPES[config.dtype],
+        **{name: getattr(config, name) for name in shared},
+    )  # fmt: skip
+    prompts = read_prompts(config.data, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
+    answer(asked, text, prompts, overwrite, generate)
+
+
+def run_worker(
+    prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS
+) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
-    features = stored(layer_ids) if config.features == "stored" else in_process(target, layer_ids)
-    trainer = Trainer(config, drafter_config, features, target.embedding, target.head, workers, prepared.token_ids)
+    hidden_states = stored(layer_ids) if config.features == "stored" else in_process(target, layer_ids)
+    trainer = Trainer(config, drafter_config, hidden_states, target.embedding, target.head, workers, prepared.token_ids)
     trainer.run(prepared.examples, prepared.held_out, paths)
     if not workers.is_main:
         return None
@@ -121,10 +128,13 @@ def work(prepared: Prepared, target: Target | TargetTables, workers: Workers = A
     return report(trainer, paths)
 
 
-def train(config: TrainConfig, paths: RunPaths, overwrite: bool) -> str:
-    """Run or continue `config` in this process; returns the report to print."""
-    with fitting_a_gpu(GPU_LEVERS):
-        return work(*prepare(config, paths, overwrite))
+def train(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Generate = generate_here) -> str:
+    """Run or continue `config` in this process; returns the report to print. generate: as in `prepare`."""
+    with explain_out_of_memory(OOM_REMEDIES):
+        prepared = prepare(config, paths, overwrite, generate)
+        target = load_target(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        paths.start(config, overwrite)
+        return run_worker(prepared, target)
 
 
 def share_of_labels(log: Sequence[dict], name: str) -> float:

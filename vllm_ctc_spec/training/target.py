@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +28,8 @@ UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safetens
 
 
 @contextlib.contextmanager
-def _loading(folder: str) -> Iterator[None]:
+def loading(folder: str) -> Iterator[None]:
+    """A folder that transformers can make no model of is a TrainingError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -63,7 +65,7 @@ class TargetText:
                     "the model."
                 )
             raise TrainingError(f"No Hugging Face model at {folder}: config.json is missing; give the target's folder.")
-        with _loading(folder):
+        with loading(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             text = config.get_text_config()  # of a multimodal model its language model's, else the same
@@ -73,6 +75,12 @@ class TargetText:
                 "use a chat model or add chat_template.jinja to the folder."
             )
         return cls(tokenizer, config, text.max_position_embeddings, text.num_hidden_layers)
+
+    def check_layers(self, folder: str) -> None:
+        """Refuse a target whose layers a drafter cannot read, before weights load (TrainingError)."""
+        with loading(folder), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        _check_layers(folder, model)
 
     def refuse_quantised(self, folder: str, remedy: str) -> None:
         """Transformers and vLLM do not compute the same with quantised weights, and what counts is what is served
@@ -114,18 +122,23 @@ class Target:
     @classmethod
     def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "Target":
         tokenizer = TargetText.load(folder).tokenizer
-        with _loading(folder):
+        with loading(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-        if not hasattr(model.get_decoder(), "layers"):
-            raise TrainingError(
-                f"The target at {folder} is a {type(model).__name__}, whose layers cannot be read from; "
-                "CTC drafters need a decoder with `layers`, as Llama and Qwen have."
-            )
+        _check_layers(folder, model)
         eos = model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         eos_ids = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        model.generation_config = GenerationConfig()  # penalties and the like are a request's, not the target's
         model.requires_grad_(False)
         return cls(model.to(device).eval(), tokenizer, eos_ids)
+
+
+def _check_layers(folder: str, model: PreTrainedModel) -> None:
+    if not hasattr(model.get_decoder(), "layers"):
+        raise TrainingError(
+            f"The target at {folder} is a {type(model).__name__}, whose layers cannot be read from; "
+            "CTC drafters need a decoder with `layers`, as Llama and Qwen have."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +155,7 @@ class TargetTables:
         """The tables alone where the weights' files tell which they are, else out of the whole model."""
         config = TargetText.load(folder).config
         names = _table_names(config)
-        with _loading(folder):
+        with loading(folder):
             found = {name: _read_table(Path(folder), name) for name in names or ()}
         if names is not None and all(table is not None for table in found.values()):
             tables = {name: table.to(device, dtype) for name, table in found.items()}

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """State that does not depend on how it is shared: whole tensors, on the main process; the others get nothing."""
 
 
@@ -47,7 +47,8 @@ class Workers:
         return fully_shard(module, mesh=mesh)
 
     def without_averaging(self, module: nn.Module) -> contextlib.AbstractContextManager:
-        """For all but the last part of a step. Shards are summed part by part: whole gradients would not fit."""
+        """Context for every accumulation part but the last: DDP skips its all-reduce. FSDP reduces every part, because
+        unsharded gradients would not fit."""
         return module.no_sync() if self.size > 1 and self.parallel == "ddp" else contextlib.nullcontext()
 
     def total(self, values: list[float], device: torch.device) -> list[float]:
@@ -65,7 +66,7 @@ class Workers:
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """A copy of the whole module's weights, on the main process's CPU; empty on the others."""
-        return {name: weight.clone() for name, weight in get_model_state_dict(module, options=WHOLE).items()}
+        return {name: weight.clone() for name, weight in get_model_state_dict(module, options=FULL_STATE).items()}
 
 
-ALONE = Workers()
+SINGLE_PROCESS = Workers()

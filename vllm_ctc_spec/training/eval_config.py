@@ -1,11 +1,11 @@
-"""What one evaluation was asked to measure; apart from it, so that the command line reads the defaults at once."""
+"""What one evaluation was asked to measure. Kept free of torch, so that `--help` starts quickly."""
 
 import dataclasses
 from pathlib import Path
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.kernels.limits import MAX_NODES
-from vllm_ctc_spec.training.config import DTYPES, default_dtype, option
+from vllm_ctc_spec.training.config import DEFAULT_DTYPE, as_in_training, check_choices, default_dtype, option, setting
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -16,23 +16,26 @@ class EvalConfig:
     """Settings that are None follow from `data`: a file of prompts, or a dataset, whose responses are there already;
     dtype follows from the machine."""
 
-    target: str
-    drafter: str
-    data: str
-    num_prompts: int = 100
-    nodes: tuple[int, ...] = (8, 16, 32, 64)
-    temperature: tuple[float, ...] | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-    category: str | None = None
-    dtype: str | None = None
-    chat_template_kwargs: dict | None = None
+    target: str = setting("Hugging Face folder of the target", metavar="DIR")
+    drafter: str = setting("folder that `vllm-ctc train` wrote", metavar="DIR")
+    data: str = as_in_training("data", metavar="DATA")
+    num_prompts: int = setting(
+        "the first usable rows of the file; of a dataset, held-out examples chosen by --seed", 100
+    )
+    nodes: tuple[int, ...] = setting("sizes of trees", (8, 16, 32, 64))
+    seed: int = as_in_training("seed", help="of sampled responses")
+    dtype: str | None = as_in_training("dtype", help=f"of the target (default: {DEFAULT_DTYPE})")
+    temperature: tuple[float, ...] | None = setting(
+        "of the target's responses (default: 0,1; of a dataset: 0)", None, metavar="0,1"
+    )
+    max_new_tokens: int | None = setting(f"longest response of the target (default: {DEFAULT_MAX_NEW_TOKENS})", None)
+    chat_template_kwargs: dict | None = as_in_training("chat_template_kwargs", metavar="JSON")
+    category: str | None = setting("only the rows whose field `category` is this", None, metavar="NAME")
 
     def __post_init__(self) -> None:
         if self.dtype is None:
             object.__setattr__(self, "dtype", default_dtype())
-        if self.dtype not in DTYPES:
-            raise TrainingError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        check_choices(self)
         if self.is_dataset:
             self._refuse_for_dataset()
         object.__setattr__(self, "nodes", tuple(dict.fromkeys(self.nodes)))

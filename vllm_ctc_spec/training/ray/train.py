@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
+from vllm_ctc_spec.errors import TrainingError, UserError
+from vllm_ctc_spec.training.answers import Generate, generate_here
 from vllm_ctc_spec.training.checkpoint import RunPaths, recover
 from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig, WorkerOptions
-from vllm_ctc_spec.training.files import fitting_a_gpu
+from vllm_ctc_spec.training.memory import explain_out_of_memory
 from vllm_ctc_spec.training.metrics import LogFollower, StepBar
-from vllm_ctc_spec.training.ray_cluster import ray_cluster
-from vllm_ctc_spec.training.run import GPU_LEVERS, Prepared, load_target, prepare, work
+from vllm_ctc_spec.training.ray.cluster import ray_cluster
+from vllm_ctc_spec.training.run import OOM_REMEDIES, Prepared, load_target, prepare, run_worker
 from vllm_ctc_spec.training.workers import Workers
 
 MAX_FAILURES = 3  # of a run
@@ -30,8 +31,7 @@ MAX_FAILURES = 3  # of a run
 # Ray's half hour with thousands of long responses; Ray sees a worker that died without it.
 TIMEOUT_SECONDS = 4 * 3600
 POLL_SECONDS = 0.5
-SENTENCES = (TrainingError, DrafterConfigError)  # what the user can do something about, said in a sentence
-PASSING = (RuntimeError, OSError)  # what a lost peer or a storage that does not answer raise
+TRANSIENT = (RuntimeError, OSError)  # a lost peer, or a storage that does not answer: workers start again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,18 @@ class Job:
     folder: str  # that relative paths start from
 
 
-def train(config: TrainConfig, paths: RunPaths, overwrite: bool, options: WorkerOptions) -> str:
-    """Run or continue `config` with Ray; returns the report to print."""
+def train(
+    config: TrainConfig, paths: RunPaths, overwrite: bool, options: WorkerOptions, generate: Generate = generate_here
+) -> str:
+    """Run or continue `config` with Ray; returns the report to print. generate: as in `run.prepare`."""
     options.check(config)
     paths.check(config, overwrite)
     with ray_cluster(options.ray_address, options.num_workers) as ray:
         kind = _device_kind(ray.cluster_resources(), options.num_workers)
-        with fitting_a_gpu(GPU_LEVERS):
-            prepared = prepare(config, paths, overwrite, in_workers=True)[0]
-        recover(paths.work)  # here too, where what it says is seen
-        torch.cuda.empty_cache()  # of the target, which a worker on this GPU loads again
+        with explain_out_of_memory(OOM_REMEDIES):
+            prepared = prepare(config, paths, overwrite, generate)
+        paths.start(config, overwrite)
+        recover(paths.work)  # here too, where its message is seen
         threads = options.threads or max(1, torch.get_num_threads() // options.num_workers)
         job = Job(prepared, options.parallel, threads, os.getcwd())
         print(f"Ray starts {options.num_workers} workers with a {kind} each.")
@@ -71,9 +73,9 @@ def _ray_folder(paths: RunPaths) -> Path:
 def _device_kind(resources: dict[str, float], num_workers: int) -> str:
     """What each worker takes one of: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
     kind = "GPU" if resources.get("GPU") else "CPU"
-    there = int(resources.get(kind, 0))
-    if num_workers > there:
-        raise TrainingError(f"--num-workers {num_workers} needs as many {kind}s, and the Ray cluster has {there}.")
+    available = int(resources.get(kind, 0))
+    if num_workers > available:
+        raise TrainingError(f"--num-workers {num_workers} needs as many {kind}s, and the Ray cluster has {available}.")
     return kind
 
 
@@ -89,9 +91,9 @@ def _start(job: Job, num_workers: int, kind: str) -> Future:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 cause = _cause(error)
-                if isinstance(cause, SENTENCES):
+                if isinstance(cause, UserError):
                     raise cause
-                if cause is not error and not isinstance(cause, PASSING):
+                if cause is not error and not isinstance(cause, TRANSIENT):
                     raise error
 
     trainer = TorchTrainer(
@@ -166,5 +168,5 @@ def train_loop(config: dict[str, Job]) -> str | None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     workers = Workers(context.get_world_rank(), context.get_world_size(), job.parallel)
-    with fitting_a_gpu(GPU_LEVERS):
-        return work(job.prepared, load_target(job.prepared.config, device), workers)
+    with explain_out_of_memory(OOM_REMEDIES):
+        return run_worker(job.prepared, load_target(job.prepared.config, device), workers)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.dataset import Advance, Responses, Shard
-from vllm_ctc_spec.training.ray_cluster import ray_cluster
-from vllm_ctc_spec.training.vllm_data import Engine, EngineConfig
+from vllm_ctc_spec.training.dataset import Shard
+from vllm_ctc_spec.training.dataset_writer import Advance, Responses
+from vllm_ctc_spec.training.engine import Engine, EngineConfig
+from vllm_ctc_spec.training.ray.cluster import ray_cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,12 @@ class EngineActor:
 def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int) -> tuple[int, dict[str, int]]:
     """How many actors there are to be, and what each of them takes; each: GPUs or CPUs of an engine."""
     kind, name = ("GPU", "num_gpus") if resources.get("GPU") else ("CPU", "num_cpus")
-    there = int(resources.get(kind, 0))
-    count = options.num_workers or (max(1, there // each) if kind == "GPU" else 1)
-    if count * each > there:
+    available = int(resources.get(kind, 0))
+    count = options.num_workers or (max(1, available // each) if kind == "GPU" else 1)
+    if count * each > available:
         raise TrainingError(
             f"{count} workers (--num-workers) of {each} {kind}s each (--tensor-parallel-size) need {count * each}, and "
-            f"the Ray cluster has {there}."
+            f"the Ray cluster has {available}."
         )
     return count, {name: each}
 

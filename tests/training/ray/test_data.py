@@ -1,6 +1,6 @@
 """Responses by vLLM engines in Ray's workers: the same shards as without Ray, and errors as one sentence.
 
-Those that start engines take minutes on a busy machine: `pytest -m slow tests/training/test_ray_data.py`.
+Those that start engines take minutes on a busy machine: `pytest -m slow tests/training/ray/test_data.py`.
 """
 
 import dataclasses
@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training import dataset, ray_data
+from vllm_ctc_spec.training import dataset, dataset_writer
+from vllm_ctc_spec.training.answers import make_dataset
+from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import read_examples
-from vllm_ctc_spec.training.generate import decode
-from vllm_ctc_spec.training.ray_data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
-from vllm_ctc_spec.training.target import Target
-from vllm_ctc_spec.training.vllm_data import DataConfig, EngineConfig, make_dataset
+from vllm_ctc_spec.training.engine import EngineConfig
+from vllm_ctc_spec.training.ray import data as ray_data
+from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
 
-from .tiny import make_target
+from ..tiny import by_transformers, make_target
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +31,16 @@ def config(folder, rows_file, tmp_path):
     return DataConfig(str(folder), str(rows_file), tmp_path / "data", 20, 0.0, 3, 2, False, "float32")
 
 
-def by_transformers(target):
-    def generate(config, shards, advance):
-        for shard in shards:
-            yield shard, [decode(target, [prompt], config.max_new_tokens)[0] for prompt in shard.prompts]
-
-    return generate
-
-
 def with_ray(num_workers):
     return lambda config, shards, advance: generate_with_ray(config, shards, advance, RayOptions(None, num_workers))
 
 
 @pytest.mark.slow
 def test_two_workers_make_the_missing_shards_as_one_process_does(config, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 4)
-    target = Target.load(config.target, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 4)
     expected = dataclasses.replace(config, output=config.output.with_name("expected"))
-    make_dataset(expected, False, by_transformers(target))
-    make_dataset(config, False, by_transformers(target))
+    make_dataset(expected, False, by_transformers)
+    make_dataset(config, False, by_transformers)
     for missing in ("train-00001", "train-00003", "train-00005"):
         (config.output / f"{missing}.jsonl").unlink()
     seen = []

@@ -32,7 +32,7 @@ def ray_train():
     pytest.importorskip("ray.train")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is missed
-        from vllm_ctc_spec.training import ray_train
+        from vllm_ctc_spec.training.ray import train as ray_train
 
         yield ray_train
 
@@ -48,12 +48,10 @@ def cluster(ray_train):
 
 
 @pytest.fixture(scope="module")
-def train(target_folder, rows_file, tmp_path_factory):
-    labels = tmp_path_factory.mktemp("labels")
-
+def train(target_folder, dataset_folder):
     def run(output: Path, *more: str, **change) -> int:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in {**OPTIONS, **change}.items()]
-        where = ["--target", str(target_folder), "--data", str(rows_file), "--labels", str(labels)]
+        where = ["--target", str(target_folder), "--data", str(dataset_folder)]
         return main(["train", *where, "--output", str(output), *options, *more])
 
     return run

@@ -18,12 +18,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving import cpu, plugin
-from vllm_ctc_spec.training import dataset, target, vllm_data
-from vllm_ctc_spec.training.data import read_prompts
+from vllm_ctc_spec.training import answers, dataset, dataset_writer, extract_hidden_states, target
+from vllm_ctc_spec.training import engine as engine_module
+from vllm_ctc_spec.training.answers import make_dataset
+from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import open_dataset, responses_dtype, stored_states, target_fingerprint
-from vllm_ctc_spec.training.generate import decode
+from vllm_ctc_spec.training.engine import Engine, EngineConfig
+from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.prompts import read_prompts
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
-from vllm_ctc_spec.training.vllm_data import DataConfig, Engine, EngineConfig, make_dataset
 
 from .tiny import make_target, write_rows
 
@@ -80,7 +83,7 @@ def test_greedy_responses_are_those_of_transformers(config, generate, target32, 
     assert report == f"{config.output}: 22 responses for training, 2 held out."
     assert "22 prompts for training, 2 held out." in capsys.readouterr().out
     for example in train + held_out:
-        assert [example.response] == decode(target32, [example.prompt], NEW_TOKENS)
+        assert [example] == respond(target32, [example.prompt], NEW_TOKENS)
     ended = [e.response[-1] in target32.eos_ids for e in train]
     assert any(ended) and not all(ended)
 
@@ -93,14 +96,14 @@ def test_responses_end_at_the_targets_positions(config, generate, engine, target
     train, _ = opened(config)
     assert max(map(len, train)) == 64
     for example in train:
-        assert [example.response] == decode(target32, [example.prompt], 60)
+        assert [example] == respond(target32, [example.prompt], 60)
 
 
 def test_sampled_responses_depend_on_seed_and_row_alone(config, generate, engine, monkeypatch):
     sampled = dataclasses.replace(config, temperature=1.0)
     make_dataset(sampled, False, generate)
     first, held_out = opened(sampled)
-    monkeypatch.setattr(dataset, "SHARD_PROMPTS", 5)
+    monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 5)
     again = dataclasses.replace(sampled, output=config.output.with_name("again"))
     make_dataset(again, False, generate)
     (again.output / "train-00002.jsonl").unlink()
@@ -169,7 +172,7 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
         def close(self):
             pass
 
-    monkeypatch.setattr(vllm_data, "Engine", FullDisk)
+    monkeypatch.setattr(extract_hidden_states, "Engine", FullDisk)
     monkeypatch.setattr(vllm.envs, "VLLM_ENABLE_V1_MULTIPROCESSING", True, raising=False)
     with pytest.raises(TrainingError, match=r"could not write hidden states to .*; when there is room, the"):
         make_dataset(dataclasses.replace(config, hidden_states=True), False, generate)
@@ -177,14 +180,14 @@ def test_hidden_states_that_cannot_be_written_are_one_sentence(config, generate,
 
 
 def test_hidden_states_are_not_begun_without_room(config, generate, monkeypatch, capsys):
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=100))
-    monkeypatch.setattr(vllm_data, "compute_states", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=100))
+    monkeypatch.setattr(answers, "compute_states", lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(TrainingError, match="The hidden states of .* tokens after 2 layers take 0.00 GB"):
         make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
     train, held_out = opened(config)
     free = sum(map(len, train + held_out)) * 2 * 32 * 2  # exactly enough for hidden states of width 32
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: Mock(free=free))
-    monkeypatch.setattr(vllm_data, "compute_states", lambda *args, layer_ids: iter(()))
+    monkeypatch.setattr(dataset_writer.shutil, "disk_usage", lambda folder: Mock(free=free))
+    monkeypatch.setattr(answers, "compute_states", lambda *args, layer_ids: iter(()))
     make_dataset(dataclasses.replace(config, hidden_states=True, aux_layers=(1, 3)), False, generate)
     assert "tokens after 2 layers take 0.00 GB; there is room for 0.00 GB." in capsys.readouterr().out
 
@@ -217,8 +220,8 @@ def test_auto_is_the_dtype_that_is_recorded(config, generate, monkeypatch, on_gp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     described = TargetText.load(config.target).config
     described.dtype = stored
-    assert vllm_data.engine_dtype("auto", described) == dtype
-    assert vllm_data.engine_dtype("half", described) == "half"
+    assert engine_module.engine_dtype("auto", described) == dtype
+    assert engine_module.engine_dtype("half", described) == "half"
 
 
 def test_the_dtype_of_a_dataset_is_that_of_its_engine(config, generate):
@@ -231,7 +234,7 @@ def test_the_dtype_of_a_dataset_is_that_of_its_engine(config, generate):
 def test_vllm_is_imported_before_torch_looks_for_a_gpu(config, monkeypatch):
     """A worker of Ray did not come through the command line, which sets what the import sets too."""
     order = []
-    monkeypatch.setattr(vllm_data, "check_vllm", lambda: order.append("vllm"))
+    monkeypatch.setattr(engine_module, "check_vllm", lambda: order.append("vllm"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: order.append("cuda"))
     monkeypatch.setattr(vllm, "LLM", lambda *args, **options: Mock())
     Engine(EngineConfig(config.target, "float32", 64, 40, 4, 0))
@@ -312,7 +315,7 @@ def test_prompts_are_checked_without_loading_a_model(config, tmp_path, monkeypat
 
 def test_a_missing_vllm_is_one_sentence(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    refused(config, "generates with vLLM, which cannot be imported")
+    refused(config, "generates with vLLM, which cannot be imported .*; install vLLM")
 
 
 def test_a_target_that_vllm_cannot_serve_is_one_sentence(config, tmp_path):
@@ -353,25 +356,25 @@ def test_a_chosen_log_stays_where_it_was_chosen(monkeypatch):
     for name in list(os.environ):
         if name.startswith("VLLM_LOGGING_"):
             monkeypatch.delenv(name)
-    assert not vllm_data.log_is_chosen()
+    assert not engine_module.log_is_chosen()
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    assert vllm_data.log_is_chosen()
+    assert engine_module.log_is_chosen()
 
 
 def test_an_engine_that_fails_names_its_log(config, engine, monkeypatch):
-    monkeypatch.setattr(vllm_data, "log_is_chosen", lambda: False)
+    monkeypatch.setattr(answers, "log_is_chosen", lambda: False)
     monkeypatch.setattr(vllm, "LLM", Mock(side_effect=RuntimeError("no room")))
     handlers = logging.getLogger("vllm").handlers[:]
     with pytest.raises(TrainingError, match=rf"\(RuntimeError: no room\); see {config.output}/vllm.log"):
         make_dataset(config, False)
-    assert logging.getLogger("vllm").handlers == handlers and vllm_data.LOGGING_VARIABLE not in os.environ
+    assert logging.getLogger("vllm").handlers == handlers and engine_module.LOGGING_VARIABLE not in os.environ
     monkeypatch.undo()
     assert [path.name for path in config.output.iterdir()] == [dataset.LOG_NAME]
-    assert not dataset.check_folder(config.output, {}, False)
+    assert not dataset_writer.check_folder(config.output, {}, False)
 
 
 def test_a_log_that_cannot_be_written_is_one_sentence(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_data, "log_is_chosen", lambda: False)
+    monkeypatch.setattr(answers, "log_is_chosen", lambda: False)
     (tmp_path / "file").write_text("")
     there = dataclasses.replace(config, output=tmp_path / "file" / "data")
     with pytest.raises(TrainingError, match=f"{dataset.LOG_NAME} cannot be written to"):
@@ -398,7 +401,7 @@ def test_an_engine_that_is_killed_ends_the_waiting_for_it():
             self.resources.engine_manager.monitor_engine_liveness = self.killed.wait
 
     client = Client()
-    vllm_data._report_death(client)
+    engine_module._report_death(client)
     with pytest.raises(queue.Empty):
         client.outputs_queue.get(timeout=0.1)
     client.killed.set()
@@ -420,7 +423,7 @@ def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):
         def close(self):
             events.append("close")
 
-    monkeypatch.setattr(vllm_data, "Engine", Recorder)
+    monkeypatch.setattr(answers, "Engine", Recorder)
     make_dataset(config, False)
     make_dataset(config, False)
     assert events == ["start", "held-out", "train", "close"]

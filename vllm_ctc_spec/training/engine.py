@@ -1,4 +1,4 @@
-"""`vllm-ctc data`: the target's own responses by vLLM's offline engine, and its hidden states beside them."""
+"""vLLM's offline engine with one target: its responses and hidden states, its log, and errors as one sentence."""
 
 import contextlib
 import dataclasses
@@ -7,75 +7,26 @@ import io
 import json
 import logging.config
 import os
-import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from vllm_ctc_spec.drafter.config import default_aux_layer_ids
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving.cpu.threads import threads_of
-from vllm_ctc_spec.training.config import option
-from vllm_ctc_spec.training.data import Prompts, read_prompts
-from vllm_ctc_spec.training.dataset import (
-    LOG_NAME,
-    Advance,
-    Responses,
-    Shard,
-    check_folder,
-    check_room,
-    dataset_settings,
-    plan_shards,
-    read_shard,
-    write_responses,
-    write_states,
-)
+from vllm_ctc_spec.training.dataset import Shard
+from vllm_ctc_spec.training.dataset_writer import Advance, Responses
 from vllm_ctc_spec.training.files import writing
-from vllm_ctc_spec.training.target import TargetText
 
-States = Iterator[tuple[Shard, Tensor]]
 # Measured with 135 M weights on two cores: 128 give 1.17 times as many tokens a second, and each four times as late.
 CPU_PROMPTS_AT_ONCE = 32
 LOGGING_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
-PASSING_PREFIX, PASSING_SUFFIX = "hidden-states-", ".tmp"  # of the folder through which vLLM hands them over
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What `vllm-ctc data` was asked for, except where it runs and what it replaces."""
-
-    target: str
-    prompts: str
-    output: Path
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    held_out: int
-    hidden_states: bool
-    dtype: str
-    aux_layers: tuple[int, ...] | None = None
-    tensor_parallel_size: int = 1
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "held_out", "tensor_parallel_size"):
-            if not getattr(self, name) > 0:
-                raise TrainingError(f"{option(name)} must be more than 0, not {getattr(self, name)}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise TrainingError(f"--temperature must be 0 (greedy) or more, not {self.temperature}.")
-        if not 0 <= self.seed < 2**32:
-            raise TrainingError(f"--seed must be between 0 and 2**32 - 1, not {self.seed}.")
-        if self.aux_layers and not self.hidden_states:
-            raise TrainingError("--aux-layers says which --hidden-states are stored: add those, or leave it out.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,108 +204,6 @@ def check_vllm() -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         raise TrainingError(
-            f"`vllm-ctc data` generates with vLLM, which cannot be imported ({error}); install vLLM, or give the "
-            "prompts to `vllm-ctc train --data`, which generates without it."
+            f"The target generates with vLLM, which cannot be imported ({error}); install vLLM 0.32 or 0.33, or train "
+            "on a dataset that `vllm-ctc data` wrote on a machine that has it."
         ) from error
-
-
-def generate_here(config: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Responses]]:
-    with contextlib.closing(Engine(config)) as engine:
-        for shard in shards:
-            yield shard, engine.responses(shard, advance)
-
-
-Generate = Callable[[EngineConfig, Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
-
-
-def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = generate_here) -> str:
-    """Write or continue the dataset; returns the report to print."""
-    text = TargetText.load(config.target)
-    layer_ids = config.aux_layers or default_aux_layer_ids(text.num_layers)
-    if not all(1 <= layer <= text.num_layers for layer in layer_ids):
-        raise TrainingError(
-            f"--aux-layers must be between 1 and {text.num_layers}, the target's layers, not {list(layer_ids)}."
-        )
-    prompts = read_prompts(config.prompts, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
-    shards = plan_shards(prompts, config.temperature)
-    config = dataclasses.replace(config, dtype=engine_dtype(config.dtype, text.config))
-    settings = dataset_settings(
-        config.target, prompts, config.max_new_tokens, config.temperature, config.seed, config.dtype
-    )
-    check_folder(config.output, settings, overwrite)
-    for leftover in config.output.glob(f"{PASSING_PREFIX}*{PASSING_SUFFIX}"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    print(prompts.report())
-    engine = _engine_config(config, text, prompts)
-    write_responses(config.output, settings, shards, functools.partial(generate, engine), overwrite)
-    if config.hidden_states:
-        print(check_room(config.output, shards, layer_ids, text.config.get_text_config().hidden_size))
-        compute = functools.partial(compute_states, engine, config.output, layer_ids=layer_ids)
-        write_states(config.output, shards, layer_ids, compute)
-    return f"{config.output}: {len(prompts.train)} responses for training, {len(prompts.held_out)} held out."
-
-
-def _engine_config(config: DataConfig, text: TargetText, prompts: Prompts) -> EngineConfig:
-    longest = max(map(len, prompts.train + prompts.held_out))
-    return EngineConfig(
-        target=config.target,
-        dtype=config.dtype,
-        max_length=text.max_length,
-        # A cache for the target's own maximum may need more memory than there is.
-        max_model_len=min(text.max_length, longest + config.max_new_tokens),
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        tensor_parallel_size=config.tensor_parallel_size,
-        log=None if log_is_chosen() else str(config.output / LOG_NAME),
-    )
-
-
-def compute_states(
-    config: EngineConfig, folder: Path, shards: Sequence[Shard], advance: Advance, layer_ids: tuple[int, ...]
-) -> States:
-    """The target's auxiliary hidden states by vLLM, bfloat16 `[tokens of a shard, A * H]`.
-
-    vLLM's method `extract_hidden_states` keeps them beside the KV cache, and a connector writes those of each finished
-    request to a file. The last token of an example has zeros: it is never in a draft's context, and running the target
-    on it could need a position that the target does not have.
-    """
-    from vllm import envs
-    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
-        cleanup_hidden_states,
-        load_hidden_states,
-    )
-
-    if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-        # The files are written by the step after the last one that anybody waits for.
-        raise TrainingError(
-            "--hidden-states needs vLLM's engine in a process of its own; unset VLLM_ENABLE_V1_MULTIPROCESSING."
-        )
-    with tempfile.TemporaryDirectory(prefix=PASSING_PREFIX, suffix=PASSING_SUFFIX, dir=folder) as passing:
-        options = {
-            "speculative_config": {
-                "method": "extract_hidden_states",
-                "num_speculative_tokens": 1,
-                "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layer_ids)}},
-            },
-            "kv_transfer_config": {
-                "kv_connector": "HiddenStatesConnector",
-                "kv_connector_module_path": "vllm_ctc_spec.training.hidden_states_connector",
-                "kv_role": "kv_producer",
-                "kv_connector_extra_config": {"shared_storage_path": passing},
-            },
-        }
-        with contextlib.closing(Engine(config, **options)) as engine:
-            for shard in shards:
-                examples = read_shard(shard.path(folder))
-                rows = []
-                for path in engine.hidden_states([(e.prompt + e.response)[:-1] for e in examples], advance):
-                    try:
-                        states = load_hidden_states(path)["hidden_states"].flatten(1).bfloat16()
-                    except (OSError, SafetensorError) as error:  # vLLM logs why, and goes on
-                        raise TrainingError(
-                            f"vLLM could not write hidden states to {folder} ({error}); when there is room, the same "
-                            "command continues."
-                        ) from error
-                    rows += [states, states.new_zeros(1, states.shape[1])]
-                    cleanup_hidden_states(path)
-                yield shard, torch.cat(rows)
