@@ -83,8 +83,8 @@ class ServingOptions:
         if self.tree_rows is not None and SCHEDULE in speculative:
             raise DrafterConfigError(f"ctc_tree_rows and {SCHEDULE} say the same thing twice; remove one of them.")
         width = min(drafter.draft_vocab_size, MAX_CANDIDATES // drafter.num_frames)
-        limits = (("tree_width", width), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
-        for name, largest in limits:
+        largest_values = (("tree_width", width), ("tree_depth", drafter.num_frames), ("tree_rows", MAX_TREE_ROWS))
+        for name, largest in largest_values:
             value = getattr(self, name)
             if value is None:
                 continue
