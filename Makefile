@@ -80,7 +80,7 @@ $(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMP
 $(STAMPS)/vllm-gpu: $(STAMPS)/venv
 	@[ ! -e $(STAMPS)/vllm-cpu ] || { echo "error: $(VENV) holds vLLM's CPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }
 	@echo "==> vLLM, GPU build (several GB)"
-	@$(BIN)/pip install '$(VLLM_GPU)' ruff
+	@$(BIN)/pip install '$(VLLM_GPU)'
 	@touch $@
 
 $(STAMPS)/package-gpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-gpu
