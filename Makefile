@@ -20,6 +20,12 @@ PAIR ?=
 PAIR_ARGS := $(if $(PAIR),--pair $(PAIR))
 # Processes of the tests, whole files each. On a GPU one: an engine claims nearly all of its memory.
 TEST_PROCESSES ?= $(if $(filter gpu,$(DEVICE)),0,2)
+PYTEST := $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+# pytest ends with 5 where it selects no test: no failure of a session that has none of those that ARGS asks for.
+OR_NONE := $(if $(ARGS),|| [ $$? = 5 ])
+# On a CPU Triton's kernels run in a second session, in Triton's interpreter (tests/kernels/conftest.py). Both count.
+INTERPRETED_TOO := $(if $(filter cpu,$(DEVICE)),echo "==> the kernels in Triton's interpreter"; \
+	TRITON_INTERPRET=1 $(PYTEST) -o testpaths=tests/kernels $(ARGS) $(OR_NONE) || failed=1;)
 
 .PHONY: help install test demo serve bench lint lock
 
@@ -29,7 +35,10 @@ help:  ## list the targets
 install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the plugin into .venv
 
 test: install  ## run the tests (pass options with ARGS="-k name")
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	@failed=0; \
+	$(PYTEST) $(ARGS) $(OR_NONE) || failed=1; \
+	$(INTERPRETED_TOO) \
+	exit $$failed
 
 demo: install  ## serve a small chat model with and without its CTC drafter and compare (PAIR=tiny: a tiny one)
 	$(BIN)/python benchmarks/demo.py $(PAIR_ARGS) $(ARGS)
