@@ -4,6 +4,7 @@ The interpreter is chosen when triton is imported and holds for the whole proces
 that take `triton_device` need a session of their own on a CPU, which `make test` runs too and which runs nothing else.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ from .bounds import bounded
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SKIPPED = "needs a GPU or Triton's interpreter: TRITON_INTERPRET=1 pytest tests/kernels, which `make test` runs too"
+# Tests of a CPU's paths, which a GPU machine with torch, Triton and pytest alone cannot import.
+NEEDED = {
+    "test_frame_properties.py": "hypothesis", "test_tree_properties.py": "hypothesis", "test_prefix_search.py": "numba",
+}  # fmt: skip
+collect_ignore = [file for file, package in NEEDED.items() if importlib.util.find_spec(package) is None]
 
 
 @pytest.fixture
