@@ -27,7 +27,7 @@ OR_NONE := $(if $(ARGS),|| [ $$? = 5 ])
 INTERPRETED_TOO := $(if $(filter cpu,$(DEVICE)),echo "==> the kernels in Triton's interpreter"; \
 	TRITON_INTERPRET=1 $(PYTEST) -o testpaths=tests/kernels $(ARGS) $(OR_NONE) || failed=1;)
 
-.PHONY: help install test demo serve bench lint lock
+.PHONY: help install test demo serve bench check lint dist lock
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,8 +49,16 @@ serve: install  ## serve the same model with its CTC drafter until Ctrl-C
 bench: install  ## measure none, ngram and ctc with `vllm bench serve`; writes benchmarks/results/serve*
 	$(BIN)/python benchmarks/serve.py $(PAIR_ARGS) $(ARGS)
 
-lint: install  ## check the style
+check: lint  ## lint, and the tests that start no engine, server or training: minutes less than `make test`
+	$(PYTEST) -m "not slow and not engine" $(ARGS)
+
+lint: install  ## check style and types
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+dist: install  ## build the wheel into dist/
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 lock: $(STAMPS)/venv  ## regenerate requirements/cpu.lock from cpu.in and cpu.overrides
 	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(CURDIR)/$(BIN)/uv; }); cd requirements; \

@@ -15,9 +15,10 @@ The benchmarks that need no server:
     kernel_time   every kernel against its torch reference
     step_time     vLLM's step times of an 8B shape with dummy weights
 
-torch, Triton and pytest are enough for kernels, graphs, budgets and kernel_time. What cannot run here is said and
-skipped; without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1
-if anything failed. The seed of the inputs is printed: --seed repeats a run.
+torch, Triton and pytest are enough for kernels, and for budgets and kernel_time with tqdm; graphs and trainer want
+safetensors, too, and transformers for the training. What cannot run here is said and skipped; without a GPU the kernels
+run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if anything failed. The seed of the
+inputs is printed: --seed repeats a run.
 """
 
 import argparse
@@ -78,8 +79,9 @@ def run_tests(part: str, args: argparse.Namespace, folder: Path) -> list[Outcome
     failure = run(command, args.timeout, environment)
     outcomes = read_outcomes(part, found) if found.is_file() else []
     if failure and not any(outcome.status == "failed" for outcome in outcomes):
-        no_test = failure == f"exit status {NO_TEST}"
-        outcomes.append(Outcome(part, "pytest", "skipped" if no_test else "failed", reason=failure))
+        nothing = failure == f"exit status {NO_TEST}"
+        reason = "no test: a package that they need is not installed" if nothing else failure
+        outcomes.append(Outcome(part, "pytest", "skipped" if nothing else "failed", reason=reason))
     return outcomes
 
 

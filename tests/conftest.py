@@ -62,9 +62,20 @@ def input_seed(pytestconfig) -> int:
     return pytestconfig.getoption("--seed")
 
 
-# What a test needs, by its folder or by a fixture that it takes, directly or not.
-NEEDS_BY_FOLDER = {"engine": pytest.mark.engine, "gpu": pytest.mark.gpu}
-NEEDS_BY_FIXTURE = {"triton_device": pytest.mark.gpu}
+# What a test needs, by its folder or file, or by a fixture that it takes, directly or not.
+NEEDS_BY_PATH = {
+    "engine": pytest.mark.engine,
+    "gpu": pytest.mark.gpu,
+    **dict.fromkeys(
+        [
+            "scripts", "test_example.py", "test_soak.py", "training/test_drills.py", "training/test_generate.py",
+            "training/test_ray_data.py", "training/test_ray_train.py", "training/test_train.py",
+            "training/test_vllm_data.py", "training/test_workers.py",
+        ],
+        pytest.mark.engine,
+    ),
+}  # fmt: skip
+NEEDS_BY_FIXTURE = {"triton_device": pytest.mark.gpu, "fake_vllm": pytest.mark.engine}
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -77,9 +88,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def mark_needs(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        if folder in NEEDS_BY_FOLDER:
-            item.add_marker(NEEDS_BY_FOLDER[folder])
+        path = item.path.relative_to(TESTS)
+        for place, mark in NEEDS_BY_PATH.items():
+            if path.is_relative_to(place):
+                item.add_marker(mark)
         for fixture, mark in NEEDS_BY_FIXTURE.items():
             if fixture in item.fixturenames:
                 item.add_marker(mark)
