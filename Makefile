@@ -57,6 +57,7 @@ lint: install  ## check style and types
 	$(BIN)/mypy
 
 dist: install  ## build the wheel into dist/
+	@rm -rf build/lib  # a module that was moved would still be packed
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
