@@ -20,8 +20,14 @@ PAIR ?=
 PAIR_ARGS := $(if $(PAIR),--pair $(PAIR))
 # Processes of the tests, whole files each. On a GPU one: an engine claims nearly all of its memory.
 TEST_PROCESSES ?= $(if $(filter gpu,$(DEVICE)),0,2)
+PYTEST := $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+# pytest ends with 5 where it selects no test: no failure of a session that has none of those that ARGS asks for.
+OR_NONE := $(if $(ARGS),|| [ $$? = 5 ])
+# On a CPU Triton's kernels run in a second session, in Triton's interpreter (tests/kernels/conftest.py). Both count.
+INTERPRETED_TOO := $(if $(filter cpu,$(DEVICE)),echo "==> the kernels in Triton's interpreter"; \
+	TRITON_INTERPRET=1 $(PYTEST) -o testpaths=tests/kernels $(ARGS) $(OR_NONE) || failed=1;)
 
-.PHONY: help install test demo serve bench lint lock
+.PHONY: help install test demo serve bench check lint dist lock
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,7 +35,10 @@ help:  ## list the targets
 install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the plugin into .venv
 
 test: install  ## run the tests (pass options with ARGS="-k name")
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	@failed=0; \
+	$(PYTEST) $(ARGS) $(OR_NONE) || failed=1; \
+	$(INTERPRETED_TOO) \
+	exit $$failed
 
 demo: install  ## serve a small chat model with and without its CTC drafter and compare (PAIR=tiny: a tiny one)
 	$(BIN)/python benchmarks/demo.py $(PAIR_ARGS) $(ARGS)
@@ -40,8 +49,17 @@ serve: install  ## serve the same model with its CTC drafter until Ctrl-C
 bench: install  ## measure none, ngram and ctc with `vllm bench serve`; writes benchmarks/results/serve*
 	$(BIN)/python benchmarks/serve.py $(PAIR_ARGS) $(ARGS)
 
-lint: install  ## check the style
+check: lint  ## lint, and the tests that start no engine, server or training: minutes less than `make test`
+	$(PYTEST) -m "not slow and not engine" $(ARGS)
+
+lint: install  ## check style and types
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+dist: install  ## build the wheel into dist/
+	@rm -rf build/lib  # a module that was moved would still be packed
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 lock: $(STAMPS)/venv  ## regenerate requirements/cpu.lock from cpu.in and cpu.overrides
 	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(CURDIR)/$(BIN)/uv; }); cd requirements; \
@@ -80,7 +98,7 @@ $(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMP
 $(STAMPS)/vllm-gpu: $(STAMPS)/venv
 	@[ ! -e $(STAMPS)/vllm-cpu ] || { echo "error: $(VENV) holds vLLM's CPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }
 	@echo "==> vLLM, GPU build (several GB)"
-	@$(BIN)/pip install '$(VLLM_GPU)' ruff
+	@$(BIN)/pip install '$(VLLM_GPU)'
 	@touch $@
 
 $(STAMPS)/package-gpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-gpu

@@ -24,11 +24,13 @@ setup(
     packages=[*find_packages(include=["vllm_ctc_spec", "vllm_ctc_spec.*"]), "vllm_ctc_spec.kernels"],
     # `kernels/` must never be importable under its bare name: transformers imports any package called `kernels`.
     package_dir={"vllm_ctc_spec.kernels": "kernels"},
-    install_requires=["numba", "rich", "tqdm"],
+    package_data={"vllm_ctc_spec": ["py.typed"]},
+    # Beside what vLLM brings: torch, triton, transformers, numpy, safetensors.
+    install_requires=["numba", "tqdm"],
     extras_require={
-        "bench": ["gguf", "matplotlib"],
+        "bench": ["gguf", "matplotlib", "rich"],
         "ray": ["ray[data,train]"],
-        "test": ["hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist"],
+        "test": ["hypothesis", "mypy", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
         "train": ["tensorboard"],
     },
     entry_points={

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 from pair import RESULTS, add_pair_arguments, choose_pair, ready
-from record import processor
+from record import machine
 from torch import Tensor
 
 from vllm_ctc_spec.drafter.module import CTCDrafter
@@ -248,14 +247,14 @@ def plot(lengths: Lengths, path: Path) -> None:
 def header(args: argparse.Namespace, results: Sequence[dict]) -> list[str]:
     seeds, steps = (sorted({result[field] for result in results}) for field in ("seed", "steps"))
     shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
-    counts = " or ".join(map(str, steps))
+    counts, here = " or ".join(map(str, steps)), machine()
     return [
         f"Drafters for {args.target.name}, trained from scratch for {counts} steps on the same data, where a row says "
         f"nothing else, with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
         f"{', '.join(map(str, seeds))}, ± half their range. Tokens per target forward, the target's own included; "
         "greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
         "sampled from the exact q, in expectation.",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {processor()}; {date.today()}. "
+        f"torch {here['torch']}, Python {here['python']}, {here['cpu']}; {date.today()}. "
         f"`{COMMAND}{'' if args.table == 'ablation' else f' --table {args.table}'}`",
     ]
 

@@ -29,8 +29,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import psutil
 from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from random_pair import LOAD_FORMAT, SHAPES, make_pair, register_load_format
-from record import write_record
-from report import describe_run
+from record import describe_run, machine_line, write_record
 from server import on_cpu
 from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
 from tqdm import tqdm
@@ -208,8 +207,7 @@ def to_markdown(run: dict, steps: Steps, lengths: Lengths) -> str:
     lines = [
         f"Medians over the decoding steps in which the whole batch decodes, {run['context']} tokens of context, "
         f"{run['weights']}; each kind of draft beside an engine without, in turns.",
-        f"vLLM {run['vllm']}, torch {run['torch']}, Python {run['python']}, {run['gpu'] or run['cpu']}; "
-        f"{run['date'][:10]}; `{run['command']}`.",
+        f"{machine_line(run)}; `{run['command']}`.",
     ]
     lines += table("milliseconds a step, batch", steps, [NONE, *drafts], lambda times, draft: f"{times[draft]:.2f}")
     lines += table("break-even acceptance length, batch", steps, drafts, lambda t, d: f"{break_even(t, d):.2f}")
@@ -281,7 +279,10 @@ def measured_record(args: argparse.Namespace, argv: list[str]) -> dict:
         else:
             ready(args.pair)
         steps, pairs = measure(args)
-    run = describe_run("latency_model.py", argv, busy, context=args.context, weights=weights, repeats=args.repeats)
+    run = describe_run(
+        "benchmarks/latency_model.py", argv, context=args.context, weights=weights, repeats=args.repeats,
+        machine_busy_percent_before=busy,
+    )  # fmt: skip
     return {"run": run, "step_ms": steps, "pairs_ms": pairs}
 
 

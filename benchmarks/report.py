@@ -8,21 +8,13 @@ OUTPUT.md, OUTPUT-speed.png, OUTPUT-acceptance.png and, with the times of `step_
 
 import argparse
 import json
-import os
-import platform
-import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from record import processor
-from server import on_cpu
+from record import machine_line
 
 MACHINE = ("vllm", "torch", "vllm_ctc_spec", "python", "cpu", "cores", "gpu")
 ACCEPTANCE_LENGTH = (
@@ -139,38 +131,13 @@ def summarize_group(group: list[Measurement]) -> Row:
     )  # fmt: skip
 
 
-def gpu() -> str:
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def describe_run(program: str, argv: Sequence[str], busy: float, **settings) -> dict:
-    """All that is needed to repeat the run of benchmarks/`program`; no path of this machine."""
-    shown = [word if "://" in word else re.sub(r'[^\s="]*/', "", word) for word in argv]
-    return {
-        "command": shlex.join(["python", f"benchmarks/{program}", *shown]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **settings,
-        "vllm": version("vllm"),
-        "torch": version("torch"),
-        "vllm_ctc_spec": version("vllm-ctc-spec"),
-        "python": platform.python_version(),
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": None if on_cpu() else gpu(),
-        "machine_busy_percent_before": busy,
-    }
-
-
 def header(run: dict) -> list[str]:
-    machine = run["gpu"] or f"{run['cpu']}, {run['cores']} cores"
     return [
         f"{', '.join(f'{count} prompts of {name}' for name, count in run['prompts'].items())}; at most "
         f"{run['max_tokens']} tokens; median (lowest to highest) of {run['repeats']} interleaved repeats; "
         "`vllm bench serve` against running servers. Ratio: to the fastest row without speculation.",
         "",
-        f"vLLM {run['vllm']}, torch {run['torch']}, vllm-ctc-spec {run['vllm_ctc_spec']}, Python {run['python']}, "
-        f"{machine}; {run['date'][:10]}; other programs used {run['machine_busy_percent_before']:.0f} % of the "
+        f"{machine_line(run)}; other programs used {run['machine_busy_percent_before']:.0f} % of the "
         f"machine. `{run['command']}`",
     ]
 

@@ -30,7 +30,8 @@ from client import SETTLE_SECONDS, drafting_since
 from methods import Method
 from pair import RESULTS, V2_RUNNER, add_pair_arguments, choose_pair, ready
 from prompts import PromptSet
-from report import Measurement, describe_run, save, with_ending, write_report
+from record import describe_run
+from report import Measurement, save, with_ending, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from server import Endpoint, RunningServer, Server, StartupError, on_cpu, stop_on_sigterm, threads_record
@@ -229,7 +230,7 @@ def compare(comparison: Comparison, argv: Sequence[str]) -> None:
             warning = f"warning: other programs use {busy:.0f} % of this machine; do not trust the speeds"
             comparison.console.print(warning, highlight=False)
         comparison.run = describe_run(
-            "serve.py", argv, busy,
+            "benchmarks/serve.py", argv, machine_busy_percent_before=busy,
             prompts={}, max_tokens=args.max_tokens, repeats=args.repeats,
             methods={m.name: m.options() for m in comparison.methods},
             idle_cpu_seconds_per_second=idle, threads=threads_record(args.target),

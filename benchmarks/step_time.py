@@ -24,8 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import psutil
 from client import read_questions
 from pair import RESULTS, V2_RUNNER, add_pair_arguments, choose_pair, ctc_config, ready
-from record import write_record
-from report import describe_run
+from record import describe_run, machine_line, write_record
 from server import on_cpu
 from tqdm import tqdm
 
@@ -174,8 +173,7 @@ def to_markdown(run: dict, by_size: dict[int, dict[str, dict]]) -> str:
         "engines in one process, taking turns. `tree:N` searches exact prefixes, `transform:N` is the paper's way, "
         "with N nodes each. A part that is indented belongs to the one above. Tokens a second include prefill; where "
         "requests of a batch end at different times, tokens a step and request fall short of the acceptance length.",
-        f"vLLM {run['vllm']}, torch {run['torch']}, Python {run['python']}, {run['gpu'] or run['cpu']}; "
-        f"{run['date'][:10]}; `{run['command']}`.",
+        f"{machine_line(run)}; `{run['command']}`.",
     ]
     for size, drafts in by_size.items():
         lines += ["", f"| batch {size}, milliseconds | " + " | ".join(drafts) + " |", "|---|" + "---|" * len(drafts)]
@@ -230,13 +228,13 @@ def main(argv: list[str]) -> int:
     ]
     by_size = {size: measure_steps(llms, prompts, size, args.max_tokens, stopwatch) for size in args.batch_sizes}
     run = describe_run(
-        "step_time.py",
+        "benchmarks/step_time.py",
         argv,
-        busy,
         prompts=args.pair.prompts.name,
         num_prompts=len(prompts),
         max_tokens=args.max_tokens,
         threads=threads,
+        machine_busy_percent_before=busy,
     )
     write_record(args.output, {"run": run, "steps_ms": by_size}, to_markdown(run, by_size))
     return 0

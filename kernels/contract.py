@@ -32,11 +32,10 @@ class Frames(NamedTuple):
     transitions: Tensor | None = None  # A [B, 1 + T, T] fp32, rows s = 0..T, columns t = 1..T; None: CTC
 
     def to(self, device: torch.device | str) -> "Frames":
-        def moved(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
-
-        markov = None if self.markov is None else (moved(self.markov[0]), moved(self.markov[1]))
-        return Frames(*map(moved, self[:4]), markov, moved(self.transitions))
+        logits, log_label, log_blank, anchor = (x.to(device) for x in self[:4])
+        markov = None if self.markov is None else (self.markov[0].to(device), self.markov[1].to(device))
+        transitions = None if self.transitions is None else self.transitions.to(device)
+        return Frames(logits, log_label, log_blank, anchor, markov, transitions)
 
 
 class Budget(NamedTuple):

@@ -2,146 +2,174 @@
 
     pip install --no-deps --no-build-isolation -e .
     python scripts/gpu_check.py                        # everything that this machine can do
-    python scripts/gpu_check.py --quick                # one small shape of everything
+    python scripts/gpu_check.py --quick                # without what takes minutes
     python scripts/gpu_check.py --only kernels graphs
 
-    kernels   every Triton kernel against fp64 or exact integers: fresh random inputs, outputs that start as NaN
-    graphs    the draft step in one CUDA graph a batch size, without a host synchronisation
-    budgets   time of each stage of a step against its floors in bytes and operations, and against its budget
-    trainer   losses and gradients against fp64, and a short training
-    engine    vLLM with an embedded pair: the same greedy tokens with none, chain and tree, eager and with CUDA graphs;
-              step times of an 8B shape with dummy weights
+The tests marked `gpu`, in a process for each part, so that a crash in one leaves the others:
+    kernels       every Triton kernel against its reference, and at served shapes against fp64 or exact integers
+    graphs        the draft step in one CUDA graph a batch size, without a host synchronisation
+    trainer       losses and gradients against fp64, and a short training
+    engine        vLLM with an embedded pair: the same tokens with none, chain and tree, eager and with CUDA graphs
+The benchmarks that need no server:
+    budgets       time of each stage of a step against its floors in bytes and operations, and against its budget
+    kernel_time   every kernel against its torch reference
+    step_time     vLLM's step times of an 8B shape with dummy weights
 
-What cannot run here is said and skipped: `engine` and the short training without vLLM, `graphs` and `budgets` without a
-GPU. Without a GPU the kernels run in Triton's interpreter. Every part has a process of its own, so that a crash in one
-leaves the others.
-Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if anything failed. The seed is printed: --seed repeats a run.
+torch, Triton and pytest are enough for kernels, and for budgets and kernel_time with tqdm; graphs and trainer want
+safetensors, too, and the short training vLLM, which answers its prompts. What cannot run here is said and skipped.
+Without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if anything
+failed. The seed of the inputs is printed: --seed repeats a run.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
-import platform
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # behind this folder: its programs have their own names
+sys.path.append(str(ROOT / "benchmarks"))
 
-from outcome import FAILED, NOT_RUN, Outcome, Settings  # noqa: E402
-from pair import TINY, read_pair  # noqa: E402
-from record import processor, write_record  # noqa: E402
+from record import describe_run, gpu, machine_line, write_record  # noqa: E402
 
-PARTS = ("kernels", "graphs", "budgets", "trainer", "engine")
-PACKAGES = ("torch", "triton", "transformers", "vllm")
+TESTS = {
+    "kernels": "tests/kernels", "graphs": "tests/gpu/test_graphs.py", "trainer": "tests/gpu/test_trainer.py",
+    "engine": "tests/gpu/test_engine.py",
+}  # fmt: skip
+STEP_TIME = ["--shape", "8b", "--drafts", "chain:8", "tree:16", "tree:64", "--batch-sizes", "1", "16", "64"]
+BENCHMARKS = {
+    "budgets": ["budgets.py"], "kernel_time": ["kernel_time.py"], "step_time": ["latency_model.py", *STEP_TIME],
+}  # fmt: skip
+NO_TEST = 5  # pytest's exit status where it selects none
+HAVE_QUICK = ("budgets", "kernel_time")
+PARTS = (*TESTS, *BENCHMARKS)
 
 
-def run_part(part: str, settings: Settings, timeout: int) -> list[Outcome]:
-    """In a process of its own, which writes each outcome as soon as it is known."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "outcomes.jsonl"
-        command = [sys.executable, __file__, "--child", part, "--seed", str(settings.seed), "--output", str(found)]
-        command += ["--pair", settings.pair, *(["--quick"] if settings.quick else [])]
-        environment = dict(os.environ)
-        if part in ("kernels", "graphs") and not has_gpu():
-            environment["TRITON_INTERPRET"] = "1"
-        try:
-            status = subprocess.run(command, env=environment, timeout=timeout).returncode
-        except subprocess.TimeoutExpired:
-            status = f"nothing after {timeout} seconds"
-        lines = found.read_text(encoding="utf-8").splitlines() if found.is_file() else []
-    outcomes = [Outcome(**json.loads(line)) for line in lines]
-    if status:
-        outcomes.append(Outcome(part, "its process", FAILED, f"ended with {status}, see its messages above"))
+class Outcome(NamedTuple):
+    part: str
+    name: str
+    status: str  # passed, skipped or failed
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def obstacle(part: str, quick: bool) -> str | None:
+    """Why a benchmark cannot run here."""
+    if gpu() is None:
+        return "it needs a GPU"
+    if part == "step_time" and quick:
+        return "it takes minutes"
+    if part == "step_time" and importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    return None
+
+
+def run_tests(part: str, args: argparse.Namespace, folder: Path) -> list[Outcome]:
+    found = folder / f"{part}.xml"
+    command = [sys.executable, "-P", "-m", "pytest", TESTS[part], "-m", "gpu and not slow" if args.quick else "gpu"]
+    command += ["-q", "-p", "no:cacheprovider", "--seed", str(args.seed), "--junitxml", str(found)]
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if part == "kernels" and gpu() is None else {})
+    failure = run(command, args.timeout, environment)
+    outcomes = read_outcomes(part, found) if found.is_file() else []
+    if failure and not any(outcome.status == "failed" for outcome in outcomes):
+        nothing = failure == f"exit status {NO_TEST}"
+        reason = "no test: a package that they need is not installed" if nothing else failure
+        outcomes.append(Outcome(part, "pytest", "skipped" if nothing else "failed", reason=reason))
     return outcomes
 
 
-def run_child(part: str, settings: Settings, output: Path) -> None:
-    module = importlib.import_module(f"check_{part}")
-    with output.open("w", encoding="utf-8") as file:
-        for outcome in module.check(settings):
-            print(f"{outcome.part}: {outcome.check}: {outcome.status} {outcome.detail}", flush=True)
-            file.write(json.dumps(outcome._asdict()) + "\n")
-            file.flush()
+def read_outcomes(part: str, path: Path) -> list[Outcome]:
+    """Of every test, from JUnit's XML."""
+    outcomes = []
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        status, reason = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                status = "skipped" if child.tag == "skipped" else "failed"
+                reason = (child.get("message") or "").partition("\n")[0][:300]
+        name = f"{case.get('classname')}::{case.get('name')}"
+        outcomes.append(Outcome(part, name, status, float(case.get("time", 0)), reason))
+    return outcomes
 
 
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def describe(argv: list[str], seed: int) -> dict:
-    import torch
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "command": shlex.join(["python", "scripts/gpu_check.py", *(Path(word).name for word in argv)]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "gpu": torch.cuda.get_device_name() if has_gpu() else None,
-        "cuda": torch.version.cuda,
-        "cpu": processor(),
-        "python": platform.python_version(),
-        **{package: installed(package) for package in PACKAGES},
-    }
+def run_benchmark(part: str, args: argparse.Namespace, folder: Path) -> tuple[Outcome, dict | None, str]:
+    """What became of it, its record and its table."""
+    if why := obstacle(part, args.quick):
+        return Outcome(part, part, "skipped", reason=why), None, ""
+    program, *options = BENCHMARKS[part]
+    options += ["--quick"] if args.quick and part in HAVE_QUICK else []
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *options, "--output", str(folder / part)]
+    failure = run(command, args.timeout, dict(os.environ))
+    record, table = folder / f"{part}.json", folder / f"{part}.md"
+    outcome = Outcome(part, part, "failed" if failure else "passed", reason=failure or "")
+    if not record.is_file():
+        return outcome, None, ""
+    return outcome, json.loads(record.read_text(encoding="utf-8")), table.read_text(encoding="utf-8")
 
 
-def to_markdown(run: dict, outcomes: list[Outcome]) -> str:
-    versions = ", ".join(f"{package} {run[package] or '(none)'}" for package in PACKAGES)
-    lines = [
-        f"{run['gpu'] or 'no GPU'}; {run['cpu']}; {versions}, CUDA {run['cuda']}, Python {run['python']}; "
-        f"{run['date'][:10]}; seed {run['seed']}; `{run['command']}`.",
-        "",
-        "| part | check | result | |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {o.part} | {o.check} | {o.status} | {o.detail} |" for o in outcomes]
-    counts = {status: sum(o.status == status for o in outcomes) for status in sorted({o.status for o in outcomes})}
-    return "\n".join([*lines, "", ", ".join(f"{count} {status}" for status, count in counts.items()) + "."]) + "\n"
+def run(command: list[str], timeout: int, environment: dict[str, str]) -> str | None:
+    """How it failed, None if it did not."""
+    try:
+        status = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout).returncode
+    except subprocess.TimeoutExpired:
+        return f"nothing after {timeout} seconds"
+    return f"exit status {status}" if status else None
+
+
+def to_markdown(description: dict, outcomes: list[Outcome], tables: dict[str, str]) -> str:
+    lines = [f"{machine_line(description)}; seed {description['seed']}; `{description['command']}`.", ""]
+    lines += ["| part | passed | skipped | failed | seconds |", "|---|---|---|---|---|"]
+    for part in dict.fromkeys(outcome.part for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.part == part]
+        counts = Counter(outcome.status for outcome in own)
+        cells = (part, counts["passed"], counts["skipped"], counts["failed"], f"{sum(o.seconds for o in own):.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    reasons = Counter((o.part, o.reason) for o in outcomes if o.status == "skipped")
+    lines += ["", *(f"- {part}, {count} skipped: {reason}" for (part, reason), count in reasons.items())]
+    lines += [f"- FAILED {o.part}: {o.name}: {o.reason}" for o in outcomes if o.status == "failed"]
+    for part, table in tables.items():
+        lines += ["", f"## {part}", "", table.rstrip()]
+    return "\n".join(lines) + "\n"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="one small shape of everything")
-    parser.add_argument("--pair", default=TINY, metavar="NAME", help="of the engine (default: tiny)")
+    parser.add_argument("--quick", action="store_true", help="without what takes minutes")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of the random inputs (default: new)")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for each part")
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="path without suffix")
-    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    read_pair(args.pair)  # before hours of checks
-    settings = Settings(quick=args.quick, seed=args.seed, pair=args.pair)
-    if args.child:
-        run_child(args.child, settings, args.output)
-        return 0
     print(f"seed {args.seed}", flush=True)
-    outcomes = []
-    for part in args.only:
-        outcomes += run_part(part, settings, args.timeout)
-    run = describe(argv, args.seed)
-    write_record(args.output, {"run": run, "outcomes": [o._asdict() for o in outcomes]}, to_markdown(run, outcomes))
-    if all(o.status == NOT_RUN for o in outcomes):
+    outcomes, records, tables = [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.only:
+            print(f"==> {part}", flush=True)
+            if part in TESTS:
+                outcomes += run_tests(part, args, Path(folder))
+                continue
+            outcome, record, table = run_benchmark(part, args, Path(folder))
+            outcomes.append(outcome)
+            if record is not None:
+                records[part], tables[part] = record, table
+    description = describe_run("scripts/gpu_check.py", argv, seed=args.seed)
+    whole = {"run": description, "outcomes": [o._asdict() for o in outcomes], **records}
+    write_record(args.output, whole, to_markdown(description, outcomes, tables))
+    if all(outcome.status == "skipped" for outcome in outcomes):
         print("error: nothing of this can run here.", file=sys.stderr)
         return 1
-    return int(any(o.status == FAILED for o in outcomes))
+    return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 import pytest
 import report
-from report import Measurement, describe_run, save, summarize, to_markdown
+from record import describe_run
+from report import Measurement, save, summarize, to_markdown
 
 
 def measurement(method="none", **changed) -> Measurement:
@@ -19,7 +20,8 @@ def measurement(method="none", **changed) -> Measurement:
 
 def described(**changed) -> dict:
     settings = dict(prompts={"demo": 2}, max_tokens=8, repeats=3, methods={})
-    return describe_run("serve.py", ["--output", "/a/b/x"], 3.0, **{**settings, **changed})
+    settings["machine_busy_percent_before"] = 3.0
+    return describe_run("benchmarks/serve.py", ["--output", "/a/b/x"], **{**settings, **changed})
 
 
 def test_median_spread_and_ratio():
@@ -66,7 +68,7 @@ def test_the_table_says_what_it_shows():
 def test_the_command_names_no_folder():
     config = 'mine={"method": "x", "model": "/home/me/model"}'
     words = ["--data", "gsm8k=/home/me/x.jsonl", "--speculative-config", config, "--base-url", "http://127.0.0.1:8000"]
-    command = describe_run("serve.py", words, 0.0)["command"]
+    command = describe_run("benchmarks/serve.py", words)["command"]
     assert "gsm8k=x.jsonl" in command and '"model": "model"' in command and "http://127.0.0.1:8000" in command
     assert "/home" not in command
 

@@ -93,11 +93,11 @@ class DrafterConfig:
             object.__setattr__(self, "draft_vocab_size", self.vocab_size)
         for name, (smallest, largest) in LIMITS.items():
             _check_integer(name, getattr(self, name), smallest, largest)
-        for name, (smallest, largest) in FLOAT_LIMITS.items():
+        for name, (lowest, highest) in FLOAT_LIMITS.items():
             value = getattr(self, name)
-            if type(value) not in (int, float) or not smallest <= value <= largest:
+            if type(value) not in (int, float) or not lowest <= value <= highest:
                 raise DrafterConfigError(
-                    f"CTC drafter: {name} must be a number from {smallest:g} to {largest:g}, not {shown(value)}."
+                    f"CTC drafter: {name} must be a number from {lowest:g} to {highest:g}, not {shown(value)}."
                 )
         for name in ("target", "target_architecture", "target_dtype"):
             if type(getattr(self, name)) is not str:

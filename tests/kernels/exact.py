@@ -1,4 +1,4 @@
-"""Random frames as a trained drafter gives them, and what fp64 says of chains and trees that were drafted from them."""
+"""Frames as a trained drafter gives them, of any size, and what fp64 says of chains and trees drafted from them."""
 
 import math
 from collections.abc import Iterator
@@ -11,14 +11,37 @@ from vllm_ctc_spec.drafter.lattice import NEG
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
+from .frames import from_odds, generator, log_probs, log_transitions, markov_head, transitions_between
+
 LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
 ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less
+
+
+class Shape(NamedTuple):
+    vocabulary: int  # V
+    frames: int  # T
+    batch: int  # B
+    nodes: int  # N, of a tree
+    rank: int  # of the label-conditional head
+
+    def __str__(self) -> str:
+        return f"V{self.vocabulary}-T{self.frames}-B{self.batch}-N{self.nodes}-r{self.rank}"
+
+
+class Case(NamedTuple):
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        return generator(self.seed)
 
 
 class Row(NamedTuple):
     """The frames of one request in fp64, and what goes with them."""
 
-    log_probs: torch.Tensor  # [T, V + 1]
+    log_probs: torch.Tensor  # [T, V + 1], the blank last
     log_transitions: torch.Tensor | None  # [1 + T, T]
     markov: tuple[torch.Tensor, torch.Tensor]
     anchor: int
@@ -33,41 +56,23 @@ class Row(NamedTuple):
 
 
 def row_of(frames: Frames, row: int) -> Row:
-    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
-    log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(NEG)
-    transitions = frames.transitions
-    log_transitions = None if transitions is None else transitions[row].double().log().clamp_min(NEG)
-    return Row(log_probs, log_transitions, frames.markov, int(frames.anchor[row]))
+    return Row(log_probs(frames, row), log_transitions(frames, row), frames.markov, int(frames.anchor[row]))
 
 
-def random_frames(
-    vocabulary: int,
-    num_frames: int,
-    batch: int,
-    rank: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    with_transitions: bool,
-) -> Frames:
+def trained_frames(case: Case, with_transitions: bool = False) -> Frames:
     """A few tokens carry a frame, neighbours share them, over a heavy tail; so that labels repeat, too."""
-    logits = torch.randn(batch, num_frames, vocabulary, generator=generator) * 2
-    peaks = torch.randint(vocabulary, (batch, num_frames, 6), generator=generator)
+    shape, draw = case.shape, case.generator()
+    logits = torch.randn(shape.batch, shape.frames, shape.vocabulary, generator=draw) * 2
+    peaks = torch.randint(shape.vocabulary, (shape.batch, shape.frames, 6), generator=draw)
     peaks[:, 1:, :2] = peaks[:, :-1, 2:4]
-    logits.scatter_add_(2, peaks, 6 + 10 * torch.rand(peaks.shape, generator=generator))
-    logits = logits.to(dtype)
-    odds = torch.randn(batch, num_frames, generator=generator) * 1.5 - 0.7
-    transitions = None
+    logits.scatter_add_(2, peaks, 6 + 10 * torch.rand(peaks.shape, generator=draw))
+    odds, transitions = torch.randn(shape.batch, shape.frames, generator=draw) * 1.5 - 0.7, None
     if with_transitions:
-        odds = torch.full_like(odds, -torch.inf)
-        transitions = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
-        behind = torch.ones_like(transitions, dtype=torch.bool).tril(-1)
-        transitions = torch.softmax(transitions.masked_fill(behind, NEG), -1).masked_fill(behind, 0)
-    log_label = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
-    log_blank = torch.nn.functional.logsigmoid(odds)
-    scale = (2 / rank**0.5) ** 0.5
-    w_in, w_out = ((torch.randn(vocabulary, rank, generator=generator) * scale).to(dtype) for _ in range(2))
-    anchor = torch.randint(vocabulary, (batch,), generator=generator)
-    return Frames(logits, log_label, log_blank, anchor, (w_in, w_out), transitions)
+        odds, transitions = odds.fill_(-torch.inf), transitions_between("spread", shape.batch, shape.frames)
+    w_in, w_out = (w.to(case.dtype) for w in markov_head(shape.vocabulary, shape.rank, scale=2.0))
+    anchor = torch.randint(shape.vocabulary, (shape.batch,), generator=draw)
+    frames = from_odds(logits.to(case.dtype), odds)
+    return frames._replace(anchor=anchor, markov=(w_in, w_out), transitions=transitions).to(case.device)
 
 
 def conditionals(row: Row, labels: list[int]) -> Iterator[torch.Tensor]:
@@ -90,7 +95,7 @@ def chain_gap(row: Row, labels: list[int], num_labels: int) -> float:
     return gap
 
 
-def sampled_rows(
+def sampled_gaps(
     frames: Frames, labels: torch.Tensor, lengths: torch.Tensor, sampling: ChainSampling
 ) -> Iterator[float]:
     """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
@@ -98,20 +103,18 @@ def sampled_rows(
     for b in range(labels.shape[0]):
         chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.slots[b])
         temperature = sampling.temperature[slot].double()
-        for k, exact in enumerate(conditionals(row_of(frames, b), chain)):
-            if k == len(chain):
-                break
+        for k, (exact, label) in enumerate(zip(conditionals(row_of(frames, b), chain), chain)):
             law = sampling.draft_logits[slot, k].double()
             got, wanted = law.log_softmax(-1), exact.log_softmax(-1)
             yield (got - wanted)[wanted > -27.6].abs().max().item()
             position = sampling.positions[b : b + 1] + k
-            seed, label = sampling.seeds[slot : slot + 1], torch.full_like(position, k)
-            noise = gumbel_noise_reference(seed, position, label, len(law))[0].double()
+            seed = sampling.seeds[slot : slot + 1]
+            noise = gumbel_noise_reference(seed, position, torch.full_like(position, k), len(law))[0].double()
             scores = law / temperature + noise
-            yield (scores.max() - scores[chain[k]]).item()
+            yield (scores.max() - scores[label]).item()
 
 
-def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int) -> float:
+def search_gap(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int) -> float:
     """How far the tree of request b is from the best one that consists of `tokens`: the worst error of a score, and how
     far the best child that is not in the tree is above the worst node that is.
 
@@ -139,14 +142,14 @@ def search_certificate(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, 
             error = max(error, abs(exact[node] - scores[node]))
             prefixes[node] = prefixes[parent].extend(reduced, place)
         if depths[node] < depth:
-            laws[node] = normalised(prefixes[node], reduced, log_rest, row.bias(drafted[node], tokens).cpu())
+            laws[node] = candidate_law(prefixes[node], reduced, log_rest, row.bias(drafted[node], tokens).cpu())
             left = laws[node].clone()
             left[list(children[node])] = -torch.inf
             error = max(error, exact[node] + left.max().item() - least)
     return error
 
 
-def normalised(
+def candidate_law(
     prefix: oracle.Prefix | oracle.TransitionPrefix, reduced: torch.Tensor, log_rest: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """log q over the candidates; the bias of all other tokens is 0 by definition, and what has no mass is no child."""

@@ -1,18 +1,27 @@
-"""Times of the stages of a step, each beside its floors and its budget. T = 12, N = 64, V = 152 k, bf16.
+"""Times of the stages of a step on a GPU, each beside its floors and its budget. T = 12, N = 64, V = 152 k, bf16.
+
+    python benchmarks/budgets.py               # batches of 1 and 64
+    python benchmarks/budgets.py --quick       # of 1
+
+Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if a stage is over its budget or could not be timed.
 
 Two floors: the bytes that must be read and written, at the bandwidth that a plain copy reaches here, and the
 operations, at the peak of what does them (data sheets). Times are of CUDA graphs: no launch from the host is in them.
 """
 
+import argparse
+import sys
 import traceback
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from kernel_cases import RANK, Model, Shape, attention_arguments
 from kernel_time import copy_bandwidth
-from outcome import FAILED, NOT_RUN, OK, Outcome, Settings, verdict
+from pair import RESULTS
+from record import describe_run, machine_line, write_record
 
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.contract import Budget, Frames
@@ -22,7 +31,6 @@ from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_c
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
-PART = "budgets"
 VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8
 BATCH_SIZES = (1, 64)
 MODEL = Model(context=4096, heads=32, kv_heads=8, head_size=128, layers=32)
@@ -46,44 +54,40 @@ class Floor(NamedTuple):
         return self.num_bytes / bandwidth * 1e6, self.operations / self.peak * 1e6 if self.peak else None
 
 
-def check(settings: Settings) -> Iterator[Outcome]:
-    if not torch.cuda.is_available():
-        yield Outcome(PART, "stages of a step", NOT_RUN, "times and budgets are of a GPU; CPU: kernel_time.py")
-        return
-    torch.manual_seed(settings.seed)
-    device, name = torch.device("cuda"), torch.cuda.get_device_name()
-    bandwidth = copy_bandwidth(device, lambda run: graph_microseconds(run) / 1e6)
-    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), (None, None))
-    stages = {
-        "log-softmax and candidates": candidates_stage,
-        "prefix search and mask": search_stage,
-        "tree attention": attention_stage,
-        "compaction": compaction_stage,
-    }
-    for stage, run in stages.items():
-        for batch in BATCH_SIZES[:1] if settings.quick else BATCH_SIZES:
-            try:
-                yield run(f"{stage}, batch {batch}", batch, device, bandwidth, peaks)
-            except Exception as problem:
-                traceback.print_exc()
-                yield Outcome(PART, stage, FAILED, f"{type(problem).__name__}: {problem}"[:300])
-            torch.cuda.empty_cache()
+class Setting(NamedTuple):
+    stage: str
+    batch: int
+    device: torch.device
+    bandwidth: float  # bytes a second of a plain copy
+    peaks: tuple[float | None, float | None]  # operations a second, fp32 and bf16
+
+
+class Row(NamedTuple):
+    stage: str
+    batch: int
+    microseconds: float
+    budget: float | None  # microseconds; None: none is set
+    floor: Floor
+    bytes_floor: float  # microseconds
+    operations_floor: float | None  # microseconds; None: this device's peak is not known
+    others: dict[str, float] = {}  # noqa: RUF012 - never written to; microseconds of what it is compared with
+    note: str = ""
+
+    @property
+    def within(self) -> bool:
+        return self.budget is None or self.microseconds <= self.budget
 
 
 def graph_microseconds(run: Callable[[], object]) -> float:
     return triton.testing.do_bench_cudagraph(run, return_mode="median") * 1e3
 
 
-def stage(name: str, time: float, budget: float, floor: Floor, bandwidth: float, **figures: float) -> Outcome:
-    of_bytes, of_operations = floor.microseconds(bandwidth)
-    detail = f"{time:.1f} us of {budget:.1f}; floors: {of_bytes:.1f} us for {floor.num_bytes / 1e6:.2f} MB"
-    if of_operations is not None:
-        detail += f", {of_operations:.2f} us for {floor.operations / 1e6:.1f} M operations"
-    figures |= {"microseconds": time, "budget": budget, "bytes": floor.num_bytes, "operations": floor.operations}
-    return verdict(PART, name, time <= budget, detail, bytes_floor=of_bytes, operations_floor=of_operations, **figures)
+def timed(time: float, budget: float | None, floor: Floor, setting: Setting, **more: Any) -> Row:
+    return Row(setting.stage, setting.batch, time, budget, floor, *floor.microseconds(setting.bandwidth), **more)
 
 
-def frames(batch: int, device: torch.device) -> Frames:
+def frames(setting: Setting) -> Frames:
+    batch, device = setting.batch, setting.device
     logits = (torch.randn(batch, FRAMES, VOCABULARY, device=device) * 3).bfloat16()
     odds = torch.randn(batch, FRAMES, device=device)
     log_label = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
@@ -91,25 +95,26 @@ def frames(batch: int, device: torch.device) -> Frames:
     return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchor)
 
 
-def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
-    logits, width = frames(batch, device).logits, default_width(NODES)
+def candidates_stage(setting: Setting) -> Row:
+    logits, width = frames(setting).logits, default_width(NODES)
 
     def run() -> None:
         frame_stats(logits)
         best_tokens(logits, width)
 
     # exp, add, two comparisons and a maximum for each logit
-    floor = Floor(logits.nbytes, 5 * logits.numel(), peaks[0])
+    floor = Floor(logits.nbytes, 5 * logits.numel(), setting.peaks[0])
     parts = {
         "frame_stats": graph_microseconds(lambda: frame_stats(logits)),
         "best_tokens": graph_microseconds(lambda: best_tokens(logits, width)),
     }
-    budget = READS * floor.microseconds(bandwidth)[0]
-    return stage(name, graph_microseconds(run), budget, floor, bandwidth, **parts)
+    budget = READS * floor.microseconds(setting.bandwidth)[0]
+    return timed(graph_microseconds(run), budget, floor, setting, others=parts)
 
 
-def search_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
-    without_head, budget = frames(batch, device), Budget(NODES, default_width(NODES), DEPTH)
+def search_stage(setting: Setting) -> Row:
+    batch, device, peak = setting.batch, setting.device, setting.peaks[0]
+    without_head, budget = frames(setting), Budget(NODES, default_width(NODES), DEPTH)
     tokens = best_tokens(without_head.logits, budget.width)
     head = tuple((torch.randn(VOCABULARY, RANK, device=device) * 0.1).bfloat16() for _ in range(2))
     arguments = tokens, without_head._replace(markov=head), budget
@@ -117,15 +122,15 @@ def search_stage(name: str, batch: int, device: torch.device, bandwidth: float, 
     # Every node: T products and RANK products a candidate. One program a request: its peak is one multiprocessor's.
     operations = 2.0 * NODES * num_candidates * (FRAMES + RANK)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    peak = peaks[0] and peaks[0] / multiprocessors
     once = batch * num_candidates * (2 * FRAMES + 8 + 2 * RANK) + batch * NODES * (2 * RANK + 28)
     waves = -(-batch // multiprocessors)
-    floor = Floor(once, operations * waves, peak)
+    floor = Floor(once, operations * waves, peak and peak / multiprocessors)
     time = graph_microseconds(lambda: search_candidates(*arguments))
-    return stage(name, time, SEARCH_MICROSECONDS[batch], floor, bandwidth)
+    return timed(time, SEARCH_MICROSECONDS[batch], floor, setting)
 
 
-def attention_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
+def attention_stage(setting: Setting) -> Row:
+    batch, device = setting.batch, setting.device
     node = torch.arange(1 + NODES)
     parents = torch.where(node > 0, (node - 1) // 2, -1).int().expand(batch, -1).contiguous()
     shape = Shape(VOCABULARY, FRAMES, batch, NODES)
@@ -133,11 +138,11 @@ def attention_stage(name: str, batch: int, device: torch.device, bandwidth: floa
     rows, positions = batch * (1 + NODES), MODEL.context + 1 + NODES
     entry = 2 * MODEL.kv_heads * MODEL.head_size
     num_bytes = 2.0 * batch * positions * entry + 2 * arguments["query"].nbytes
-    floor = Floor(num_bytes, 4.0 * rows * positions * MODEL.heads * MODEL.head_size, peaks[1])
+    floor = Floor(num_bytes, 4.0 * rows * positions * MODEL.heads * MODEL.head_size, setting.peaks[1])
     time = graph_microseconds(lambda: tree_attention(**arguments))
     stock, of = stock_attention(arguments)
-    outcome = stage(name, time, ATTENTION_RATIO * stock, floor, bandwidth, stock_microseconds=stock)
-    return outcome._replace(detail=f"{outcome.detail}; {time / stock:.2f} x {of} ({stock:.1f} us)")
+    note = f"{time / stock:.2f} x {of}"
+    return timed(time, ATTENTION_RATIO * stock, floor, setting, others={"stock attention": stock}, note=note)
 
 
 def stock_attention(arguments: dict) -> tuple[float, str]:
@@ -162,8 +167,9 @@ def stock_attention(arguments: dict) -> tuple[float, str]:
     return graph_microseconds(run), "vLLM's FlashAttention"
 
 
-def compaction_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:
+def compaction_stage(setting: Setting) -> Row:
     """A path of eight nodes, none of which is in its place: seven moves a request and layer."""
+    batch, device = setting.batch, setting.device
     blocks, block_size = batch * -(-(1 + NODES) // 16), 16
     caches = [
         torch.zeros(blocks, MODEL.kv_heads, block_size, 2 * MODEL.head_size, dtype=torch.bfloat16, device=device)
@@ -178,8 +184,73 @@ def compaction_stage(name: str, batch: int, device: torch.device, bandwidth: flo
     counts = torch.full((batch,), PATH, dtype=torch.int32, device=device)
     moved = 2.0 * batch * (PATH - 1) * MODEL.layers * MODEL.kv_heads * 2 * MODEL.head_size * 2
     time = graph_microseconds(lambda: compact_kv(pointers, slots, roots, path, counts))
-    floor = Floor(moved, 0.0, None)
-    if batch > 1:  # the budget is one request's
-        outcome = stage(name, time, float("inf"), floor, bandwidth)
-        return outcome._replace(status=OK, detail=outcome.detail.replace(" of inf", ", no budget"))
-    return stage(name, time, COMPACTION_MICROSECONDS, floor, bandwidth)
+    # The budget is one request's.
+    return timed(time, COMPACTION_MICROSECONDS if batch == 1 else None, Floor(moved, 0.0, None), setting)
+
+
+STAGES: dict[str, Callable[[Setting], Row]] = {
+    "log-softmax and candidates": candidates_stage,
+    "prefix search and mask": search_stage,
+    "tree attention": attention_stage,
+    "compaction": compaction_stage,
+}
+
+
+def measure(device: torch.device, batches: tuple[int, ...]) -> tuple[list[Row], list[str]]:
+    """Rows, and a sentence for each stage that could not be timed: the others are timed all the same."""
+    name = torch.cuda.get_device_name()
+    bandwidth = copy_bandwidth(device, lambda run: graph_microseconds(run) / 1e6)
+    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), (None, None))
+    rows, failures = [], []
+    for stage, run in STAGES.items():
+        for batch in batches:
+            try:
+                rows.append(run(Setting(stage, batch, device, bandwidth, peaks)))
+            except Exception as problem:
+                traceback.print_exc()
+                failures.append(f"{stage}, batch {batch}: {type(problem).__name__}: {problem}"[:300])
+            torch.cuda.empty_cache()
+    return rows, failures
+
+
+def to_markdown(run: dict, rows: list[Row], failures: list[str]) -> str:
+    lines = [
+        f"Medians of CUDA graphs, microseconds. {machine_line(run)}; `{run['command']}`.",
+        "",
+        "| stage | batch | time | budget | | floor of bytes | floor of operations | beside it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        budget = "-" if r.budget is None else f"{r.budget:.1f}"
+        operations = "-" if r.operations_floor is None else f"{r.operations_floor:.2f}"
+        beside = "; ".join([*(f"{name} {time:.1f}" for name, time in r.others.items()), *([r.note] if r.note else [])])
+        lines.append(
+            f"| {r.stage} | {r.batch} | {r.microseconds:.1f} | {budget} | {'' if r.within else 'OVER'} | "
+            f"{r.bytes_floor:.1f} | {operations} | {beside} |"
+        )
+    return "\n".join([*lines, *([""] if failures else []), *(f"- failed: {text}" for text in failures)]) + "\n"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"a batch of {BATCH_SIZES[0]} only")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--output", type=Path, default=RESULTS / "budgets", help="path without suffix")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if not torch.cuda.is_available():
+        print("error: budgets are of a GPU, and there is none; benchmarks/kernel_time.py times a CPU.", file=sys.stderr)
+        return 1
+    torch.manual_seed(args.seed)
+    rows, failures = measure(torch.device("cuda"), BATCH_SIZES[:1] if args.quick else BATCH_SIZES)
+    run = describe_run("benchmarks/budgets.py", argv)
+    record = {"run": run, "rows": [{**r._asdict(), "floor": r.floor._asdict()} for r in rows], "failures": failures}
+    write_record(args.output, record, to_markdown(run, rows, failures))
+    return int(bool(failures) or not all(r.within for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
