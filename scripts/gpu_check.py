@@ -17,8 +17,8 @@ The benchmarks that need no server:
 
 torch, Triton and pytest are enough for kernels, and for budgets and kernel_time with tqdm; graphs and trainer want
 safetensors, too, and the short training vLLM, which answers its prompts. What cannot run here is said and skipped.
-Without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if anything
-failed. The seed of the inputs is printed: --seed repeats a run.
+Without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if
+anything failed. The seed of the inputs is printed: --seed repeats a run.
 """
 
 import argparse
