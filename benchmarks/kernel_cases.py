@@ -19,7 +19,7 @@ from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_ref
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search, prefix_search_reference
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
@@ -112,7 +112,7 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     if on_gpu:
         search_reference = None
         if logits.numel() <= LARGEST_ON_HOST:
-            search_reference = partial(prefix_search_reference, frames.to("cpu"), budget)
+            search_reference = partial(prefix_search, frames.to("cpu"), budget)
     return [
         Case(
             "collapse", 8 * b * t + 8 * b + 8 * b * labels + 4 * b,  # alignment, anchor; labels, lengths

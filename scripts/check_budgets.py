@@ -18,7 +18,7 @@ from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_candidates
+from vllm_ctc_spec.kernels.prefix_search.gpu import best_tokens, search_candidates
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 

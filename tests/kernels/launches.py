@@ -21,7 +21,7 @@ from vllm_ctc_spec.kernels import (
     frame_stats,
     kv_compaction,
     prefix_chain,
-    prefix_search_best_first,
+    prefix_search,
     tree_attention,
     tree_layout,
     tree_walk,
@@ -52,8 +52,8 @@ class Recorder:
 
 
 def kernel_modules() -> list:
-    names = [module.name for module in pkgutil.iter_modules(vllm_ctc_spec.kernels.__path__)]
-    return [importlib.import_module(f"vllm_ctc_spec.kernels.{name}") for name in names]
+    found = pkgutil.walk_packages(vllm_ctc_spec.kernels.__path__, "vllm_ctc_spec.kernels.")
+    return [importlib.import_module(module.name) for module in found]
 
 
 def launched_kernels() -> set[str]:
@@ -75,7 +75,7 @@ def recorded_calls(architecture: int) -> list[tuple]:
             kernel = value.kernel if isinstance(value, Recorder) else value
             if isinstance(kernel, triton.JITFunction) and name in launched:
                 setattr(module, name, Recorder(kernel, calls))
-    tree_attention._compute_capability = lambda device: architecture // 10
+    tree_attention.gpu._compute_capability = lambda device: architecture // 10
     return calls
 
 
@@ -150,7 +150,7 @@ def transform(frames: Frames, num_nodes: int, width: int | None = None, chains: 
 def search(frames: Frames, num_nodes: int, width: int | None = None, chains: bool = False) -> None:
     budget = Budget(num_nodes, width or default_width(num_nodes), 8)
     chain_only = empty(len(frames.anchor), dtype=torch.bool) if chains else None
-    prefix_search_best_first.prefix_search_triton(frames, budget, chain_only)
+    prefix_search.prefix_search_triton(frames, budget, chain_only)
 
 
 def verification(num_nodes: int, batch: int = BATCH) -> None:

@@ -1,14 +1,11 @@
-"""The Triton kernels of `prefix_search`: the probabilities of the candidates, then the whole search of each request.
-
-The mathematics and the reference are in `prefix_search.py`.
-"""
+"""A GPU is served with this: the probabilities of the candidates, then the whole search of each request, in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, frame_prob
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
-from vllm_ctc_spec.kernels.prefix_chain_sweep import along_transitions, then
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 _CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
@@ -99,9 +96,7 @@ def candidates_kernel(
     is_first = valid & (token != before)
     logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
-    # A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN.
-    log_label = tl.load(log_label_ptr + row * T + frame)
-    p = tl.where(x == -float("inf"), 0.0, tl.exp(x.to(tl.float32) + log_label))
+    p = frame_prob(x, tl.load(log_label_ptr + row * T + frame))
     tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
 
 
@@ -122,20 +117,13 @@ def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
 
 @triton.jit
 def _extend(p_ptr, weight_ptr, blank, alive, num_candidates, T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label.
-
-    Both recursions are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in lane
-    `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`, which
-    is the same scan one frame later.
-    """
+    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label."""
     t = tl.arange(0, BLOCK_T)
     p, first = _emission(p_ptr, weight_ptr, t, num_candidates, T)
     p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, num_candidates, T)
     p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, num_candidates, T)
     scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
-    _, n = tl.associative_scan((p_1, first_1 * scale), 0, then)
-    _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, then)
-    _, b = tl.associative_scan((blank, blank * n_before), 0, then)
+    n, b = behind_label(blank, p_1, first_1 * scale, p_2, first_2 * scale)
     return p, n, b
 
 

@@ -1,14 +1,57 @@
-"""The Triton kernels of `ctc_transform`: the beam of raw paths with their prefixes, and the ranking of the prefixes.
+"""A GPU is served with this: the beam of raw paths with their prefixes, and the ranking of the prefixes, in Triton.
 
-The mathematics and the reference are in `ctc_transform.py`. Raw path `i` of frame `t` has the number `t * N + i`; a
-prefix has the number of the raw path that emitted it first, plus one, and 0 is the root. The costs are `-log P`.
+Raw path `i` of frame `t` has the number `t * N + i`; a prefix has the number of the raw path that emitted it first,
+plus one, and 0 is the root. The costs are `-log P`.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+from vllm_ctc_spec.kernels.ctc_transform.reference import best_tokens
+from vllm_ctc_spec.kernels.tree_mask import tree_mask_triton
+
 _UNUSED = tl.constexpr((1 << 63) - 1)
 _LOW = tl.constexpr((1 << 16) - 1)
+
+
+def ctc_transform_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
+    logits, log_label, log_blank, anchor = frames[:4]
+    num_nodes, width, depth = budget
+    batch, num_frames, num_tokens = logits.shape
+    best, tokens = best_tokens(logits, num_nodes, width)
+    num_best = best.shape[2]
+    chain_only = None if chain_only is None else chain_only.contiguous()
+
+    def scratch(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(batch, columns, dtype=dtype, device=logits.device)
+
+    num_raw = num_frames * num_nodes
+    prefixes = [scratch(num_raw, dtype) for dtype in (torch.int64, torch.int32, torch.int32, torch.float32)]
+    tree = [scratch(1 + num_nodes, dtype) for dtype in (torch.int64, torch.int32, torch.float32)]
+    block_n, block_k = triton.next_power_of_2(num_nodes), triton.next_power_of_2(num_best + 1)
+    block_t, block_all = triton.next_power_of_2(num_frames), triton.next_power_of_2(num_raw)
+    num_slots = num_nodes + sum(min(num_nodes // (path + 1), num_best) for path in range(num_nodes))
+    beam_kernel[(batch,)](
+        best, tokens, log_label.contiguous(), log_blank.contiguous(), chain_only, *prefixes, num_tokens,
+        T=num_frames, N=num_nodes, K=num_best, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_S=triton.next_power_of_2(num_slots), num_warps=_num_warps(max(block_n * block_n, block_t * block_k)),
+    )  # fmt: skip
+    rank_kernel[(batch,)](
+        *prefixes, anchor.contiguous(), *tree, num_tokens, depth,
+        T=num_frames, N=num_nodes, BLOCK_N=block_n, BLOCK_ALL=block_all,
+        num_warps=_num_warps(max(block_n * block_n, block_all)),
+    )  # fmt: skip
+    drafted, parents, scores = tree
+    depths, ancestors = tree_mask_triton(parents)
+    return DraftTree(drafted, parents, depths, scores, ancestors)
+
+
+def _num_warps(num_elements: int) -> int:
+    """16 elements of the largest block per thread, up to 4 warps: with 8, the compiler keeps to 128 registers on sm_90
+    and spills some."""
+    return max(1, min(4, num_elements // 512))
 
 
 @triton.jit
