@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def frame_prob(logits, log_label):
-    """`p_t(v)`. A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN."""
-    return tl.where(logits == -float("inf"), 0.0, tl.exp(logits.to(tl.float32) + log_label))
+def frame_prob(logits, log_scale):
+    """`p_t(v)`. A frame of -inf only may come with an infinite log_scale, and -inf + inf is NaN."""
+    return tl.where(logits == -float("inf"), 0.0, tl.exp(logits.to(tl.float32) + log_scale))
 
 
 @triton.jit

@@ -86,9 +86,9 @@ def stage(name: str, time: float, budget: float, floor: Floor, bandwidth: float,
 def frames(batch: int, device: torch.device) -> Frames:
     logits = (torch.randn(batch, FRAMES, VOCABULARY, device=device) * 3).bfloat16()
     odds = torch.randn(batch, FRAMES, device=device)
-    log_label = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
+    log_scale = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
     anchor = torch.randint(VOCABULARY, (batch,), device=device)
-    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchor)
+    return Frames(logits, log_scale, torch.nn.functional.logsigmoid(odds), anchor)
 
 
 def candidates_stage(name: str, batch: int, device: torch.device, bandwidth: float, peaks: tuple) -> Outcome:

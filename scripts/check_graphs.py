@@ -12,7 +12,7 @@ from outcome import FAILED, NOT_RUN, OK, Outcome, Settings
 from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, TreeRows
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
@@ -153,7 +153,7 @@ def verify_step(inputs: list[torch.Tensor]) -> Step:
 
     def step() -> list[torch.Tensor]:
         depths, ancestors = tree_mask(parents)
-        tree_layout(positions, starts, starts, slots, depths, ancestors, *rows, *requests)
+        tree_layout(positions, starts, starts, slots, depths, ancestors, rows[0], TreeRows(*requests, rows[1]))
         sampled, num_sampled, path = tree_walk(target, draft, parents, slots, starts)
         compact_kv(pointers, slot_mapping, starts[:-1], path, num_sampled)
         return [rows, requests, sampled, num_sampled, path, *caches]

@@ -150,7 +150,7 @@ def sampled_chain_error(case: Case) -> Error:
         temperature=(torch.rand(shape.batch, generator=case.generator) + 0.3).to(device),
         seeds=torch.randint(2**62, (shape.batch,), generator=case.generator).to(device),
         positions=torch.randint(2**20, (shape.batch,), generator=case.generator).to(device),
-        slots=torch.randperm(shape.batch, generator=case.generator).to(device),
+        requests=torch.randperm(shape.batch, generator=case.generator).to(device),
         draft_logits=torch.full((shape.batch, num_labels, shape.vocabulary), torch.nan, device=device),
     )
     labels, lengths = prefix_chain_triton(frames, num_labels, sampling)

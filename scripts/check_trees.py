@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_reference, compact_kv_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 from vllm_ctc_spec.kernels.tree_layout import tree_layout_reference, tree_layout_triton
@@ -74,7 +75,7 @@ def layout_error(case: Any) -> tuple[float, float]:
     for run, device in ((tree_layout_reference, torch.device("cpu")), (tree_layout_triton, case.device)):
         rows = [torch.full((total + room,), 12345, device=device) for _ in range(2)]
         requests = [torch.full((len(counts) + room,), 12345, dtype=torch.int32, device=device) for _ in range(2)]
-        run(*(x.to(device) for x in inputs), *rows, *requests)
+        run(*(x.to(device) for x in inputs), rows[0], TreeRows(*requests, rows[1]))
         results.append([x.cpu() for x in (*rows, *requests)])
     return sum(int((a != b).sum()) for a, b in zip(*results)), 0.0
 
@@ -138,11 +139,11 @@ def attention_error(case: Any) -> tuple[float, float]:
     _, ancestors = tables_of(parents)
     flat = torch.cat([ancestors[row, :count] for row, count in enumerate(counts)] + [torch.zeros(2, dtype=torch.int64)])
     seq_lens = torch.tensor([a + b for a, b in zip(contexts, counts)], dtype=torch.int32)
+    rows = starts[:-1], torch.tensor(counts, dtype=torch.int32), flat
     output = torch.full_like(query, NEVER).to(case.device)
     tree_attention_triton(
         query.to(case.device), *entries.to(case.device).unbind(0), output, table.to(case.device),
-        seq_lens.to(case.device), starts[:-1].to(case.device), torch.tensor(counts, dtype=torch.int32).to(case.device),
-        flat.to(case.device), size**-0.5, parents.shape[1],
+        seq_lens.to(case.device), TreeRows(*(x.to(case.device) for x in rows)), size**-0.5, parents.shape[1],
     )  # fmt: skip
     exact = torch.full(query.shape, NEVER, dtype=torch.float64)
     for row, (context, count) in enumerate(zip(contexts, counts)):

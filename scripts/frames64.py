@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
 
 def row_of(frames: Frames, row: int) -> Row:
-    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
-    log_probs = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1).clamp_min(NEG)
+    logits, log_scale, log_blank = (x[row].double() for x in frames[:3])
+    log_probs = torch.cat([logits + log_scale[:, None], log_blank[:, None]], 1).clamp_min(NEG)
     transitions = frames.transitions
     log_transitions = None if transitions is None else transitions[row].double().log().clamp_min(NEG)
     return Row(log_probs, log_transitions, frames.markov, int(frames.anchor[row]))
@@ -62,12 +62,12 @@ def random_frames(
         transitions = torch.randn(batch, 1 + num_frames, num_frames, generator=generator) * 2
         behind = torch.ones_like(transitions, dtype=torch.bool).tril(-1)
         transitions = torch.softmax(transitions.masked_fill(behind, NEG), -1).masked_fill(behind, 0)
-    log_label = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
+    log_scale = torch.nn.functional.logsigmoid(-odds) - logits.float().logsumexp(-1)
     log_blank = torch.nn.functional.logsigmoid(odds)
     scale = (2 / rank**0.5) ** 0.5
     w_in, w_out = ((torch.randn(vocabulary, rank, generator=generator) * scale).to(dtype) for _ in range(2))
     anchor = torch.randint(vocabulary, (batch,), generator=generator)
-    return Frames(logits, log_label, log_blank, anchor, (w_in, w_out), transitions)
+    return Frames(logits, log_scale, log_blank, anchor, (w_in, w_out), transitions)
 
 
 def conditionals(row: Row, labels: list[int]) -> Iterator[torch.Tensor]:
@@ -96,7 +96,7 @@ def sampled_rows(
     """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
     score, with its noise, is below the best."""
     for b in range(labels.shape[0]):
-        chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.slots[b])
+        chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.requests[b])
         temperature = sampling.temperature[slot].double()
         for k, exact in enumerate(conditionals(row_of(frames, b), chain)):
             if k == len(chain):

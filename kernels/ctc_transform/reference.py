@@ -15,11 +15,11 @@ def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Te
     """Only the costs and the prefixes go frame by frame; all that looks back one frame is done for all at once. Raw
     path i of frame t has the number t * N + i, and a prefix has the number of the raw path that emitted it first, plus
     one: 0 is the root."""
-    logits, log_label, log_blank, anchor = frames[:4]
+    logits, log_scale, log_blank, anchor = frames[:4]
     num_nodes, width, depth = budget
     blank = logits.shape[2]
     best, tokens = best_tokens(logits, num_nodes, width)
-    log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
+    log_p = (best.float() + log_scale[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
     costs = torch.cat([log_p, log_blank[..., None]], 2).neg_().clamp_(min=0)
     costs.masked_fill_(costs.sum((1, 2), keepdim=True).isnan(), torch.inf)
     symbols = torch.nn.functional.pad(tokens, (0, 1), value=blank)

@@ -19,7 +19,7 @@ _MARKOV_ROWS = 16
 def prefix_chain_triton(
     frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, log_label, log_blank, anchor, markov, transitions = frames
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
     if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
         raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
@@ -38,9 +38,9 @@ def prefix_chain_triton(
     state = torch.empty(batch, 2, num_frames, dtype=torch.float32, device=device)
     block_best = torch.empty(batch, num_blocks, dtype=torch.float32, device=device)
     block_token = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
-    log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
+    log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
     transitions = None if transitions is None else transitions.contiguous()
-    log_p = (logits, logits.stride(0), logits.stride(1), log_label)
+    log_p = (logits, logits.stride(0), logits.stride(1), log_scale)
     w_in, w_out = (None, None) if markov is None else markov
     draft = (None,) * 5 + (0, 0)
     if sampling is not None:
@@ -96,7 +96,7 @@ def score_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     state_ptr,  # [B, 2, T] fp32: w = n + b, and b
     last_ptr,  # [B] int64
     w_in_ptr,  # [V, RANK]
@@ -104,7 +104,7 @@ def score_kernel(
     temperature_ptr,  # [R] fp32
     seeds_ptr,  # [R] int64
     positions_ptr,  # [B] int64
-    slots_ptr,  # [B] int64
+    requests_ptr,  # [B] int64
     draft_ptr,  # [R, N, V] fp32
     draft_stride_r,
     draft_stride_n,
@@ -147,7 +147,7 @@ def score_kernel(
         if row < batch:
             w = tl.load(state_ptr + row * 2 * T + t, mask=t < T, other=0.0)
             b = tl.load(state_ptr + row * 2 * T + T + t, mask=t < T, other=0.0)
-            log_label = tl.load(log_label_ptr + row * T + t, mask=t < T, other=0.0)
+            log_scale = tl.load(log_scale_ptr + row * T + t, mask=t < T, other=0.0)
             last = tl.load(last_ptr + row)
             row_logits = logits_ptr + row.to(tl.int64) * logits_stride_b
             x = tl.load(
@@ -157,19 +157,19 @@ def score_kernel(
             )
             # At the root w = b, so that the anchor, which is not in the frames, is under no repeat rule.
             weight = tl.where((token == last)[None, :], b[:, None], w[:, None])
-            mass = tl.sum(frame_prob(x, log_label[:, None]) * weight, axis=0)
+            mass = tl.sum(frame_prob(x, log_scale[:, None]) * weight, axis=0)
             ell = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
             if RANK > 0:
                 ell += tl.sum(tl.where(group[:, None] == i, bias, 0.0), axis=0)
             score = ell
             if SAMPLED:
-                slot = tl.load(slots_ptr + row)
-                if slot >= 0:
-                    row_draft = draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n
+                request = tl.load(requests_ptr + row)
+                if request >= 0:
+                    row_draft = draft_ptr + request * draft_stride_r + k.to(tl.int64) * draft_stride_n
                     tl.store(row_draft + token, ell, mask=valid)
-                    temperature = tl.load(temperature_ptr + slot)
+                    temperature = tl.load(temperature_ptr + request)
                     if temperature > 0:
-                        noise = gumbel_noise(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row) + k, k, token)
+                        noise = gumbel_noise(tl.load(seeds_ptr + request), tl.load(positions_ptr + row) + k, k, token)
                         score = ell * (1.0 / temperature) + noise
             best, place = tl.max(score, axis=0, return_indices=True)
             tl.store(block_best_ptr + row * tl.num_programs(1) + block, best)
@@ -177,11 +177,11 @@ def score_kernel(
 
 
 @triton.jit
-def _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, frame, T: tl.constexpr):
+def _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, frame, T: tl.constexpr):
     """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
     x = tl.load(logits_ptr + frame.to(tl.int64) * logits_stride_t, mask=inside, other=-float("inf"))
-    p = frame_prob(x, tl.load(log_label_ptr + frame, mask=inside, other=0.0))
+    p = frame_prob(x, tl.load(log_scale_ptr + frame, mask=inside, other=0.0))
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
 
 
@@ -190,12 +190,12 @@ def extend_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     transitions_ptr,  # [B, 1 + T, T] fp32, or None
     state_ptr,  # [B, 2, T] fp32: w = n + b, and b
     last_ptr,  # [B] int64
-    slots_ptr,  # [B] int64
+    requests_ptr,  # [B] int64
     draft_ptr,  # [R, N, V] fp32
     draft_stride_r,
     draft_stride_n,
@@ -223,14 +223,14 @@ def extend_kernel(
     label = tl.where(alive, tl.load(block_token_ptr + row * num_blocks + place).to(tl.int64), fill)
 
     logits_ptr += row.to(tl.int64) * logits_stride_b + label
-    log_label_ptr += row * T
+    log_scale_ptr += row * T
     state_ptr += row * 2 * T
     weight_ptr = state_ptr + tl.where(label == last, T, 0)
     t = tl.arange(0, BLOCK_T)
-    _, mass = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t, T)
+    _, mass = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t, T)
     if transitions_ptr is None:
-        p, first = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 1, T)
-        p_before, first_before = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 2, T)
+        p, first = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t - 1, T)
+        p_before, first_before = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t - 2, T)
         behind = (t > 0) & (t < T)
         blank = tl.exp(tl.load(log_blank_ptr + row * T + t - 1, mask=behind, other=-float("inf")))
         n, b = behind_label(blank, p, first, p_before, first_before)
@@ -249,6 +249,6 @@ def extend_kernel(
     tl.store(labels_ptr + row * num_labels + k, label)
     tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + alive.to(tl.int32))
     if SAMPLED:
-        slot = tl.load(slots_ptr + row)
-        if (slot >= 0) & (best == -float("inf")):
-            tl.store(draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n + label, 0.0)
+        request = tl.load(requests_ptr + row)
+        if (request >= 0) & (best == -float("inf")):
+            tl.store(draft_ptr + request * draft_stride_r + k.to(tl.int64) * draft_stride_n + label, 0.0)

@@ -12,10 +12,10 @@ def prefix_chain_reference(
     frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two vectors of the state, w = n + b and b, are rows 0 and 1 of [B, 2, T]."""
-    logits, log_label, log_blank, anchor, markov, transitions = frames
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
     num_frames = logits.shape[1]
-    p = torch.exp(logits.float() + log_label[..., None])
-    p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may come with an infinite log_label
+    p = torch.exp(logits.float() + log_scale[..., None])
+    p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may come with an infinite log_scale
     state, extend = _ctc(log_blank) if transitions is None else _between_frames(transitions)
     if markov is not None:
         w_in, w_out = markov[0], markov[1].float().T
@@ -48,8 +48,8 @@ def prefix_chain_reference(
         last = label
 
     if sampling is not None:
-        active = sampling.slots >= 0
-        sampling.draft_logits[sampling.slots[active], :num_labels] = torch.stack(rows, 1)[active]
+        active = sampling.requests >= 0
+        sampling.draft_logits[sampling.requests[active], :num_labels] = torch.stack(rows, 1)[active]
     return torch.cat(labels, 1), torch.cat(alive_at, 1).sum(1, dtype=torch.int32)
 
 
@@ -91,10 +91,10 @@ def _products(p: torch.Tensor, below: torch.Tensor, one: torch.Tensor) -> torch.
 
 def _noise(sampling: ChainSampling, num_labels: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gumbel noise [B, N, V], zero in greedy rows, and 1 / temperature [B, 1], one in greedy rows."""
-    slots = sampling.slots.clamp_min(0)
-    temperature = sampling.temperature[slots][:, None]
-    sampled = (temperature > 0) & (sampling.slots >= 0)[:, None]
-    labels = torch.arange(num_labels, device=slots.device)
+    requests = sampling.requests.clamp_min(0)
+    temperature = sampling.temperature[requests][:, None]
+    sampled = (temperature > 0) & (sampling.requests >= 0)[:, None]
+    labels = torch.arange(num_labels, device=requests.device)
     positions = sampling.positions[:, None] + labels
-    noise = gumbel_noise_reference(sampling.seeds[slots][:, None], positions, labels, num_tokens)
+    noise = gumbel_noise_reference(sampling.seeds[requests][:, None], positions, labels, num_tokens)
     return noise * sampled[..., None], torch.where(sampled, 1 / temperature, 1.0)

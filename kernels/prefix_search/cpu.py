@@ -13,7 +13,7 @@ from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
     in torch or numpy is mostly the overhead of calls."""
-    logits, log_label, log_blank, anchor, markov, transitions = frames
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
     batch, num_frames, num_tokens = logits.shape
     width, rows = min(budget.width, num_tokens), 1 + budget.nodes
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
@@ -26,13 +26,13 @@ def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor |
         "ancestors": np.zeros((batch, rows), np.int64),
     }
     p_blank = np.exp(log_blank.numpy())
-    label_mass = np.where(log_label.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
+    label_mass = np.where(log_scale.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
     no_transitions = np.zeros((0, 0), np.float32)
     for row, is_chain in enumerate(chains):
         tokens = np.unique(candidates[row])  # ascending: the order of columns is the order of tokens
         index = torch.from_numpy(tokens)
         x = logits[row].index_select(1, index).float()
-        p = torch.exp(x + log_label[row, :, None]).masked_fill_(x == -torch.inf, 0)  # log_label may be infinite there
+        p = torch.exp(x + log_scale[row, :, None]).masked_fill_(x == -torch.inf, 0)  # log_scale may be infinite there
         if markov is None:
             inner, outer = np.zeros((1 + len(tokens), 0), np.float32), np.zeros((0, len(tokens)), np.float32)
         else:

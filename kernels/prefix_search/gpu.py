@@ -34,9 +34,9 @@ def search_candidates(
     budget: Budget,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    logits, log_label, log_blank, anchor, markov, transitions = frames
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
     (batch, num_frames, num_tokens), num_candidates, device = logits.shape, tokens.shape[1], logits.device
-    log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
+    log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -56,11 +56,11 @@ def search_candidates(
     w_in, w_out = (None, None) if markov is None else markov
     p = empty(batch, num_frames, num_candidates)
     candidates_kernel[(batch, num_frames)](
-        logits, logits.stride(0), logits.stride(1), log_label, tokens, p, num_candidates,
+        logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
         T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     search_kernel[(batch,)](
-        tokens, p, log_label, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
+        tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
         w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, budget.nodes, num_candidates),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
@@ -76,7 +76,7 @@ def candidates_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     tokens_ptr,  # [B, M] int64, ascending
     p_ptr,  # [B, T, M] fp32, written
     num_candidates,
@@ -96,7 +96,7 @@ def candidates_kernel(
     is_first = valid & (token != before)
     logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
-    p = frame_prob(x, tl.load(log_label_ptr + row * T + frame))
+    p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
     tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
 
 
@@ -188,7 +188,7 @@ def _child_scores(
 def search_kernel(
     tokens_ptr,  # [B, M] int64, ascending
     p_ptr,  # [B, T, M] fp32
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     transitions_ptr,  # [B, 1 + T, T] fp32, or None
     anchor_ptr,  # [B] int64
@@ -229,9 +229,9 @@ def search_kernel(
         is_chain = tl.load(chain_only_ptr + batch_row) != 0
 
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    log_label = tl.load(log_label_ptr + batch_row * T + t, mask=t < T, other=0.0)
+    log_scale = tl.load(log_scale_ptr + batch_row * T + t, mask=t < T, other=0.0)
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
-    label_mass = tl.where(log_label < float("inf"), _complement(log_blank), 0.0)
+    label_mass = tl.where(log_scale < float("inf"), _complement(log_blank), 0.0)
     # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
     if transitions_ptr is None:
         behind = (t > 0) & (t < T)

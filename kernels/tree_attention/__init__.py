@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention.gpu import tree_attention_triton
 from vllm_ctc_spec.kernels.tree_attention.reference import tree_attention_reference
 
@@ -13,18 +14,16 @@ def tree_attention(
     output: torch.Tensor,  # [num_tokens, Hq, d], written
     block_table: torch.Tensor,  # [R, max_blocks] int32
     seq_lens: torch.Tensor,  # [R] int32
-    roots: torch.Tensor,  # [R] int32
-    num_rows: torch.Tensor,  # [R] int32
-    ancestors: torch.Tensor,  # [num_tokens] int64
+    rows: TreeRows,
     scale: float,
     max_rows: int,
 ) -> None:
-    """Row `roots[r] + i` is node `i` of the tree of request `r`, `i < num_rows[r]`, and its key and value already
-    stand in the cache at position `root + i`, `root = seq_lens[r] - num_rows[r]`. The row sees the context, the root,
-    and the nodes on its own path, itself included:
+    """Node `i` of a tree sees the context, the anchor, and the nodes on its own path, itself included. Its key and
+    value already stand in the cache at position `a + i`; the anchor's is `a = seq_lens[r] - num_rows[r]`:
 
-        visible(i) = {j : 0 <= j <= root} + {root + m : m >= 1, bit m - 1 of ancestors[roots[r] + i] is set}
-        output[roots[r] + i, h] = sum_j softmax_j(scale * query[roots[r] + i, h] . key[j, h // G]) value[j, h // G]
+        row = anchor_rows[r] + i
+        visible(i) = {j : 0 <= j <= a} + {a + m : m >= 1, bit m - 1 of ancestors[row] is set}
+        output[row, h] = sum_j softmax_j(scale * query[row, h] . key[j, h // G]) value[j, h // G]
 
     with `j` over visible(i) and `G = Hq / Hkv`. Position `j` lies in block `block_table[r, j // block_size]` at
     `j % block_size`. A tree that is a chain gives causal attention, and num_rows = 1 plain decoding.
@@ -34,8 +33,8 @@ def tree_attention(
         key_cache, value_cache: [num_blocks, block_size, Hkv, d] views of one dtype with `query`, any strides with d
             contiguous, block_size a power of two. Nothing past `seq_lens[r]` is read.
         block_table: [R, max_blocks] int32, contiguous in max_blocks.
-        seq_lens, roots, num_rows: [R] int32. A request with num_rows = 0 is skipped.
-        ancestors: [num_tokens] int64, as in `DraftTree`.
+        seq_lens: [R] int32.
+        rows: `TreeRows`. A request with num_rows = 0 is skipped.
         max_rows: at most 65; no request has more rows.
 
     Why custom: attention of vLLM knows one causal order for the rows of a request. Here siblings must not see each
@@ -45,6 +44,4 @@ def tree_attention(
     fill the GPU. How often is decided by shapes, so that a CUDA graph can hold the launches.
     """
     run = tree_attention_triton if query.is_cuda else tree_attention_reference
-    run(
-        query, key_cache, value_cache, output, block_table, seq_lens, roots, num_rows, ancestors, scale, max_rows
-    )  # fmt: skip
+    run(query, key_cache, value_cache, output, block_table, seq_lens, rows, scale, max_rows)

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels.contract import TreeRows
+
 # Enough programs for two on each multiprocessor of a Hopper GPU. More splits only add partial results.
 _PROGRAMS = 264
 _LEAST_POSITIONS = 256  # of the longest possible context, for each split
@@ -19,9 +21,7 @@ def tree_attention_triton(
     output: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    roots: torch.Tensor,
-    num_rows: torch.Tensor,
-    ancestors: torch.Tensor,
+    rows: TreeRows,
     scale: float,
     max_rows: int,
     num_splits: int | None = None,  # None: from the shapes
@@ -47,14 +47,14 @@ def tree_attention_triton(
     attend_kernel[(num_requests, num_kv_heads, num_tiles * num_splits)](
         query, *query.stride()[:2], key_cache, *key_cache.stride()[:3], value_cache, *value_cache.stride()[:3],
         output, *output.stride()[:2], partial, statistics, block_table, block_table.stride(0),
-        seq_lens, roots, num_rows, ancestors, scale, num_splits,
+        seq_lens, *rows, scale, num_splits,
         MAX_ROWS=max_rows, GROUP=group, BLOCK_SIZE=block_size, D=head_size, BLOCK_D=block_d,
         BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=num_splits > 1, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
         block_s = triton.next_power_of_2(num_splits)
         merge_kernel[(num_requests, max_rows, num_heads)](
-            partial, statistics, output, *output.stride()[:2], roots, num_rows, num_splits,
+            partial, statistics, output, *output.stride()[:2], rows.anchor_rows, rows.num_rows, num_splits,
             MAX_ROWS=max_rows, D=head_size, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_C=min(block_s, 16), num_warps=1,
         )  # fmt: skip
 
@@ -109,7 +109,7 @@ def _attend(
     total,  # [BLOCK_M] fp32, the sum of exp2(score - best)
     weighted,  # [BLOCK_M, BLOCK_D] fp32, the same sum over values
     first,
-    root,
+    anchor_position,
     seq_len,
     bits,  # [BLOCK_M] int64
     key_ptr,
@@ -138,9 +138,9 @@ def _attend(
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if MASKED:
         # A shift by more than 63 is undefined; a node behind the last bit does not exist.
-        bit = tl.minimum(tl.maximum(position - root - 1, 0), 63).to(tl.int64)
+        bit = tl.minimum(tl.maximum(position - anchor_position - 1, 0), 63).to(tl.int64)
         on_path = ((bits[:, None] >> bit[None, :]) & 1) != 0
-        visible = valid[None, :] & ((position <= root)[None, :] | on_path)
+        visible = valid[None, :] & ((position <= anchor_position)[None, :] | on_path)
         score = tl.where(visible, score, -float("inf"))
     new_best = tl.maximum(best, tl.max(score, axis=1))
     rescale = tl.exp2(best - new_best)
@@ -172,7 +172,7 @@ def attend_kernel(
     block_table_ptr,  # [R, max_blocks] int32
     block_table_stride,
     seq_lens_ptr,  # [R] int32
-    roots_ptr,  # [R] int32
+    anchor_rows_ptr,  # [R] int32
     num_rows_ptr,  # [R] int32
     ancestors_ptr,  # [num_tokens] int64
     scale,
@@ -197,10 +197,10 @@ def attend_kernel(
     if tile * BLOCK_M >= num_rows * GROUP:
         return
     seq_len = tl.load(seq_lens_ptr + request)
-    root = seq_len - num_rows
+    anchor_position = seq_len - num_rows
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     used = pair < num_rows * GROUP
-    row = (tl.load(roots_ptr + request) + pair // GROUP).to(tl.int64)
+    row = (tl.load(anchor_rows_ptr + request) + pair // GROUP).to(tl.int64)
     head = (kv_head * GROUP + pair % GROUP).to(tl.int64)
     bits = tl.load(ancestors_ptr + row, mask=used, other=0)
     column = tl.arange(0, BLOCK_D)
@@ -219,16 +219,16 @@ def attend_kernel(
     start = split * length
     end = tl.minimum(start + length, seq_len)
     # Everything before the tile with the first node is visible to every row.
-    nodes = (root + 1) // BLOCK_N * BLOCK_N
+    nodes = (anchor_position + 1) // BLOCK_N * BLOCK_N
     for first in range(start, tl.minimum(end, nodes), BLOCK_N):
         best, total, weighted = _attend(
-            query, best, total, weighted, first, root, seq_len, bits,
+            query, best, total, weighted, first, anchor_position, seq_len, bits,
             key_ptr, key_stride_block, key_stride_position, value_ptr, value_stride_block, value_stride_position,
             blocks_ptr, scale, BLOCK_SIZE, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     for first in range(tl.maximum(start, nodes), end, BLOCK_N):
         best, total, weighted = _attend(
-            query, best, total, weighted, first, root, seq_len, bits,
+            query, best, total, weighted, first, anchor_position, seq_len, bits,
             key_ptr, key_stride_block, key_stride_position, value_ptr, value_stride_block, value_stride_position,
             blocks_ptr, scale, BLOCK_SIZE, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
@@ -251,7 +251,7 @@ def merge_kernel(
     output_ptr,  # [num_tokens, Hq, D]
     output_stride_row,
     output_stride_head,
-    roots_ptr,  # [R] int32
+    anchor_rows_ptr,  # [R] int32
     num_rows_ptr,  # [R] int32
     num_splits,
     MAX_ROWS: tl.constexpr,
@@ -283,6 +283,6 @@ def merge_kernel(
         pointers = partial_ptr + (part + chunk)[:, None] * D + column[None, :]
         values = tl.load(pointers, mask=valid[:, None] & (column < D)[None, :], other=0.0)
         weighted += tl.sum(weight[:, None] * values, axis=0)
-    row = (tl.load(roots_ptr + request) + node).to(tl.int64)
+    row = (tl.load(anchor_rows_ptr + request) + node).to(tl.int64)
     output_ptr += row * output_stride_row + head.to(tl.int64) * output_stride_head
     tl.store(output_ptr + column, (weighted / denominator).to(output_ptr.dtype.element_ty), mask=column < D)

@@ -31,7 +31,7 @@ class Recorder(CTCProposer):
 
     def _search_tree(self, frames, requests):
         if self.request_states is not None:
-            log_label = frames.logits + frames.log_label[:, :, None]
+            log_label = frames.logits + frames.log_scale[:, :, None]
             for of_request, slot in zip(log_label, requests.tolist(), strict=True):
                 length = int(self.request_states.total_len.gpu[slot])
                 context = self.request_states.all_token_ids.gpu[slot][:length]

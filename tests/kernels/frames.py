@@ -20,8 +20,8 @@ def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale
 
 def from_odds(logits: torch.Tensor, odds: torch.Tensor) -> Frames:
     """P(blank) = sigmoid(odds)."""
-    log_label = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
-    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchors(len(logits)))
+    log_scale = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
+    return Frames(logits, log_scale, torch.nn.functional.logsigmoid(odds), anchors(len(logits)))
 
 
 def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> Frames:
@@ -117,7 +117,7 @@ def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list
         temperature=torch.tensor([*temperature, 1.0])[: batch + 1],
         seeds=torch.arange(batch + 1) * 1_000_003 - 2,
         positions=(torch.arange(3 * batch) // 3 * 17 + 2**32 - 3)[::3],
-        slots=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
+        requests=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
         draft_logits=torch.full((batch + 1, num_labels, num_tokens), NEVER),
     )
 
@@ -128,8 +128,8 @@ def anchors(batch: int) -> torch.Tensor:
 
 def log_probs(frames: Frames, row: int) -> torch.Tensor:
     """`[T, V + 1]` of one request in fp64, the blank last."""
-    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
-    log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
+    logits, log_scale, log_blank = (x[row].double() for x in frames[:3])
+    log_p = torch.cat([logits + log_scale[:, None], log_blank[:, None]], 1)
     return log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(NEG)
 
 

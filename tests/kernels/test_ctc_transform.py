@@ -186,7 +186,7 @@ def test_chain_only_rows_are_the_collapsed_best_alignment(width: int, depth: int
     frames = random_frames(6, 12, 5, seed=4, scale=2.0)
     chain_only, budget = torch.arange(6) % 3 > 0, Budget(16, width, depth)
     tree = checked_transform(frames, budget, chain_only)
-    p = torch.cat([frames.logits + frames.log_label[..., None], frames.log_blank[..., None]], 2)
+    p = torch.cat([frames.logits + frames.log_scale[..., None], frames.log_blank[..., None]], 2)
     if width == 1:
         p[..., :5] = -torch.inf
     labels, lengths = collapse(p.argmax(2), 5, frames.anchor, depth)

@@ -136,7 +136,7 @@ def test_hard_frames_against_the_oracle(name: str, temperature: float) -> None:
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
     labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
 
 
@@ -147,7 +147,7 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
     labels, lengths = prefix_chain(frames, 40, sampling)
     assert (lengths <= 32).all()
     for row in range(3):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         # The forward vectors span the 38 decades of fp32: a label that needs more than that has lost them.
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts, atol=1e-10)
 
@@ -160,7 +160,7 @@ def test_transitions_against_the_oracle(name: str, num_frames: int, temperature:
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
     labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
 
 
@@ -174,11 +174,11 @@ def test_slots_are_frames_one_by_one(rank: int) -> None:
     assert lengths.tolist() == [6] * 3
     last = anchors(3)
     for k in range(6):
-        scores = frames.logits[:, k] + frames.log_label[:, k, None]
+        scores = frames.logits[:, k] + frames.log_scale[:, k, None]
         if markov is not None:
             scores = scores + markov[0][last] @ markov[1].T
         assert torch.equal(labels[:, k], scores.argmax(1))
-        drafts = sampling.draft_logits[sampling.slots, k]
+        drafts = sampling.draft_logits[sampling.requests, k]
         torch.testing.assert_close(drafts, scores, rtol=0, atol=5e-6)  # nothing is lost from label to label
         last = labels[:, k]
     assert torch.equal(labels[:, 6:], last[:, None].expand(-1, 2))
@@ -247,7 +247,7 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
         temperature=torch.full((rows,), temperature),
         seeds=varied if vary == "seeds" else fixed,
         positions=varied if vary == "positions" else fixed,
-        slots=torch.arange(rows),
+        requests=torch.arange(rows),
         draft_logits=torch.empty(rows, num_labels, num_tokens),
     )
     labels, _ = prefix_chain(frames._replace(markov=markov_head(num_tokens, 5)), num_labels, sampling)
@@ -271,7 +271,7 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
 def test_greedy_rows_and_inert_rows_of_a_sampled_batch() -> None:
     frames = random_frames(3, 6, 40, seed=3)
     sampling = sampling_for(3, 4, 40, [0.0, 1.0, 0.0])
-    sampling.slots[1] = -1
+    sampling.requests[1] = -1
     labels, lengths = prefix_chain(frames, 4, sampling)
     greedy, greedy_lengths = prefix_chain(frames, 4)
     assert torch.equal(labels[[0, 2]], greedy[[0, 2]])

@@ -94,7 +94,7 @@ def test_transitions_with_mass_outside_of_the_candidates(width: int) -> None:
 def test_slots_are_the_best_products_of_frames() -> None:
     """The cross-entropy twin: a node's score is the sum of its frames' log-probabilities, repeats included."""
     frames = token_frames(1, 4, 6, seed=2)._replace(transitions=transitions_between("slots", 1, 4))
-    log_p = (frames.logits + frames.log_label[..., None])[0]
+    log_p = (frames.logits + frames.log_scale[..., None])[0]
     scores = {(u,): log_p[0, u].item() for u in range(6)}
     for k in range(1, 4):
         longest = {labels: score for labels, score in scores.items() if len(labels) == k}
@@ -228,7 +228,7 @@ def test_what_is_impossible_or_not_a_number_is_no_node() -> None:
     frames = random_frames(3, 6, 9, seed=1)._replace(anchor=torch.tensor([5, 6, 7]))
     frames.log_blank[0] = torch.nan
     frames.logits[1] = torch.nan
-    frames.log_label[1] = torch.nan
+    frames.log_scale[1] = torch.nan
     for markov in (None, markov_head(9, 5)):
         tree = prefix_search(frames._replace(markov=markov), Budget(8, 4, 4))
         tree.check(9)

@@ -128,7 +128,7 @@ def test_triton_mass_outside_of_the_candidates(odds: float, triton_device: str) 
 def test_triton_frames_that_are_not_numbers_give_no_nodes(triton_device: str) -> None:
     frames, budget = random_frames(4, 4, 9, seed=1), Budget(4, 3, 4)
     frames.log_blank[0], frames.logits[1], frames.log_blank[2, -1] = torch.nan, torch.nan, torch.nan
-    frames.log_label[1] = torch.nan
+    frames.log_scale[1] = torch.nan
     for markov in (None, markov_head(9, 5)):
         assert_triton_equals_cpu(frames._replace(markov=markov), budget, triton_device)
     transitions = transitions_between("spread", 4, 4).index_fill(0, torch.tensor([1]), torch.nan)

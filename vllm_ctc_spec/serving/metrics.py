@@ -103,7 +103,7 @@ class DraftMeter:
 
     def record_frames(self, slots: Tensor, frames: Frames) -> None:
         """Frames of drafts for the request slots [B]. Fixed shapes, as below."""
-        broken = ~frames.log_label.isfinite()  # [B, T]
+        broken = ~frames.log_scale.isfinite()  # [B, T]
         if frames.transitions is not None:
             broken |= frames.transitions.isnan().any(1)
         self._by_num_drafted[slots, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.serving.tree.state import Attend, TreeStep
 
@@ -79,9 +80,7 @@ def attend_tree_rows(
         output,
         attn_metadata.block_table,
         attn_metadata.seq_lens,
-        step.roots[:num_reqs],
-        step.num_rows[:num_reqs],
-        step.ancestors,
+        TreeRows(step.roots[:num_reqs], step.num_rows[:num_reqs], step.ancestors),
         implementation.scale,
         step.max_rows,
     )

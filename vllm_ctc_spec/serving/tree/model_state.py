@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
 from vllm_ctc_spec.serving.tree.state import Attend, TreeStep, TreeTable
@@ -61,9 +62,7 @@ class TreeModelState(DefaultModelState):
             self.trees.depths,
             self.trees.ancestors,
             step.positions,
-            step.ancestors,
-            step.roots,
-            step.num_rows,
+            TreeRows(step.roots, step.num_rows, step.ancestors),
         )
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, *args, for_capture=for_capture, **kwargs
