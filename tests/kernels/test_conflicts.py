@@ -13,9 +13,9 @@ from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
+from ..oracle.frames import markov_head, random_frames, sampling_for, transitions_between
 from .conflicts import watched
 from .conftest import INTERPRETED
-from .frames import markov_head, random_frames, sampling_for, transitions_between
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory cannot be watched")
 FRAMES, BUDGET = random_frames(2, 4, 20, seed=0), Budget(6, 8, 3)

@@ -17,7 +17,7 @@ from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 
-from .frames import from_odds, sampling_for
+from ..oracle.frames import from_odds, sampling_for
 
 BLANK, ANCHOR = 0, 9
 INF, NAN = math.inf, math.nan

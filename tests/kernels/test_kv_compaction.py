@@ -7,7 +7,7 @@ import torch
 
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
 
-from .trees import starts
+from ..oracle.trees import starts
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 16
 # Accepted nodes of each request; all paths start at the anchor.

@@ -1,7 +1,6 @@
 """The chain: brute force over all alignments, then the fp64 oracle, then the law of the samples."""
 
-import itertools
-from collections import defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
-from .frames import (
+from ..oracle.chi_square import chi_square, upper_tail
+from ..oracle.enumeration import alignment_masses
+from ..oracle.frames import (
     ANCHOR,
     HARD,
     NEVER,
@@ -29,24 +30,13 @@ from .frames import (
 # Brute force.
 
 
-def prefix_probabilities(p: torch.Tensor) -> dict[tuple, float]:
-    """P(the collapse starts with y) for every y: the sum over all alignments of p [T, V + 1], blank last."""
-    blank, starts = p.shape[1] - 1, defaultdict(float)
-    for alignment in itertools.product(range(p.shape[1]), repeat=p.shape[0]):
-        labels = [s for s, _ in itertools.groupby(alignment) if s != blank]
-        probability = p[range(p.shape[0]), alignment].prod().item()
-        for length in range(len(labels) + 1):
-            starts[tuple(labels[:length])] += probability
-    return starts
-
-
 SMALL = [(v, t, seed) for v in (1, 2, 3) for t in (1, 2, 3, 4, 5) for seed in (0, 1) if (v + 1) ** t <= 1024]
 
 
 def small_frames(num_tokens: int, num_frames: int, seed: int) -> tuple[Frames, dict[tuple, float]]:
     """The anchor is token 0: there may be no other."""
     frames = random_frames(1, num_frames, num_tokens, seed=10 * seed + num_frames, scale=1.5)
-    return frames._replace(anchor=torch.tensor([0])), prefix_probabilities(log_probs(frames, 0).exp())
+    return frames._replace(anchor=torch.tensor([0])), alignment_masses(log_probs(frames, 0))[0]
 
 
 @pytest.mark.parametrize("num_tokens, num_frames, seed", SMALL)
@@ -251,7 +241,7 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
         draft_logits=torch.empty(rows, num_labels, num_tokens),
     )
     labels, _ = prefix_chain(frames._replace(markov=markov_head(num_tokens, 5)), num_labels, sampling)
-    statistic = freedom = 0.0
+    statistic, freedom = 0.0, 0
     for k in range(num_labels):
         # Given the labels before it, so that noise shared between steps would show.
         prefix_code = (labels[:, :k] * num_tokens ** torch.arange(k)).sum(1)
@@ -259,13 +249,10 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
             members = prefix_code == prefix
             law = torch.softmax(sampling.draft_logits[members][:, k] / temperature, -1)
             assert torch.allclose(law, law[:1])
-            expected = law[0] * members.sum()
-            counts = torch.bincount(labels[members, k], minlength=num_tokens)
-            usual = expected > 5
-            statistic += ((counts - expected)[usual] ** 2 / expected[usual]).sum().item()
-            freedom += usual.sum().item() - 1
+            of_prefix = chi_square(Counter(labels[members, k].tolist()), dict(enumerate(law[0].tolist())))
+            statistic, freedom = statistic + of_prefix[0], freedom + of_prefix[1]
     assert freedom > 50
-    assert abs(statistic - freedom) < 4.5 * (2 * freedom) ** 0.5
+    assert 1e-5 < upper_tail(statistic, freedom) < 1 - 1e-5
 
 
 def test_greedy_rows_and_inert_rows_of_a_sampled_batch() -> None:

@@ -6,7 +6,7 @@ import torch
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_reference, prefix_chain_triton
 
-from .frames import (
+from ..oracle.frames import (
     HARD,
     NEVER,
     TRANSITIONS,

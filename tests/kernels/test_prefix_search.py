@@ -9,7 +9,7 @@ from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import cpu, greedy_chain, prefix_search
 
-from .frames import (
+from ..oracle.frames import (
     ANCHOR,
     HARD,
     TRANSITIONS,

@@ -7,7 +7,7 @@ from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_search.cpu import prefix_search_cpu
 from vllm_ctc_spec.kernels.prefix_search.gpu import prefix_search_triton
 
-from .frames import (
+from ..oracle.frames import (
     HARD,
     TRANSITIONS,
     anchors,

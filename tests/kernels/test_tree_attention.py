@@ -9,7 +9,7 @@ import torch
 from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_triton
 
-from .trees import node_path, random_tree, starts, tree_tables
+from ..oracle.trees import node_path, random_tree, starts, tree_tables
 
 NEVER = 7.5  # what rows of the output hold that must not be written
 # Positions before the root and tree rows of each request: a tree behind a context, a full tree at the start of a

@@ -8,7 +8,7 @@ import torch
 from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_triton
 
-from .trees import ancestor_bits, node_path, random_tree, starts, tree_tables
+from ..oracle.trees import ancestor_bits, node_path, random_tree, starts, tree_tables
 
 JUNK = 99
 # Rows of each request and how many of them are tree rows: a full tree of 64, a chunk of a prompt, a request without a

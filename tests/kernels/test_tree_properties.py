@@ -10,7 +10,7 @@ from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
-from .trees import starts, tree_tables
+from ..oracle.trees import starts, tree_tables
 
 NUM_SLOTS = 48
 

@@ -7,7 +7,7 @@ import torch
 
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_triton
 
-from .trees import node_path, random_tree, starts, tree_tables
+from ..oracle.trees import node_path, random_tree, starts, tree_tables
 
 NUM_LOGITS = [65, 1, 2, 30, 0, 64]
 

@@ -12,8 +12,8 @@ def random_tree(num_nodes: int, rng: random.Random) -> list[int]:
 
 
 def node_path(parents: list[int], node: int) -> list[int]:
-    """The nodes from below the anchor to `node`."""
-    return [] if node == 0 else [*node_path(parents, parents[node]), node]
+    """The nodes from below the anchor to `node`; none to the anchor and to an unused row."""
+    return [] if parents[node] < 0 else [*node_path(parents, parents[node]), node]
 
 
 def ancestor_bits(parents: list[int], node: int) -> int:

@@ -1,8 +1,9 @@
-"""Frames, heads and samplings that the tests of the searches share."""
+"""Random and hard frames, heads and samplings, for the mathematics, the losses and the kernels."""
 
 import torch
 
-from vllm_ctc_spec.drafter.lattice import NEG, slot_transitions
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice, slot_transitions, transition_log_probs
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 ANCHOR = 1
@@ -11,6 +12,30 @@ NEVER = 7.5  # what rows of draft_logits hold that must not be written
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def random_outputs(
+    num_rows: int, num_frames: int, num_tokens: int, seed: int, lattice: str = "ctc", scale: float = 2.0
+) -> FrameOutputs:
+    """As the module emits them, in fp64."""
+    draw = generator(seed)
+    logits = torch.randn(num_rows, num_frames, num_tokens, generator=draw, dtype=torch.float64) * scale
+    odds = torch.randn(num_rows, num_frames, generator=draw, dtype=torch.float64)
+    if lattice == "ctc":
+        return FrameOutputs(logits, Lattice(blank_odds=odds))
+    if lattice == "slots":
+        steps = slot_transitions(num_frames).double().log().clamp_min(NEG)
+        return FrameOutputs(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
+    query, key = (torch.randn(num_rows, n, 2, generator=draw).double() for n in (1 + num_frames, num_frames))
+    return FrameOutputs(logits, Lattice(log_transitions=transition_log_probs(query, key, odds[0])))
+
+
+def random_log_probs(
+    num_tokens: int, num_frames: int, seed: int, scale: float = 2.0, with_blank: bool = True
+) -> torch.Tensor:
+    """`[T, V + 1]` in fp64, the blank last."""
+    outputs = random_outputs(1, num_frames, num_tokens, seed * 1000 + num_tokens * 10 + num_frames, scale=scale)
+    return oracle.frame_log_probs(outputs.logits[0], outputs.lattice.blank_odds[0] if with_blank else None)
 
 
 def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> Frames:
