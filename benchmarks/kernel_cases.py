@@ -1,4 +1,4 @@
-"""Inputs of every kernel at a shape, its torch reference, and the least number of bytes that it must read and write.
+"""Inputs of every kernel at a shape, its reference, and the least number of bytes that it must read and write.
 
 Bytes are of each input once and of each output once, in the formula at each case. Chains are the exception: a label
 depends on the one before it, so each of the N sweeps over the vocabulary reads the logits and W_out again. On shapes

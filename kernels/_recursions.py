@@ -11,6 +11,13 @@ def frame_prob(logits, log_scale):
 
 
 @triton.jit
+def complement(x):
+    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return tl.where(x > -0.125, series, 1 - tl.exp(x))
+
+
+@triton.jit
 def then(a, c, a_next, c_next):
     """The affine map `x -> a x + c`, and then the next one."""
     return a * a_next, c * a_next + c_next

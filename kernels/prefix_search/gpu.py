@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, frame_prob
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
+from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, complement, frame_prob
+from vllm_ctc_spec.kernels.contract import DTYPES, IMPOSSIBLE, Budget, DraftTree, Frames
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 _CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
@@ -35,26 +35,16 @@ def search_candidates(
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
     logits, log_scale, log_blank, anchor, markov, transitions = frames
-    (batch, num_frames, num_tokens), num_candidates, device = logits.shape, tokens.shape[1], logits.device
+    (batch, num_frames, num_tokens), num_candidates = logits.shape, tokens.shape[1]
     log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
     rows = 1 + budget.nodes
-    tree = DraftTree(
-        tokens=empty(batch, rows, dtype=torch.int64),
-        parents=empty(batch, rows, dtype=torch.int32),
-        depths=empty(batch, rows, dtype=torch.int32),
-        scores=empty(batch, rows),
-        ancestors=empty(batch, rows, dtype=torch.int64),
-    )
+    tree = DraftTree(**{name: logits.new_empty(batch, rows, dtype=dtype) for name, dtype in DTYPES.items()})
     block_m = triton.next_power_of_2(num_candidates)
     num_warps = max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_WARP))
     rank = 0 if markov is None else markov[0].shape[1]
     block_r = max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m))
     w_in, w_out = (None, None) if markov is None else markov
-    p = empty(batch, num_frames, num_candidates)
+    p = log_scale.new_empty(batch, num_frames, num_candidates)
     candidates_kernel[(batch, num_frames)](
         logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
         T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
@@ -62,7 +52,7 @@ def search_candidates(
     search_kernel[(batch,)](
         tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
-        w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, budget.nodes, num_candidates),
+        w_in, w_out, p.new_empty(batch, rows, 2, num_frames), p.new_empty(batch, budget.nodes, num_candidates),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
         num_candidates, min(budget.depth, num_frames), N=budget.nodes, T=num_frames,
         BLOCK_N=triton.next_power_of_2(budget.nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
@@ -83,10 +73,7 @@ def candidates_kernel(
     T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`p_t` of every candidate; 0 for a token that stands there already, which so has no children and no mass.
-
-    Grid (B, T).
-    """
+    """`p_t` of every candidate; 0 for a token that stands there already, so that it is no child. Grid (B, T)."""
     row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     valid = m < num_candidates
@@ -98,13 +85,6 @@ def candidates_kernel(
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
     p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
     tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
-
-
-@triton.jit
-def _complement(x):
-    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
-    return tl.where(x > -0.125, series, 1 - tl.exp(x))
 
 
 @triton.jit
@@ -231,7 +211,7 @@ def search_kernel(
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
     log_scale = tl.load(log_scale_ptr + batch_row * T + t, mask=t < T, other=0.0)
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
-    label_mass = tl.where(log_scale < float("inf"), _complement(log_blank), 0.0)
+    label_mass = tl.where(log_scale < float("inf"), complement(log_blank), 0.0)
     # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
     if transitions_ptr is None:
         behind = (t > 0) & (t < T)
