@@ -27,7 +27,7 @@ from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_search_best_first import best_tokens, search_candidates
+from vllm_ctc_spec.kernels.prefix_search.gpu import best_tokens, search_candidates
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
@@ -90,9 +90,9 @@ def frames(setting: Setting) -> Frames:
     batch, device = setting.batch, setting.device
     logits = (torch.randn(batch, FRAMES, VOCABULARY, device=device) * 3).bfloat16()
     odds = torch.randn(batch, FRAMES, device=device)
-    log_label = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
+    log_scale = torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0]
     anchor = torch.randint(VOCABULARY, (batch,), device=device)
-    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchor)
+    return Frames(logits, log_scale, torch.nn.functional.logsigmoid(odds), anchor)
 
 
 def candidates_stage(setting: Setting) -> Row:

@@ -1,4 +1,4 @@
-"""Inputs of every kernel at a shape, its torch reference, and the least number of bytes that it must read and write.
+"""Inputs of every kernel at a shape, its reference, and the least number of bytes that it must read and write.
 
 Bytes are of each input once and of each output once, in the formula at each case. Chains are the exception: a label
 depends on the one before it, so each of the N sweeps over the vocabulary reads the logits and W_out again. On shapes
@@ -14,12 +14,12 @@ import torch
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames, TreeRows
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search, prefix_search_reference
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
@@ -88,7 +88,7 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     anchor = torch.randint(v, (b,), device=device)
     frames = Frames(
         logits=logits,
-        log_label=torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0],
+        log_scale=torch.nn.functional.logsigmoid(-odds) - frame_stats(logits)[0],
         log_blank=torch.nn.functional.logsigmoid(odds),
         anchor=anchor,
         markov=tuple((torch.randn(v, RANK, device=device) * 0.1).to(dtype) for _ in range(2)),
@@ -99,10 +99,10 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
         temperature=torch.ones(b, device=device),
         seeds=torch.arange(b, device=device),
         positions=torch.arange(b, device=device),
-        slots=torch.arange(b, device=device),
+        requests=torch.arange(b, device=device),
         draft_logits=torch.empty(b, labels, v, device=device),
     )
-    small = 8 * b * t + 8 * b  # log_label, log_blank, anchor
+    small = 8 * b * t + 8 * b  # log_scale, log_blank, anchor
     head = 2 * RANK * e * b * n  # the rows of W_in and W_out at the nodes at least
     sweeps = labels * (e * b * t * v + e * v * RANK)
     tree = small + e * b * t * v + TREE_BYTES * b * (1 + n)
@@ -112,7 +112,7 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     if on_gpu:
         search_reference = None
         if logits.numel() <= LARGEST_ON_HOST:
-            search_reference = partial(prefix_search_reference, frames.to("cpu"), budget)
+            search_reference = partial(prefix_search, frames.to("cpu"), budget)
     return [
         Case(
             "collapse", 8 * b * t + 8 * b + 8 * b * labels + 4 * b,  # alignment, anchor; labels, lengths
@@ -157,7 +157,7 @@ def oracle_trees(frames: Frames, budget: Budget) -> None:
 
 
 def oracle_rows(frames: Frames) -> list:
-    log_label = frames.logits.float() + frames.log_label[..., None]
+    log_label = frames.logits.float() + frames.log_scale[..., None]
     return list(zip(torch.cat([log_label, frames.log_blank[..., None]], -1), frames.anchor.tolist()))
 
 
@@ -168,20 +168,21 @@ def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.dev
     node = torch.arange(width)
     parents = torch.where(node > 0, (node - 1) // 2, -1).int().expand(b, -1).contiguous()
     depths, ancestors = tree_mask_reference(parents)
-    slots = torch.arange(b, dtype=torch.int32)
+    requests = torch.arange(b, dtype=torch.int32)
     starts = torch.arange(b + 1, dtype=torch.int32) * width
     draft = node.repeat(b)
     target = torch.where(2 * node + 1 < width, 2 * node + 1, -1).repeat(b)
-    _, num_sampled, path = tree_walk_reference(target, draft, parents, slots, starts)
+    _, num_sampled, path = tree_walk_reference(target, draft, parents, requests, starts)
     moves = int(((path != node) & (node < num_sampled[:, None])).sum())
     positions = torch.arange(rows)
 
     def layout(where: torch.device) -> tuple:
-        inputs = [x.to(where) for x in (positions, starts, starts, slots, depths, ancestors)]
-        outputs = [torch.zeros(rows, dtype=torch.int64, device=where) for _ in range(2)]
-        return *inputs, *outputs, *(torch.zeros(b, dtype=torch.int32, device=where) for _ in range(2))
+        inputs = [x.to(where) for x in (positions, starts, starts, requests, depths, ancestors)]
+        of_requests = [torch.zeros(b, dtype=torch.int32, device=where) for _ in range(2)]
+        of_rows = [torch.zeros(rows, dtype=torch.int64, device=where) for _ in range(2)]
+        return *inputs, of_rows[0], TreeRows(*of_requests, of_rows[1])
 
-    walk = target, draft, parents, slots, starts
+    walk = target, draft, parents, requests, starts
     attention = attention_arguments(shape, model, dtype, device, ancestors)
     blocks = -(-width // BLOCK_SIZE)  # those of the tree: nothing else of a cache is looked at
     entry = model.kv_heads * 2 * model.head_size
@@ -199,7 +200,7 @@ def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.dev
             partial(tree_mask, on_device), partial(tree_mask_reference, on_device) if on_gpu else None,
         ),
         Case(
-            # positions, depths, ancestors, starts twice, slots; positions, ancestors, roots, num_rows
+            # positions, depths, ancestors, starts twice, requests; positions, ancestors, anchor_rows, num_rows
             "tree_layout", (8 + 4 + 8 + 16) * rows + 20 * b + 8,
             partial(tree_layout, *layout(device)), partial(tree_layout_reference, *layout(host)) if on_gpu else None,
             on_host=True,
@@ -211,13 +212,13 @@ def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.dev
             partial(tree_attention, **attention), partial(tree_attention_reference, **attention) if on_gpu else None,
         ),
         Case(
-            # tokens of target and draft, parents, slots, starts; sampled, path, num_sampled
+            # tokens of target and draft, parents, requests, starts; sampled, path, num_sampled
             "tree_walk", (8 + 8 + 4 + 8 + 4) * rows + 12 * b + 4,
             partial(tree_walk, *(x.to(device) for x in walk)),
             partial(tree_walk_reference, *walk) if on_gpu else None, on_host=True,
         ),
         Case(
-            # every moved entry read and written, in all layers; slots, path, roots, num_sampled
+            # every moved entry read and written, in all layers; slots, path, anchor_rows, num_sampled
             "kv_compaction", 2 * moves * model.layers * entry * e + 16 * moves + 4 * moves + 8 * b,
             partial(compact, storage, caches, *move), partial(compact_in_torch, storage, *move) if on_gpu else None,
         ),
@@ -239,9 +240,11 @@ def attention_arguments(
         "output": torch.empty_like(query),
         "block_table": torch.arange(b * blocks, dtype=torch.int32, device=device).view(b, blocks),
         "seq_lens": torch.full((b,), model.context + width, dtype=torch.int32, device=device),
-        "roots": torch.arange(b, dtype=torch.int32, device=device) * width,
-        "num_rows": torch.full((b,), width, dtype=torch.int32, device=device),
-        "ancestors": ancestors.flatten().to(device),
+        "rows": TreeRows(
+            anchor_rows=torch.arange(b, dtype=torch.int32, device=device) * width,
+            num_rows=torch.full((b,), width, dtype=torch.int32, device=device),
+            ancestors=ancestors.flatten().to(device),
+        ),
         "scale": model.head_size**-0.5,
         "max_rows": width,
     }
@@ -255,7 +258,7 @@ def compact(storage: list[torch.Tensor], caches: CachePointers, *step: torch.Ten
 def compact_in_torch(
     storage: list[torch.Tensor],
     slot_mapping: torch.Tensor,
-    roots: torch.Tensor,
+    anchor_rows: torch.Tensor,
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
@@ -263,8 +266,8 @@ def compact_in_torch(
     the host must know."""
     k = torch.arange(path.shape[1], device=path.device)
     request, place = ((path != k) & (k < num_sampled[:, None])).nonzero(as_tuple=True)
-    source = slot_mapping[roots[request] + path[request, place]]
-    target = slot_mapping[roots[request] + place]
+    source = slot_mapping[anchor_rows[request] + path[request, place]]
+    target = slot_mapping[anchor_rows[request] + place]
     for cache in storage:
         entries = cache[source // BLOCK_SIZE, :, source % BLOCK_SIZE]
         cache[target // BLOCK_SIZE, :, target % BLOCK_SIZE] = entries

@@ -1,4 +1,4 @@
-"""Every kernel against its torch reference: latency, bytes, and its share of what the memory can do.
+"""Every kernel against its reference: latency, bytes, and its share of what the memory can do.
 
     python benchmarks/kernel_time.py                  # on a GPU the Triton kernels
     python benchmarks/kernel_time.py --quick          # one small shape

@@ -1,4 +1,4 @@
-"""Collapse of an alignment: merge repeats, then drop blanks."""
+"""Collapse of an alignment: merge repeats, then drop blanks. Triton serves a GPU, the torch reference a CPU."""
 
 import torch
 import triton
@@ -36,12 +36,12 @@ def collapse_reference(
     emits[:, 1:] &= alignment[:, 1:] != alignment[:, :-1]
     count = emits.cumsum(1)  # labels emitted up to and with each frame
     lengths = count[:, -1].clamp(max=num_labels)
-    # Slot 0 is the anchor and slot i the i-th label; what is not kept goes to a last slot that is cut off.
-    slots = anchor.new_empty(alignment.shape[0], num_labels + 2)
-    slots[:, 0] = anchor
-    slots.scatter_(1, torch.where(emits, count, num_labels + 1).clamp(max=num_labels + 1), alignment)
+    # Column 0 is the anchor and column i the i-th label; what is not kept goes to a last column that is cut off.
+    columns = anchor.new_empty(alignment.shape[0], num_labels + 2)
+    columns[:, 0] = anchor
+    columns.scatter_(1, torch.where(emits, count, num_labels + 1).clamp(max=num_labels + 1), alignment)
     filled = torch.arange(1, num_labels + 1, device=alignment.device).minimum(lengths[:, None])
-    return slots.gather(1, filled), lengths.int()
+    return columns.gather(1, filled), lengths.int()
 
 
 def collapse_triton(
@@ -92,6 +92,8 @@ def _collapse_kernel(
 
     labels_ptr += row * num_labels
     tl.store(labels_ptr + place, symbol, mask=emits & (place < num_labels))
-    slot = tl.arange(0, BLOCK_N)
-    tl.store(labels_ptr + slot, tl.zeros((BLOCK_N,), tl.int64) + fill, mask=(slot >= length) & (slot < num_labels))
+    column = tl.arange(0, BLOCK_N)
+    tl.store(
+        labels_ptr + column, tl.zeros((BLOCK_N,), tl.int64) + fill, mask=(column >= length) & (column < num_labels)
+    )
     tl.store(lengths_ptr + row, length)

@@ -16,7 +16,7 @@ IMPOSSIBLE = 1e-30
 class Frames(NamedTuple):
     """T frames for each of B requests, and what else a search over them reads.
 
-        p_t(v)         = exp(logits[b, t, v] + log_label[b, t])     frame t holds label v; 0 where the logit is -inf
+        p_t(v)         = exp(logits[b, t, v] + log_scale[b, t])     frame t holds label v; 0 where the logit is -inf
         p_t(blank)     = exp(log_blank[b, t])                       frame t holds none
         bias(v | last) = W_out[v] . W_in[last]                      of the label-conditional head
         A[s, t]        the label after the one of frame s (0: the anchor) appears at frame t; 0 unless t > s
@@ -25,17 +25,17 @@ class Frames(NamedTuple):
     """
 
     logits: Tensor  # [B, T, V] fp16, bf16 or fp32, contiguous in V
-    log_label: Tensor  # [B, T] fp32
+    log_scale: Tensor  # [B, T] fp32
     log_blank: Tensor  # [B, T] fp32, -inf with transitions
     anchor: Tensor  # [B] int64, the token before the first label: a row of W_in, under no repeat rule
     markov: tuple[Tensor, Tensor] | None = None  # W_in [V or more, r], W_out [V, r]: contiguous, of one dtype
     transitions: Tensor | None = None  # A [B, 1 + T, T] fp32, rows s = 0..T, columns t = 1..T; None: CTC
 
     def to(self, device: torch.device | str) -> "Frames":
-        logits, log_label, log_blank, anchor = (x.to(device) for x in self[:4])
+        logits, log_scale, log_blank, anchor = (x.to(device) for x in self[:4])
         markov = None if self.markov is None else (self.markov[0].to(device), self.markov[1].to(device))
         transitions = None if self.transitions is None else self.transitions.to(device)
-        return Frames(logits, log_label, log_blank, anchor, markov, transitions)
+        return Frames(logits, log_scale, log_blank, anchor, markov, transitions)
 
 
 class Budget(NamedTuple):
@@ -52,8 +52,19 @@ class ChainSampling(NamedTuple):
     temperature: Tensor  # [R] fp32; 0 is greedy
     seeds: Tensor  # [R] int64
     positions: Tensor  # [B] int64, the position of the first label; label k is drawn at positions + k
-    slots: Tensor  # [B] int64, the request slot of each row; -1 is an inert row
+    requests: Tensor  # [B] int64, the request slot of each row; -1 is an inert row
     draft_logits: Tensor  # [R, N, V] fp32, written: log q(v | prefix) up to a constant, -inf where impossible
+
+
+class TreeRows(NamedTuple):
+    """Where the trees of R requests stand among the token rows of a step, whose rows with logits they are.
+
+    Row `anchor_rows[r] + i` is node `i` of the tree of request `r`, `i < num_rows[r]`; node 0 is the anchor.
+    """
+
+    anchor_rows: Tensor  # [R] int32
+    num_rows: Tensor  # [R] int32, the anchor included; 0 for a request without a tree
+    ancestors: Tensor  # [num_tokens] int64, as in `DraftTree`; 0 in rows of no tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Normaliser and best token of every frame in one pass over the logits."""
+"""Normaliser and best token of every frame in one pass. Triton serves a GPU, the torch reference a CPU."""
 
 from typing import NamedTuple
 

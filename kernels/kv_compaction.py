@@ -1,4 +1,4 @@
-"""Compaction of the KV cache: the entries of an accepted path move to where a sequence has them."""
+"""Compaction of the KV cache along an accepted path. Triton serves a GPU, the numpy reference a CPU."""
 
 import weakref
 from collections.abc import Sequence
@@ -62,14 +62,14 @@ class CachePointers:
 def compact_kv(
     caches: CachePointers,  # of L tensors [num_blocks, Hkv, block_size, 2 d]
     slot_mapping: torch.Tensor,  # [num_tokens] int64
-    roots: torch.Tensor,  # [R] int32
+    anchor_rows: torch.Tensor,  # [R] int32
     path: torch.Tensor,  # [R, 1 + N] int32
     num_sampled: torch.Tensor,  # [R] int32
 ) -> None:
-    """The k-th accepted node of request `r` was computed in row `roots[r] + path[r, k]`, at the position `k` after the
-    root, and belongs where row `roots[r] + k` was written. In every layer, for `k = 1 .. num_sampled[r] - 1`:
+    """The k-th accepted node of request `r` was computed in row `a + path[r, k]`, `a = anchor_rows[r]`, at the position
+    `k` after the anchor's, and belongs where row `a + k` was written. In every layer, `k = 1 .. num_sampled[r] - 1`:
 
-        entry(slot_mapping[roots[r] + k]) = entry(slot_mapping[roots[r] + path[r, k]])
+        entry(slot_mapping[a + k]) = entry(slot_mapping[a + path[r, k]])
         entry(slot) = cache[slot // block_size, :, slot % block_size, :], all heads, keys and values
 
     Keys hold the rotary embedding of the node's depth, so nothing needs to be rotated again. A path increases:
@@ -80,25 +80,25 @@ def compact_kv(
             dimension, any dtype. Written.
         slot_mapping: [num_tokens] int64, slot = block * block_size + offset. A move from or to a negative slot is
             skipped.
-        roots, num_sampled: [R] int32. num_sampled 0 and 1 move nothing.
+        anchor_rows, num_sampled: [R] int32. num_sampled 0 and 1 move nothing.
         path: [R, 1 + N] int32, contiguous, as `tree_walk` returns it.
 
     Why custom: one launch for all layers. In torch it is a gather and a scatter for each layer, and the ragged list of
     moves takes a host synchronisation.
     """
     run = compact_kv_triton if slot_mapping.is_cuda else compact_kv_reference
-    run(caches, slot_mapping, roots, path, num_sampled)
+    run(caches, slot_mapping, anchor_rows, path, num_sampled)
 
 
 def compact_kv_reference(
     caches: CachePointers,
     slot_mapping: torch.Tensor,
-    roots: torch.Tensor,
+    anchor_rows: torch.Tensor,
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
-    """For tensors of the CPU. Reads all entries before it writes any, which is the same as ascending order."""
-    targets, sources = moved_slots(slot_mapping, roots, path, num_sampled)
+    """Serves a CPU. Reads all entries before it writes any, which is the same as ascending order."""
+    targets, sources = moved_slots(slot_mapping, anchor_rows, path, num_sampled)
     block_size = caches.shape[2]
     from_block, from_offset = np.divmod(sources, block_size)
     to_block, to_offset = np.divmod(targets, block_size)
@@ -135,7 +135,7 @@ def moved_slots(
 def compact_kv_triton(
     caches: CachePointers,
     slot_mapping: torch.Tensor,
-    roots: torch.Tensor,
+    anchor_rows: torch.Tensor,
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
@@ -146,7 +146,7 @@ def compact_kv_triton(
     block = min(_MAX_COLUMNS, triton.next_power_of_2(num_columns))
     grid = (path.shape[0], len(caches.addresses), triton.cdiv(num_columns, block))
     _compact_kv_kernel[grid](
-        element, caches.addresses, *caches.strides[:3], slot_mapping, roots, path, num_sampled,
+        element, caches.addresses, *caches.strides[:3], slot_mapping, anchor_rows, path, num_sampled,
         PATH_WIDTH=path.shape[1], BLOCK_SIZE=block_size, ENTRY_SIZE=entry_size, NUM_COLUMNS=num_columns,
         BLOCK=block, ALIGNMENT=_ALIGNMENT, num_warps=4,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def _compact_kv_kernel(
     cache_stride_head,
     cache_stride_offset,
     slot_mapping_ptr,  # [num_tokens] int64
-    roots_ptr,  # [R] int32
+    anchor_rows_ptr,  # [R] int32
     path_ptr,  # [R, PATH_WIDTH] int32
     num_sampled_ptr,  # [R] int32
     PATH_WIDTH: tl.constexpr,
@@ -180,11 +180,11 @@ def _compact_kv_kernel(
     base = tl.load(addresses_ptr + layer).to(element_ptr.dtype)
     base = tl.multiple_of(base, ALIGNMENT)
     columns = base + (column // ENTRY_SIZE).to(tl.int64) * cache_stride_head + column % ENTRY_SIZE
-    root = tl.load(roots_ptr + request)
+    anchor_row = tl.load(anchor_rows_ptr + request)
     for k in range(1, tl.load(num_sampled_ptr + request)):
         node = tl.load(path_ptr + request * PATH_WIDTH + k)
-        source = tl.load(slot_mapping_ptr + root + node)
-        target = tl.load(slot_mapping_ptr + root + k)
+        source = tl.load(slot_mapping_ptr + anchor_row + node)
+        target = tl.load(slot_mapping_ptr + anchor_row + k)
         if (source != target) & (source >= 0) & (target >= 0):
             source_entry = source // BLOCK_SIZE * cache_stride_block + source % BLOCK_SIZE * cache_stride_offset
             target_entry = target // BLOCK_SIZE * cache_stride_block + target % BLOCK_SIZE * cache_stride_offset

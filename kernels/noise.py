@@ -1,4 +1,4 @@
-"""Gumbel noise for drafting: the same Philox bits from a Triton device function and from torch integers.
+"""Gumbel noise for drafting: the same Philox bits in Triton, for a GPU, and in torch, the reference and for a CPU.
 
 The noise of token `v` at sequence position `pos` of a request, drafted as label `k` of its chain, is
 

@@ -1,4 +1,4 @@
-"""Depths and ancestor sets of a forest of parents."""
+"""Depths and ancestor sets of a forest of parents. Triton serves a GPU, the torch reference a CPU."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The walk from the anchor down a tree along the tokens that the target chose."""
+"""The walk down a tree along the target's tokens. Triton serves a GPU, the numpy reference a CPU."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ def tree_walk(
     target_tokens: torch.Tensor,  # [L] int64
     draft_tokens: torch.Tensor,  # [L] int64
     parents: torch.Tensor,  # [S, 1 + N] int32
-    slots: torch.Tensor,  # [R] int32
+    requests: torch.Tensor,  # [R] int32
     cu_num_logits: torch.Tensor,  # [R + 1] int32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [R, 1 + N] int64, [R] int32, [R, 1 + N] int32
     """Node `i` of request `r` is row `cu_num_logits[r] + i` of the two token lists, `i < num_logits`. From node 0:
@@ -25,7 +25,7 @@ def tree_walk(
         target_tokens: [L] int64, L >= cu_num_logits[R].
         draft_tokens: [L] int64, the token of each node; that of the anchor is not read. -1 never matches.
         parents: [S, 1 + N] int32, contiguous, as in `DraftTree`: a parent stands before its children, which differ.
-        slots: [R] int32, the row of a request in `parents`.
+        requests: [R] int32, request slots: rows of `parents`.
         cu_num_logits: [R + 1] int32; the tree is cut to its first num_logits rows. num_logits = 0 emits nothing.
     Returns:
         sampled [R, 1 + N] int64, the emitted tokens, then 0; num_sampled [R] int32; path [R, 1 + N] int32, the node
@@ -35,29 +35,29 @@ def tree_walk(
     tree. One program per request compares all children at once and stops at its own last step.
     """
     run = tree_walk_triton if target_tokens.is_cuda else tree_walk_reference
-    return run(target_tokens, draft_tokens, parents, slots, cu_num_logits)
+    return run(target_tokens, draft_tokens, parents, requests, cu_num_logits)
 
 
 def tree_walk_reference(
     target_tokens: torch.Tensor,
     draft_tokens: torch.Tensor,
     parents: torch.Tensor,
-    slots: torch.Tensor,
+    requests: torch.Tensor,
     cu_num_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For tensors of the CPU. A parent stands before its children, so one pass over the nodes meets the whole path."""
+    """Serves a CPU. A parent stands before its children, so one pass over the nodes meets the whole path."""
     target, draft = target_tokens.numpy().tolist(), draft_tokens.numpy().tolist()
     all_parents, starts = parents.numpy(), cu_num_logits.numpy().tolist()
-    num_requests, width = len(slots), parents.shape[1]
+    num_requests, width = len(requests), parents.shape[1]
     sampled = np.zeros((num_requests, width), np.int64)
     num_sampled = np.empty(num_requests, np.int32)
     path = np.empty((num_requests, width), np.int32)
     path[:] = np.arange(width, dtype=np.int32)
-    for r, slot in enumerate(slots.numpy().tolist()):
+    for r, request in enumerate(requests.numpy().tolist()):
         start, num_logits = starts[r], starts[r + 1] - starts[r]
         nodes = [0][:num_logits]
         emitted = target[start : start + len(nodes)]
-        for node, parent in enumerate(all_parents[slot, 1:num_logits].tolist(), 1):
+        for node, parent in enumerate(all_parents[request, 1:num_logits].tolist(), 1):
             if parent == nodes[-1] and draft[start + node] == emitted[-1] >= 0:
                 nodes.append(node)
                 emitted.append(target[start + node])
@@ -71,16 +71,16 @@ def tree_walk_triton(
     target_tokens: torch.Tensor,
     draft_tokens: torch.Tensor,
     parents: torch.Tensor,
-    slots: torch.Tensor,
+    requests: torch.Tensor,
     cu_num_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_requests, width = slots.shape[0], parents.shape[1]
+    num_requests, width = requests.shape[0], parents.shape[1]
     device = target_tokens.device
     sampled = torch.empty(num_requests, width, dtype=torch.int64, device=device)
     num_sampled = torch.empty(num_requests, dtype=torch.int32, device=device)
     path = torch.empty(num_requests, width, dtype=torch.int32, device=device)
     _tree_walk_kernel[(num_requests,)](
-        target_tokens, draft_tokens, parents, slots, cu_num_logits, sampled, num_sampled, path,
+        target_tokens, draft_tokens, parents, requests, cu_num_logits, sampled, num_sampled, path,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
     return sampled, num_sampled, path
@@ -91,7 +91,7 @@ def _tree_walk_kernel(
     target_ptr,  # [L] int64
     draft_ptr,  # [L] int64
     parents_ptr,  # [S, WIDTH] int32
-    slots_ptr,  # [R] int32
+    requests_ptr,  # [R] int32
     cu_num_logits_ptr,  # [R + 1] int32
     sampled_ptr,  # [R, WIDTH] int64
     num_sampled_ptr,  # [R] int32
@@ -105,7 +105,7 @@ def _tree_walk_kernel(
     num_logits = tl.load(cu_num_logits_ptr + request + 1) - start
     lane = tl.arange(0, BLOCK)
     is_node = (lane >= 1) & (lane < num_logits)
-    tree = tl.load(slots_ptr + request).to(tl.int64) * WIDTH
+    tree = tl.load(requests_ptr + request).to(tl.int64) * WIDTH
     parent = tl.load(parents_ptr + tree + lane, mask=is_node, other=-1)
     draft = tl.load(draft_ptr + start + lane, mask=is_node, other=-1)
     target = tl.load(target_ptr + start + lane, mask=lane < num_logits, other=-1)

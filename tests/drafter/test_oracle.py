@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -10,28 +10,11 @@ import torch
 from vllm_ctc_spec.drafter import oracle, recursions
 from vllm_ctc_spec.drafter.lattice import NEG
 
+from ..oracle.chi_square import p_value
+from ..oracle.enumeration import alignment_masses, scores_of
+from ..oracle.frames import random_log_probs
+
 CASES = [(v, t, seed) for v in (1, 2, 3, 4) for t in (1, 2, 3, 4, 5, 6) for seed in (0, 1) if (v + 1) ** t <= 16000]
-
-
-def random_frames(num_tokens: int, num_frames: int, seed: int, scale: float = 2.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed * 1000 + num_tokens * 10 + num_frames)
-    logits = torch.randn(num_frames, num_tokens, generator=generator, dtype=torch.float64) * scale
-    odds = torch.randn(num_frames, generator=generator, dtype=torch.float64)
-    return oracle.frame_log_probs(logits, odds)
-
-
-def enumerate_prefixes(log_probs: torch.Tensor) -> tuple[dict, dict]:
-    """P(collapse starts with y) and P(collapse == y) for every y, by summing over all alignments."""
-    num_frames, blank = log_probs.shape[0], log_probs.shape[1] - 1
-    starts, exact = defaultdict(float), defaultdict(float)
-    rows = log_probs.tolist()
-    for alignment in itertools.product(range(blank + 1), repeat=num_frames):
-        probability = math.exp(sum(rows[t][s] for t, s in enumerate(alignment)))
-        labels = tuple(oracle.collapse(alignment, blank))
-        exact[labels] += probability
-        for k in range(len(labels) + 1):
-            starts[labels[:k]] += probability
-    return starts, exact
 
 
 @pytest.mark.parametrize(
@@ -59,8 +42,8 @@ def test_frames_are_distributions_and_blank_is_an_odds():
 
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_prefix_probabilities_and_conditionals_equal_enumeration(num_tokens, num_frames, seed):
-    log_probs = random_frames(num_tokens, num_frames, seed)
-    starts, exact = enumerate_prefixes(log_probs)
+    log_probs = random_log_probs(num_tokens, num_frames, seed)
+    starts, exact = alignment_masses(log_probs)
     reachable = {(): oracle.Prefix.root(log_probs)}
     checked = 0
     while reachable:
@@ -80,8 +63,8 @@ def test_prefix_probabilities_and_conditionals_equal_enumeration(num_tokens, num
 
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_label_forward_equals_enumeration(num_tokens, num_frames, seed):
-    log_probs = random_frames(num_tokens, num_frames, seed)
-    starts, exact = enumerate_prefixes(log_probs)
+    log_probs = random_log_probs(num_tokens, num_frames, seed)
+    starts, exact = alignment_masses(log_probs)
     num_labels = min(num_frames, 4)
     rows = list(itertools.product(range(num_tokens), repeat=num_labels))
     labels = torch.tensor(rows)
@@ -94,7 +77,7 @@ def test_label_forward_equals_enumeration(num_tokens, num_frames, seed):
 
 
 def test_label_forward_weights_are_those_of_the_prefix():
-    log_probs = random_frames(3, 6, 0)
+    log_probs = random_log_probs(3, 6, 0)
     labels = torch.tensor([[1, 1, 0]])
     forward = recursions.label_forward(log_probs[:, labels].permute(1, 0, 2), log_probs[None, :, -1], labels)
     prefix = oracle.Prefix.root(log_probs)
@@ -106,7 +89,7 @@ def test_label_forward_weights_are_those_of_the_prefix():
 
 
 def test_label_forward_gradient():
-    log_probs = random_frames(3, 5, 1).requires_grad_()
+    log_probs = random_log_probs(3, 5, 1).requires_grad_()
     labels = torch.tensor([[2, 2, 0], [0, 1, 2]])
 
     def total(x):
@@ -128,8 +111,8 @@ def test_infeasible_labels_have_no_mass_and_no_nan_gradient():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_chain_equals_enumeration(seed):
-    log_probs = random_frames(3, 5, seed, scale=1.0)
-    starts, _ = enumerate_prefixes(log_probs)
+    log_probs = random_log_probs(3, 5, seed, scale=1.0)
+    starts, _ = alignment_masses(log_probs)
     expected: tuple[int, ...] = ()
     while len(expected) < 4:
         scores = [starts.get((*expected, v), 0.0) for v in range(3)]
@@ -145,14 +128,14 @@ def test_greedy_chain_equals_enumeration(seed):
 
 
 def test_chain_ends_where_the_frames_do():
-    log_probs = random_frames(1, 4, 0)
+    log_probs = random_log_probs(1, 4, 0)
     assert oracle.chain(log_probs, 9).labels == (0, 0)  # one token only: a repeat takes two frames
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_chain_follows_the_exact_law(temperature):
-    log_probs = random_frames(3, 4, 3, scale=1.0)
-    starts, _ = enumerate_prefixes(log_probs)
+    log_probs = random_log_probs(3, 4, 3, scale=1.0)
+    starts, _ = alignment_masses(log_probs)
 
     def law_at(temperature: float) -> dict[tuple[int, ...], float]:
         law = {}
@@ -162,23 +145,19 @@ def test_sampled_chain_follows_the_exact_law(temperature):
             law[first, second] = float(q1[first] / q1.sum() * q2[second] / q2.sum())
         return law
 
-    def chi_square(law: dict[tuple[int, ...], float]) -> float:
-        return sum((counts[y] - draws * p) ** 2 / (draws * p) for y, p in law.items())
-
     law = law_at(temperature)
-    generator, draws, counts = torch.Generator().manual_seed(0), 1500, defaultdict(int)
-    for _ in range(draws):
+    generator, counts = torch.Generator().manual_seed(0), Counter()
+    for _ in range(1500):
         drafted = oracle.chain(log_probs, 2, temperature=temperature, generator=generator)
         counts[drafted.labels] += 1
         log_q = sum(drafted.log_q[k, v] for k, v in enumerate(drafted.labels))
         assert math.exp(log_q) == pytest.approx(law[drafted.labels], rel=1e-5)
-    critical = 26.1  # 8 degrees of freedom, p = 0.001
-    assert chi_square(law) < critical
-    assert chi_square(law_at(temperature * 1.3)) > critical  # as many draws tell a law that is a little off
+    assert p_value(counts, law) > 1e-3
+    assert p_value(counts, law_at(temperature * 1.3)) < 1e-3  # as many draws tell a law that is a little off
 
 
 def test_label_bias_is_added_before_normalising():
-    log_probs = random_frames(3, 4, 0)
+    log_probs = random_log_probs(3, 4, 0)
     bias = torch.randn(3, 3, dtype=torch.float64)
     drafted = oracle.chain(log_probs, 2, label_bias=bias, anchor=2)
     expected = torch.log_softmax(oracle.Prefix.root(log_probs).conditional(log_probs) + bias[2], -1)
@@ -188,32 +167,15 @@ def test_label_bias_is_added_before_normalising():
     torch.testing.assert_close(drafted.log_q[1], expected)
 
 
-def scores_of(starts, num_tokens, depth, label_bias=None, anchor=0):
-    """log score of every possible prefix of 1..depth labels, from the enumerated prefix probabilities."""
-    scores, level = {}, {(): 0.0}
-    for _ in range(depth):
-        children = {}
-        for labels, score in level.items():
-            joint = [starts.get((*labels, v), 0.0) for v in range(num_tokens)]
-            q = torch.tensor(joint, dtype=torch.float64) / starts[labels]
-            if label_bias is not None and max(joint) > 0:
-                q = q * label_bias[labels[-1] if labels else anchor].exp()
-                q = q / q.sum()
-            children |= {(*labels, v): score + math.log(q[v]) for v in range(num_tokens) if q[v] > 0}
-        scores |= children
-        level = children
-    return scores
-
-
 @pytest.mark.parametrize("depth", [1, 3, 9])
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), [c for c in CASES if (c[0] + 1) ** c[1] <= 1100])
 def test_best_prefixes_equal_enumeration(num_tokens, num_frames, seed, with_head, depth):
-    log_probs = random_frames(num_tokens, num_frames, seed, scale=1.0)
+    log_probs = random_log_probs(num_tokens, num_frames, seed, scale=1.0)
     generator = torch.Generator().manual_seed(seed)
     label_bias = torch.randn(num_tokens, num_tokens, generator=generator).double() if with_head else None
     anchor = seed % num_tokens
-    scores = scores_of(enumerate_prefixes(log_probs)[0], num_tokens, depth, label_bias, anchor)
+    scores = scores_of(alignment_masses(log_probs)[0], num_tokens, depth, label_bias, anchor)
     # Where all of a prefix's mass goes on, its child ties with it: the shallower comes first.
     expected = sorted(scores, key=lambda labels: (-round(scores[labels], 9), len(labels)))
     for num_nodes in (1, 7, 64):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ import torch
 from vllm_ctc_spec.drafter import oracle, recursions
 from vllm_ctc_spec.drafter.lattice import NEG, slot_transitions, transition_log_probs
 
-from .test_oracle import random_frames, scores_of
+from ..oracle.enumeration import path_masses, scores_of
+from ..oracle.frames import random_log_probs
 
 CASES = [(v, t, seed) for v in (1, 2, 3) for t in (1, 2, 3, 4, 5) for seed in (0, 1)]
 
@@ -25,37 +25,20 @@ def random_transitions(num_frames: int, seed: int, stop: float = 0.3) -> torch.T
     return transitions / transitions.sum(1, keepdim=True).clamp_min(1e-9) * (1 - stops)
 
 
+def random_case(num_tokens: int, num_frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames without blank `[T, V + 1]` in log space, and transitions."""
+    log_probs = random_log_probs(num_tokens, num_frames, seed, with_blank=False)
+    return log_probs, random_transitions(num_frames, seed)
+
+
 def to_log(transitions: torch.Tensor) -> torch.Tensor:
     return transitions.log().clamp_min(NEG)
 
 
-def token_frames(num_tokens: int, num_frames: int, seed: int) -> torch.Tensor:
-    """Frames without blank, `[T, V + 1]`."""
-    logits = random_frames(num_tokens, num_frames, seed)[:, :-1]
-    return oracle.frame_log_probs(logits, None)
-
-
-def enumerate_paths(log_probs: torch.Tensor, transitions: torch.Tensor) -> tuple[dict, dict]:
-    """P(the labels start with y) and P(the labels are y) for every y, over every subset of frames and its labels."""
-    num_frames, num_tokens = log_probs.shape[0], log_probs.shape[1] - 1
-    starts, exact = defaultdict(float), defaultdict(float)
-    for length in range(num_frames + 1):
-        for frames in itertools.combinations(range(num_frames), length):
-            rows = (0, *(t + 1 for t in frames))
-            path = math.prod(float(transitions[s, t]) for s, t in zip(rows, frames))
-            path *= 1 - float(transitions[rows[-1]].sum())
-            for labels in itertools.product(range(num_tokens), repeat=length):
-                probability = path * math.exp(sum(float(log_probs[t, v]) for t, v in zip(frames, labels)))
-                exact[labels] += probability
-                for k in range(length + 1):
-                    starts[labels[:k]] += probability
-    return starts, exact
-
-
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_transition_prefixes_equal_enumeration(num_tokens, num_frames, seed):
-    log_probs, transitions = token_frames(num_tokens, num_frames, seed), random_transitions(num_frames, seed)
-    starts, exact = enumerate_paths(log_probs, transitions)
+    log_probs, transitions = random_case(num_tokens, num_frames, seed)
+    starts, exact = path_masses(log_probs, transitions)
     assert starts[()] == pytest.approx(1)
     reachable = {(): oracle.TransitionPrefix.root(to_log(transitions))}
     while reachable:
@@ -73,8 +56,8 @@ def test_transition_prefixes_equal_enumeration(num_tokens, num_frames, seed):
 
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_transition_forward_equals_enumeration(num_tokens, num_frames, seed):
-    log_probs, transitions = token_frames(num_tokens, num_frames, seed), random_transitions(num_frames, seed)
-    starts, exact = enumerate_paths(log_probs, transitions)
+    log_probs, transitions = random_case(num_tokens, num_frames, seed)
+    starts, exact = path_masses(log_probs, transitions)
     rows = list(itertools.product(range(num_tokens), repeat=min(num_frames, 4)))
     label_log_probs = log_probs[:, torch.tensor(rows)].permute(1, 0, 2)
     forward = recursions.transition_forward(label_log_probs, to_log(transitions).expand(len(rows), -1, -1))
@@ -131,8 +114,8 @@ def test_transition_log_probs_are_a_softmax_over_later_frames():
 
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_greedy_chain_equals_enumeration(num_tokens, num_frames, seed):
-    log_probs, transitions = token_frames(num_tokens, num_frames, seed), random_transitions(num_frames, seed)
-    starts, _ = enumerate_paths(log_probs, transitions)
+    log_probs, transitions = random_case(num_tokens, num_frames, seed)
+    starts, _ = path_masses(log_probs, transitions)
     drafted = oracle.chain(log_probs, num_frames + 1, log_transitions=to_log(transitions))
     for k in range(len(drafted.labels) + 1):
         joint = [starts.get((*drafted.labels[:k], v), 0.0) for v in range(num_tokens)]
@@ -148,11 +131,11 @@ def test_greedy_chain_equals_enumeration(num_tokens, num_frames, seed):
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize(("num_tokens", "num_frames", "seed"), CASES)
 def test_best_prefixes_equal_enumeration(num_tokens, num_frames, seed, with_head, depth):
-    log_probs, transitions = token_frames(num_tokens, num_frames, seed), random_transitions(num_frames, seed)
+    log_probs, transitions = random_case(num_tokens, num_frames, seed)
     generator = torch.Generator().manual_seed(seed)
     label_bias = torch.randn(num_tokens, num_tokens, generator=generator).double() if with_head else None
     anchor = seed % num_tokens
-    scores = scores_of(enumerate_paths(log_probs, transitions)[0], num_tokens, depth, label_bias, anchor)
+    scores = scores_of(path_masses(log_probs, transitions)[0], num_tokens, depth, label_bias, anchor)
     expected = sorted(scores, key=lambda labels: (-round(scores[labels], 9), len(labels)))
     options = dict(depth=depth, label_bias=label_bias, anchor=anchor, log_transitions=to_log(transitions))
     for num_nodes in (1, 7, 64):
@@ -163,7 +146,7 @@ def test_best_prefixes_equal_enumeration(num_tokens, num_frames, seed, with_head
 
 def test_slots_are_cross_entropys_law():
     """Frame k is label k: the conditionals are the frames themselves, and T labels use them up."""
-    log_probs, log_transitions = token_frames(3, 4, 0), to_log(slot_transitions(4)).double()
+    log_probs, log_transitions = random_log_probs(3, 4, 0, with_blank=False), to_log(slot_transitions(4)).double()
     bias = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
     drafted = oracle.chain(log_probs, 9, label_bias=bias, anchor=2, log_transitions=log_transitions)
     last = (2, *drafted.labels)

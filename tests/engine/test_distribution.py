@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.proposer import CTCProposer
 
+from ..oracle.chi_square import p_value
 from ..releases import SINCE_33
 from .conftest import TREE
 
@@ -100,20 +101,6 @@ def draw(llm, draws: int = DRAWS, **parameters) -> Counter:
     ]
     outputs = llm.generate([{"prompt_token_ids": PROMPT}] * len(requests), requests, use_tqdm=False)
     return Counter(tuple(sample.token_ids) for output in outputs for sample in output.outputs)
-
-
-def p_value(seen: Counter, law: dict[tuple[int, ...], float]) -> float:
-    """Pearson's chi-square; cells with fewer than five expected draws are pooled. What cannot happen must not."""
-    total = seen.total()
-    if any(law[tokens] == 0 for tokens in seen):
-        return 0.0
-    large = {tokens for tokens, p in law.items() if total * p >= 5}
-    cells = [(seen[tokens], total * law[tokens]) for tokens in large]
-    rest = total - sum(expected for _, expected in cells)
-    if rest >= 5:
-        cells.append((total - sum(count for count, _ in cells), rest))
-    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
-    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2.0), torch.tensor(statistic / 2)))
 
 
 GREEDY_DRAFTS = {}

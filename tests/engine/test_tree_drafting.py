@@ -29,7 +29,7 @@ class Recorder:
         self.frames: dict[tuple[int, ...], torch.Tensor] = {}
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
-        log_label = step.frames.logits + step.frames.log_label[:, :, None]
+        log_label = step.frames.logits + step.frames.log_scale[:, :, None]
         for of_request, slot in zip(log_label, step.requests.tolist(), strict=True):
             length = int(self.request_states.total_len.gpu[slot])
             context = self.request_states.all_token_ids.gpu[slot][:length]

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from triton.runtime import interpreter
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+import vllm_ctc_spec.kernels
+
+KERNELS = Path(vllm_ctc_spec.kernels.__file__).parent
 
 
 class Access(NamedTuple):
@@ -67,9 +69,9 @@ class Watch:
 def _line() -> str:
     """Of the kernel that is being run."""
     frame = sys._getframe(2)
-    while frame is not None and Path(frame.f_code.co_filename).parent != KERNELS:
+    while frame is not None and KERNELS not in Path(frame.f_code.co_filename).parents:
         frame = frame.f_back
-    return "?" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return "?" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(KERNELS)}:{frame.f_lineno}"
 
 
 def _meet_in_other_lanes(old: Access, new: Access) -> bool:

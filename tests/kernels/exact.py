@@ -11,7 +11,7 @@ from vllm_ctc_spec.drafter.lattice import NEG
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, DraftTree, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
-from .frames import from_odds, generator, log_probs, log_transitions, markov_head, transitions_between
+from ..oracle.frames import from_odds, generator, log_probs, log_transitions, markov_head, transitions_between
 
 LOG_IMPOSSIBLE = math.log(IMPOSSIBLE)
 ENDED = -25.0  # no label of a chain that ends has this log conditional: fp32 states hold no less
@@ -101,7 +101,7 @@ def sampled_gaps(
     """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
     score, with its noise, is below the best."""
     for b in range(labels.shape[0]):
-        chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.slots[b])
+        chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.requests[b])
         temperature = sampling.temperature[slot].double()
         for k, (exact, label) in enumerate(zip(conditionals(row_of(frames, b), chain), chain)):
             law = sampling.draft_logits[slot, k].double()

@@ -67,7 +67,7 @@ def sampled_chain_error(case: Case) -> Error:
         temperature=(torch.rand(shape.batch, generator=draw) + 0.3).to(device),
         seeds=torch.randint(2**62, (shape.batch,), generator=draw).to(device),
         positions=torch.randint(2**20, (shape.batch,), generator=draw).to(device),
-        slots=torch.randperm(shape.batch, generator=draw).to(device),
+        requests=torch.randperm(shape.batch, generator=draw).to(device),
         draft_logits=torch.full((shape.batch, num_labels, shape.vocabulary), torch.nan, device=device),
     )
     labels, lengths = prefix_chain_triton(frames, num_labels, sampling)

@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_reference, compact_kv_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 from vllm_ctc_spec.kernels.tree_layout import tree_layout_reference, tree_layout_triton
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_triton
 from vllm_ctc_spec.kernels.tree_walk import tree_walk_reference, tree_walk_triton
 
+from ..oracle.trees import node_path, random_tree, starts, tree_tables
 from .exact import Case
-from .trees import node_path, random_tree, starts, tree_tables
 
 Error = tuple[float, float]  # what was found, and how much is right
 BLOCK_SIZE, NEVER = 16, 7.5
@@ -61,10 +62,11 @@ def layout_error(case: Case) -> Error:
     inputs = positions, query_start, starts(forest.counts), slots, forest.depths[of_slot], forest.ancestors[of_slot]
     results = []
     for run, device in ((tree_layout_reference, "cpu"), (tree_layout_triton, case.device)):
-        rows = [torch.full((total + room,), 12345, device=device) for _ in range(2)]
-        requests = [torch.full((num_requests + room,), 12345, dtype=torch.int32, device=device) for _ in range(2)]
-        run(*(x.to(device) for x in inputs), *rows, *requests)
-        results.append([*rows, *requests])
+        positions_found, ancestors = (torch.full((total + room,), 12345, device=device) for _ in range(2))
+        of_requests = (torch.full((num_requests + room,), 12345, dtype=torch.int32, device=device) for _ in range(2))
+        rows = TreeRows(*of_requests, ancestors)
+        run(*(x.to(device) for x in inputs), positions_found, rows)
+        results.append([positions_found, *rows])
     expected, found = results
     return differences(found, expected), 0.0
 
@@ -123,13 +125,13 @@ def attention_error(case: Case) -> Error:
     entries = entries.to(case.dtype)
     scheduled = [forest.ancestors[row, :count] for row, count in enumerate(counts)]
     output = torch.full_like(query, NEVER).to(case.device)
-    inputs = [
-        table, torch.tensor([a + b for a, b in zip(contexts, counts)], dtype=torch.int32), first[:-1],
-        torch.tensor(counts, dtype=torch.int32), torch.cat([*scheduled, torch.zeros(2, dtype=torch.int64)]),
-    ]  # fmt: skip
+    seq_lens = torch.tensor([a + b for a, b in zip(contexts, counts)], dtype=torch.int32)
+    rows = TreeRows(
+        first[:-1], torch.tensor(counts, dtype=torch.int32), torch.cat([*scheduled, torch.zeros(2, dtype=torch.int64)])
+    )
     tree_attention_triton(
-        query.to(case.device), *entries.to(case.device).unbind(0), output, *(x.to(case.device) for x in inputs),
-        size**-0.5, forest.parents.shape[1],
+        query.to(case.device), *entries.to(case.device).unbind(0), output, table.to(case.device),
+        seq_lens.to(case.device), TreeRows(*(x.to(case.device) for x in rows)), size**-0.5, forest.parents.shape[1],
     )  # fmt: skip
     exact = torch.full(query.shape, NEVER, dtype=torch.float64)
     for row, (context, count) in enumerate(zip(contexts, counts)):

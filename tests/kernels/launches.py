@@ -21,12 +21,12 @@ from vllm_ctc_spec.kernels import (
     frame_stats,
     kv_compaction,
     prefix_chain,
-    prefix_search_best_first,
+    prefix_search,
     tree_attention,
     tree_layout,
     tree_walk,
 )
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames, TreeRows
 
 VOCABULARY = 151_936
 BATCH = 64
@@ -52,8 +52,8 @@ class Recorder:
 
 
 def kernel_modules() -> list:
-    names = [module.name for module in pkgutil.iter_modules(vllm_ctc_spec.kernels.__path__)]
-    return [importlib.import_module(f"vllm_ctc_spec.kernels.{name}") for name in names]
+    found = pkgutil.walk_packages(vllm_ctc_spec.kernels.__path__, "vllm_ctc_spec.kernels.")
+    return [importlib.import_module(module.name) for module in found]
 
 
 def launched_kernels() -> set[str]:
@@ -75,7 +75,7 @@ def recorded_calls(architecture: int) -> list[tuple]:
             kernel = value.kernel if isinstance(value, Recorder) else value
             if isinstance(kernel, triton.JITFunction) and name in launched:
                 setattr(module, name, Recorder(kernel, calls))
-    tree_attention._compute_capability = lambda device: architecture // 10
+    tree_attention.gpu._compute_capability = lambda device: architecture // 10
     return calls
 
 
@@ -125,7 +125,7 @@ def frames_of(
     """rank: of the head, 0 for none; steps: with transitions."""
     return Frames(
         logits=empty(batch, num_frames, num_tokens, dtype=dtype),
-        log_label=empty(batch, num_frames),
+        log_scale=empty(batch, num_frames),
         log_blank=empty(batch, num_frames),
         anchor=empty(batch, dtype=torch.int64),
         markov=(empty(num_tokens, rank, dtype=dtype),) * 2 if rank else None,
@@ -137,8 +137,8 @@ def chain(frames: Frames, sampled: bool, num_labels: int = 16) -> None:
     batch, _, num_tokens = frames.logits.shape
     sampling = None
     if sampled:
-        slots = empty(batch, dtype=torch.int64)
-        sampling = ChainSampling(empty(batch), slots, slots, slots, empty(batch, num_labels, num_tokens))
+        words = empty(batch, dtype=torch.int64)
+        sampling = ChainSampling(empty(batch), words, words, words, empty(batch, num_labels, num_tokens))
     prefix_chain.prefix_chain_triton(frames, num_labels, sampling)
 
 
@@ -150,7 +150,7 @@ def transform(frames: Frames, num_nodes: int, width: int | None = None, chains: 
 def search(frames: Frames, num_nodes: int, width: int | None = None, chains: bool = False) -> None:
     budget = Budget(num_nodes, width or default_width(num_nodes), 8)
     chain_only = empty(len(frames.anchor), dtype=torch.bool) if chains else None
-    prefix_search_best_first.prefix_search_triton(frames, budget, chain_only)
+    prefix_search.prefix_search_triton(frames, budget, chain_only)
 
 
 def verification(num_nodes: int, batch: int = BATCH) -> None:
@@ -158,18 +158,19 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
     width = 1 + num_nodes
     table, words = empty(batch, width, dtype=torch.int32), empty(batch, width, dtype=torch.int64)
     rows = empty(128 * batch, dtype=torch.int64)
-    slots, starts = empty(batch, dtype=torch.int32), empty(batch + 1, dtype=torch.int32)
-    tree_layout.tree_layout_triton(rows, starts, starts, slots, table, words, rows, rows, starts, starts)
-    tree_walk.tree_walk_triton(rows, rows, table, slots, starts)
+    requests, starts = empty(batch, dtype=torch.int32), empty(batch + 1, dtype=torch.int32)
+    out_rows = TreeRows(starts, starts, rows)
+    tree_layout.tree_layout_triton(rows, starts, starts, requests, table, words, rows, out_rows)
+    tree_walk.tree_walk_triton(rows, rows, table, requests, starts)
     compaction(torch.bfloat16, width, batch)
 
 
 def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
     cache = empty(1024, 8, 16, 256, dtype=dtype)
     caches = kv_compaction.CachePointers([cache] * 32)
-    slots = empty(batch, dtype=torch.int32)
+    of_requests = empty(batch, dtype=torch.int32)
     path = empty(batch, width, dtype=torch.int32)
-    kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), slots, path, slots)
+    kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), of_requests, path, of_requests)
 
 
 def attention(
@@ -177,10 +178,10 @@ def attention(
 ) -> None:
     keys, values = empty(num_blocks, 8, 16, 2 * head_size, dtype=dtype).transpose(1, 2).split(head_size, -1)
     query = empty(8192, 8 * group, head_size, dtype=dtype)
-    blocks, slots = empty(requests, 512, dtype=torch.int32), empty(requests, dtype=torch.int32)
-    words = empty(8192, dtype=torch.int64)
+    blocks, of_requests = empty(requests, 512, dtype=torch.int32), empty(requests, dtype=torch.int32)
+    rows = TreeRows(of_requests, of_requests, empty(8192, dtype=torch.int64))
     tree_attention.tree_attention_triton(
-        query, keys, values, query, blocks, slots, slots, slots, words, head_size**-0.5, max_rows
+        query, keys, values, query, blocks, of_requests, rows, head_size**-0.5, max_rows
     )
 
 

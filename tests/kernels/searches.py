@@ -4,7 +4,7 @@ import torch
 
 from vllm_ctc_spec.kernels.contract import DraftTree, Frames
 
-from .frames import anchors, from_odds, generator
+from ..oracle.frames import anchors, from_odds, generator
 
 Nodes = list[tuple[tuple[int, ...], float]]  # labels and log score, best first
 

@@ -13,9 +13,9 @@ from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
+from ..oracle.frames import markov_head, random_frames, sampling_for, transitions_between
 from .conflicts import watched
 from .conftest import INTERPRETED
-from .frames import markov_head, random_frames, sampling_for, transitions_between
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU's memory cannot be watched")
 FRAMES, BUDGET = random_frames(2, 4, 20, seed=0), Budget(6, 8, 3)
@@ -41,9 +41,9 @@ def transform() -> None:
 
 def compaction() -> None:
     caches = [torch.randn(4, 2, 4, 16) for _ in range(2)]  # kept until the end of the launch
-    slots, roots = torch.arange(16), torch.tensor([0, 8], dtype=torch.int32)
+    slots, anchor_rows = torch.arange(16), torch.tensor([0, 8], dtype=torch.int32)
     path = torch.tensor([[0, 2, 3, 7], [0, 1, 4, 6]], dtype=torch.int32)
-    compact_kv_triton(CachePointers(caches), slots, roots, path, torch.tensor([4, 3], dtype=torch.int32))
+    compact_kv_triton(CachePointers(caches), slots, anchor_rows, path, torch.tensor([4, 3], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("run", [chain, search, search_with_transitions, transform, compaction])

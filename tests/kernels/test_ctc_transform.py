@@ -1,6 +1,6 @@
 """The CTC transform: its oracle against exact prefix probabilities, then the torch reference against the oracle."""
 
-import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform
 
-from .ctc_transform_oracle import assert_is_the_cut, raw_tree, transform, tree_nodes
-from .frames import ANCHOR, HARD, from_odds, hard_frames, log_probs, random_frames
+from ..oracle.ctc_transform import assert_is_the_cut, raw_tree, transform, tree_nodes
+from ..oracle.enumeration import alignment_masses
+from ..oracle.frames import ANCHOR, HARD, from_odds, hard_frames, log_probs, random_frames
 
 
 def checked_transform(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
@@ -49,11 +50,8 @@ def prefix_log_prob(frames: Frames, labels: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("num_tokens, num_frames", [(1, 1), (1, 6), (2, 1), (2, 3), (3, 3), (7, 2), (63, 1)])
 def test_without_pruning_scores_are_prefix_probabilities(num_tokens: int, num_frames: int) -> None:
     frames = random_frames(1, num_frames, num_tokens, seed=num_tokens, scale=1.5)
-    exact = {}
-    for alignment in itertools.product(range(num_tokens + 1), repeat=num_frames):
-        labels = tuple(oracle.collapse(alignment, num_tokens))
-        for length in range(1, len(labels) + 1):
-            exact[labels[:length]] = prefix_log_prob(frames, labels[:length])
+    starts, _ = alignment_masses(log_probs(frames, 0))
+    exact = {labels: math.log(mass) for labels, mass in starts.items() if labels}
     budget = Budget(64, num_tokens + 1, num_frames)
     nodes = transform(frames, 0, *budget)
     assert nodes == pytest.approx(exact, rel=1e-5, abs=1e-5)
@@ -186,7 +184,7 @@ def test_chain_only_rows_are_the_collapsed_best_alignment(width: int, depth: int
     frames = random_frames(6, 12, 5, seed=4, scale=2.0)
     chain_only, budget = torch.arange(6) % 3 > 0, Budget(16, width, depth)
     tree = checked_transform(frames, budget, chain_only)
-    p = torch.cat([frames.logits + frames.log_label[..., None], frames.log_blank[..., None]], 2)
+    p = torch.cat([frames.logits + frames.log_scale[..., None], frames.log_blank[..., None]], 2)
     if width == 1:
         p[..., :5] = -torch.inf
     labels, lengths = collapse(p.argmax(2), 5, frames.anchor, depth)

@@ -6,8 +6,8 @@ import torch
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 
-from .ctc_transform_oracle import assert_is_the_cut, transform
-from .frames import HARD, hard_frames, random_frames
+from ..oracle.ctc_transform import assert_is_the_cut, transform
+from ..oracle.frames import HARD, hard_frames, random_frames
 
 
 def assert_triton_is_right(

@@ -19,8 +19,8 @@ from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 
+from ..oracle.frames import markov_head, random_frames, sampling_for
 from .conftest import INTERPRETED
-from .frames import markov_head, random_frames, sampling_for
 from .test_tree_attention import NEVER, make_step
 
 

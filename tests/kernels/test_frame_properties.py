@@ -17,7 +17,7 @@ from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 
-from .frames import from_odds, sampling_for
+from ..oracle.frames import from_odds, sampling_for
 
 BLANK, ANCHOR = 0, 9
 INF, NAN = math.inf, math.nan
@@ -86,9 +86,9 @@ def test_collapse_is_idempotent_where_no_label_repeats(examples):
 def prefix_masses(given_frames: Frames) -> dict[tuple, float]:
     """The probability that the labels begin so, for every beginning, by enumeration of all alignments in fp64. A frame
     without any token is no distribution."""
-    logits, log_label, log_blank = given_frames[:3]
+    logits, log_scale, log_blank = given_frames[:3]
     assume((logits > -INF).any(2).all())
-    p = (logits[0].double() + log_label[0].double()[:, None]).exp().masked_fill(logits[0] == -INF, 0)
+    p = (logits[0].double() + log_scale[0].double()[:, None]).exp().masked_fill(logits[0] == -INF, 0)
     p = torch.cat([log_blank[0].double().exp()[:, None], p], 1).tolist()
     masses: Counter[tuple] = Counter()
     for alignment in itertools.product(range(len(p[0])), repeat=len(p)):

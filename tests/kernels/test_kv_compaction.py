@@ -7,7 +7,7 @@ import torch
 
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
 
-from .trees import starts
+from ..oracle.trees import starts
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 16
 # Accepted nodes of each request; all paths start at the anchor.
@@ -32,18 +32,18 @@ def random_caches(dtype: torch.dtype, layout: str, num_layers: int, num_heads: i
 
 
 def step(paths: list[list[int]], skipped: bool) -> tuple[torch.Tensor, ...]:
-    """slot_mapping, roots, path and num_sampled of requests with NUM_ROWS rows each, behind two rows of a prompt."""
+    """slot_mapping, anchor_rows, path and num_sampled of requests of NUM_ROWS rows, behind two rows of a prompt."""
     slots = torch.randperm(BLOCK_SIZE * NUM_BLOCKS, generator=torch.Generator().manual_seed(0))
     slots = slots[: 2 + NUM_ROWS * len(paths)]
     if skipped:
         slots[3::4] = -1
-    roots = starts([NUM_ROWS] * len(paths))[:-1] + 2
+    anchor_rows = starts([NUM_ROWS] * len(paths))[:-1] + 2
     path = torch.tensor([nodes + list(range(len(nodes), NUM_ROWS)) for nodes in paths], dtype=torch.int32)
-    return slots, roots, path, torch.tensor([len(nodes) for nodes in paths], dtype=torch.int32)
+    return slots, anchor_rows, path, torch.tensor([len(nodes) for nodes in paths], dtype=torch.int32)
 
 
-def move(cache: torch.Tensor, slots: torch.Tensor, roots: torch.Tensor, paths: list[list[int]]) -> None:
-    for root, nodes in zip(roots.tolist(), paths):
+def move(cache: torch.Tensor, slots: torch.Tensor, anchor_rows: torch.Tensor, paths: list[list[int]]) -> None:
+    for root, nodes in zip(anchor_rows.tolist(), paths):
         for k, node in enumerate(nodes):
             source, target = int(slots[root + node]), int(slots[root + k])
             if k > 0 and source >= 0 and target >= 0:

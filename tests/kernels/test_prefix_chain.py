@@ -1,7 +1,6 @@
 """The chain: brute force over all alignments, then the fp64 oracle, then the law of the samples."""
 
-import itertools
-from collections import defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
-from .frames import (
+from ..oracle.chi_square import chi_square, upper_tail
+from ..oracle.enumeration import alignment_masses
+from ..oracle.frames import (
     ANCHOR,
     HARD,
     NEVER,
@@ -29,24 +30,13 @@ from .frames import (
 # Brute force.
 
 
-def prefix_probabilities(p: torch.Tensor) -> dict[tuple, float]:
-    """P(the collapse starts with y) for every y: the sum over all alignments of p [T, V + 1], blank last."""
-    blank, starts = p.shape[1] - 1, defaultdict(float)
-    for alignment in itertools.product(range(p.shape[1]), repeat=p.shape[0]):
-        labels = [s for s, _ in itertools.groupby(alignment) if s != blank]
-        probability = p[range(p.shape[0]), alignment].prod().item()
-        for length in range(len(labels) + 1):
-            starts[tuple(labels[:length])] += probability
-    return starts
-
-
 SMALL = [(v, t, seed) for v in (1, 2, 3) for t in (1, 2, 3, 4, 5) for seed in (0, 1) if (v + 1) ** t <= 1024]
 
 
 def small_frames(num_tokens: int, num_frames: int, seed: int) -> tuple[Frames, dict[tuple, float]]:
     """The anchor is token 0: there may be no other."""
     frames = random_frames(1, num_frames, num_tokens, seed=10 * seed + num_frames, scale=1.5)
-    return frames._replace(anchor=torch.tensor([0])), prefix_probabilities(log_probs(frames, 0).exp())
+    return frames._replace(anchor=torch.tensor([0])), alignment_masses(log_probs(frames, 0))[0]
 
 
 @pytest.mark.parametrize("num_tokens, num_frames, seed", SMALL)
@@ -136,7 +126,7 @@ def test_hard_frames_against_the_oracle(name: str, temperature: float) -> None:
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
     labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
 
 
@@ -147,7 +137,7 @@ def test_long_chains_against_the_oracle(scale: float) -> None:
     labels, lengths = prefix_chain(frames, 40, sampling)
     assert (lengths <= 32).all()
     for row in range(3):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         # The forward vectors span the 38 decades of fp32: a label that needs more than that has lost them.
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts, atol=1e-10)
 
@@ -160,7 +150,7 @@ def test_transitions_against_the_oracle(name: str, num_frames: int, temperature:
     sampling = sampling_for(2, 16, 37, [temperature] * 2)
     labels, lengths = prefix_chain(frames, 16, sampling)
     for row in range(2):
-        drafts = sampling.draft_logits[sampling.slots[row]]
+        drafts = sampling.draft_logits[sampling.requests[row]]
         assert_follows_the_oracle(frames, row, labels[row].tolist(), lengths[row].item(), drafts)
 
 
@@ -174,11 +164,11 @@ def test_slots_are_frames_one_by_one(rank: int) -> None:
     assert lengths.tolist() == [6] * 3
     last = anchors(3)
     for k in range(6):
-        scores = frames.logits[:, k] + frames.log_label[:, k, None]
+        scores = frames.logits[:, k] + frames.log_scale[:, k, None]
         if markov is not None:
             scores = scores + markov[0][last] @ markov[1].T
         assert torch.equal(labels[:, k], scores.argmax(1))
-        drafts = sampling.draft_logits[sampling.slots, k]
+        drafts = sampling.draft_logits[sampling.requests, k]
         torch.testing.assert_close(drafts, scores, rtol=0, atol=5e-6)  # nothing is lost from label to label
         last = labels[:, k]
     assert torch.equal(labels[:, 6:], last[:, None].expand(-1, 2))
@@ -247,11 +237,11 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
         temperature=torch.full((rows,), temperature),
         seeds=varied if vary == "seeds" else fixed,
         positions=varied if vary == "positions" else fixed,
-        slots=torch.arange(rows),
+        requests=torch.arange(rows),
         draft_logits=torch.empty(rows, num_labels, num_tokens),
     )
     labels, _ = prefix_chain(frames._replace(markov=markov_head(num_tokens, 5)), num_labels, sampling)
-    statistic = freedom = 0.0
+    statistic, freedom = 0.0, 0
     for k in range(num_labels):
         # Given the labels before it, so that noise shared between steps would show.
         prefix_code = (labels[:, :k] * num_tokens ** torch.arange(k)).sum(1)
@@ -259,19 +249,16 @@ def test_samples_follow_their_draft_logits(vary: str, temperature: float) -> Non
             members = prefix_code == prefix
             law = torch.softmax(sampling.draft_logits[members][:, k] / temperature, -1)
             assert torch.allclose(law, law[:1])
-            expected = law[0] * members.sum()
-            counts = torch.bincount(labels[members, k], minlength=num_tokens)
-            usual = expected > 5
-            statistic += ((counts - expected)[usual] ** 2 / expected[usual]).sum().item()
-            freedom += usual.sum().item() - 1
+            of_prefix = chi_square(Counter(labels[members, k].tolist()), dict(enumerate(law[0].tolist())))
+            statistic, freedom = statistic + of_prefix[0], freedom + of_prefix[1]
     assert freedom > 50
-    assert abs(statistic - freedom) < 4.5 * (2 * freedom) ** 0.5
+    assert 1e-5 < upper_tail(statistic, freedom) < 1 - 1e-5
 
 
 def test_greedy_rows_and_inert_rows_of_a_sampled_batch() -> None:
     frames = random_frames(3, 6, 40, seed=3)
     sampling = sampling_for(3, 4, 40, [0.0, 1.0, 0.0])
-    sampling.slots[1] = -1
+    sampling.requests[1] = -1
     labels, lengths = prefix_chain(frames, 4, sampling)
     greedy, greedy_lengths = prefix_chain(frames, 4)
     assert torch.equal(labels[[0, 2]], greedy[[0, 2]])

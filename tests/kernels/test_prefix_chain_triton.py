@@ -6,7 +6,7 @@ import torch
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_reference, prefix_chain_triton
 
-from .frames import (
+from ..oracle.frames import (
     HARD,
     NEVER,
     TRANSITIONS,
@@ -29,7 +29,7 @@ def assert_triton_equals_reference(
         if temperature is not None:
             sampling = sampling_for(batch, num_labels, num_tokens, temperature)
             if inert is not None:
-                sampling.slots[inert] = -1
+                sampling.requests[inert] = -1
             sampling = ChainSampling(*(x.to(where) for x in sampling))
         labels, lengths = run(frames.to(where), num_labels, sampling)
         assert (labels.dtype, lengths.dtype) == (torch.int64, torch.int32)
@@ -115,7 +115,7 @@ def test_triton_inert_rows_write_nothing(inert: int, triton_device: str) -> None
     assert_triton_equals_reference(frames, 6, triton_device, [1.0, 1.0], inert)
     # Slot -1 of a view is a slot that can be looked at; six labels in four frames end the chain as well.
     sampling = sampling_for(2, 6, 300, [1.0, 1.0])
-    sampling.slots.fill_(-1)
+    sampling.requests.fill_(-1)
     sampling = ChainSampling(*(x.to(triton_device) for x in sampling))
     before = sampling.draft_logits
     prefix_chain_triton(frames.to(triton_device), 6, sampling._replace(draft_logits=before[1:]))

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from vllm_ctc_spec.drafter import oracle
-from vllm_ctc_spec.kernels import prefix_search_loops
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
+from vllm_ctc_spec.kernels.prefix_search import cpu, greedy_chain, prefix_search
 
-from .frames import (
+from ..oracle.frames import (
     ANCHOR,
     HARD,
     TRANSITIONS,
@@ -95,7 +94,7 @@ def test_transitions_with_mass_outside_of_the_candidates(width: int) -> None:
 def test_slots_are_the_best_products_of_frames() -> None:
     """The cross-entropy twin: a node's score is the sum of its frames' log-probabilities, repeats included."""
     frames = token_frames(1, 4, 6, seed=2)._replace(transitions=transitions_between("slots", 1, 4))
-    log_p = (frames.logits + frames.log_label[..., None])[0]
+    log_p = (frames.logits + frames.log_scale[..., None])[0]
     scores = {(u,): log_p[0, u].item() for u in range(6)}
     for k in range(1, 4):
         longest = {labels: score for labels, score in scores.items() if len(labels) == k}
@@ -229,7 +228,7 @@ def test_what_is_impossible_or_not_a_number_is_no_node() -> None:
     frames = random_frames(3, 6, 9, seed=1)._replace(anchor=torch.tensor([5, 6, 7]))
     frames.log_blank[0] = torch.nan
     frames.logits[1] = torch.nan
-    frames.log_label[1] = torch.nan
+    frames.log_scale[1] = torch.nan
     for markov in (None, markov_head(9, 5)):
         tree = prefix_search(frames._replace(markov=markov), Budget(8, 4, 4))
         tree.check(9)
@@ -287,5 +286,5 @@ def test_the_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.Mon
             raise RuntimeError("cannot cache function: no locator available")
         return njit(*args)
 
-    monkeypatch.setattr(prefix_search_loops.numba, "njit", without_cache)
-    assert prefix_search_loops.compiled(lambda x: x + 1)(2) == 3
+    monkeypatch.setattr(cpu.numba, "njit", without_cache)
+    assert cpu.compiled(lambda x: x + 1)(2) == 3

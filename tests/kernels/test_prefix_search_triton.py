@@ -1,12 +1,13 @@
-"""The kernels of the prefix search against its torch reference."""
+"""The kernels of the prefix search against what serves a CPU, which test_prefix_search.py holds to the oracle."""
 
 import pytest
 import torch
 
 from vllm_ctc_spec.kernels.contract import Budget, Frames
-from vllm_ctc_spec.kernels.prefix_search import prefix_search_reference, prefix_search_triton
+from vllm_ctc_spec.kernels.prefix_search.cpu import prefix_search_cpu
+from vllm_ctc_spec.kernels.prefix_search.gpu import prefix_search_triton
 
-from .frames import (
+from ..oracle.frames import (
     HARD,
     TRANSITIONS,
     anchors,
@@ -20,12 +21,12 @@ from .frames import (
 from .searches import assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
 
-def assert_triton_equals_reference(
+def assert_triton_equals_cpu(
     frames: Frames, budget: Budget, device: str, chain_only: torch.Tensor | None = None
 ) -> None:
     batch, _, num_tokens = frames.logits.shape
     trees = []
-    for run, where in ((prefix_search_reference, "cpu"), (prefix_search_triton, device)):
+    for run, where in ((prefix_search_cpu, "cpu"), (prefix_search_triton, device)):
         chains = None if chain_only is None else chain_only.to(where)
         inputs = frames.to(where)
         before = [x.clone() for x in inputs[:4]]
@@ -45,7 +46,7 @@ def assert_triton_equals_reference(
 @pytest.mark.parametrize("name", HARD)
 def test_triton_on_hard_frames(name: str, rank: int, triton_device: str) -> None:
     frames = hard_frames(name, 1, 5, 20)._replace(markov=markov_head(20, rank))
-    assert_triton_equals_reference(frames, Budget(8, 20, 4), triton_device)
+    assert_triton_equals_cpu(frames, Budget(8, 20, 4), triton_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -54,7 +55,7 @@ def test_triton_with_a_markov_head(rank: int, dtype: torch.dtype, triton_device:
     frames = realistic_frames(2, 6, 300, seed=rank)
     markov = tuple(x.to(dtype) for x in markov_head(300, rank, scale=2.0))
     frames = frames._replace(logits=frames.logits.to(dtype), markov=markov)
-    assert_triton_equals_reference(frames, Budget(8, 8, 4), triton_device)
+    assert_triton_equals_cpu(frames, Budget(8, 8, 4), triton_device)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_triton_with_a_markov_head(rank: int, dtype: torch.dtype, triton_device:
 )
 def test_triton_for_any_shape(num_frames: int, num_nodes: int, width: int, depth: int, triton_device: str) -> None:
     frames = random_frames(3, num_frames, 50, seed=num_frames)._replace(markov=markov_head(50, 3))
-    assert_triton_equals_reference(frames, Budget(num_nodes, width, depth), triton_device)
+    assert_triton_equals_cpu(frames, Budget(num_nodes, width, depth), triton_device)
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -73,23 +74,23 @@ def test_triton_with_transitions(name: str, num_frames: int, width: int, rank: i
         markov=markov_head(20, rank), transitions=transitions_between(name, 3, num_frames)
     )
     chain_only = torch.tensor([False, True, False])
-    assert_triton_equals_reference(frames, Budget(8, width, 5), triton_device, chain_only)
+    assert_triton_equals_cpu(frames, Budget(8, width, 5), triton_device, chain_only)
 
 
 def test_triton_with_all_64_nodes(triton_device: str) -> None:
     frames = realistic_frames(1, 12, 500, seed=3)._replace(markov=markov_head(500, 64))
-    assert_triton_equals_reference(frames, Budget(64, 64, 8), triton_device)
+    assert_triton_equals_cpu(frames, Budget(64, 64, 8), triton_device)
 
 
 def test_triton_with_32_frames(triton_device: str) -> None:
-    assert_triton_equals_reference(realistic_frames(1, 32, 100, seed=4), Budget(16, 16, 32), triton_device)
+    assert_triton_equals_cpu(realistic_frames(1, 32, 100, seed=4), Budget(16, 16, 32), triton_device)
 
 
 @pytest.mark.parametrize("num_nodes, depth", [(3, 9), (9, 3)])
 def test_triton_chain_rows_in_a_mixed_batch(num_nodes: int, depth: int, triton_device: str) -> None:
     frames = random_frames(3, 6, 40, seed=6)._replace(markov=markov_head(40, 5))
     chain_only = torch.tensor([True, False, True])
-    assert_triton_equals_reference(frames, Budget(num_nodes, 40, depth), triton_device, chain_only)
+    assert_triton_equals_cpu(frames, Budget(num_nodes, 40, depth), triton_device, chain_only)
 
 
 def test_triton_rows_are_cut_to_the_tree_of_a_smaller_budget(triton_device: str) -> None:
@@ -113,7 +114,7 @@ def test_triton_ties_go_to_the_shallower_then_to_the_first_parent_then_to_the_lo
 def test_triton_no_child_outranks_its_parent(triton_device: str) -> None:
     for transitions in (None, transitions_between("slots", 1, 6)):
         frames = certain_frames(6)._replace(transitions=transitions)
-        assert_triton_equals_reference(frames, Budget(8, 6, 8), triton_device)
+        assert_triton_equals_cpu(frames, Budget(8, 6, 8), triton_device)
 
 
 @pytest.mark.parametrize("odds", [-1.0, 1.5, 2.5, 18.0, 50.0])
@@ -121,20 +122,20 @@ def test_triton_mass_outside_of_the_candidates(odds: float, triton_device: str) 
     """The less a frame's labels weigh, the more of their mass a difference from 1 would lose."""
     frames = from_odds(realistic_frames(1, 5, 40, seed=4).logits, torch.full((1, 5), odds))
     frames = frames._replace(markov=markov_head(40, 5, scale=2.0))
-    assert_triton_equals_reference(frames, Budget(8, 3, 3), triton_device)
+    assert_triton_equals_cpu(frames, Budget(8, 3, 3), triton_device)
 
 
 def test_triton_frames_that_are_not_numbers_give_no_nodes(triton_device: str) -> None:
     frames, budget = random_frames(4, 4, 9, seed=1), Budget(4, 3, 4)
     frames.log_blank[0], frames.logits[1], frames.log_blank[2, -1] = torch.nan, torch.nan, torch.nan
-    frames.log_label[1] = torch.nan
+    frames.log_scale[1] = torch.nan
     for markov in (None, markov_head(9, 5)):
-        assert_triton_equals_reference(frames._replace(markov=markov), budget, triton_device)
+        assert_triton_equals_cpu(frames._replace(markov=markov), budget, triton_device)
     transitions = transitions_between("spread", 4, 4).index_fill(0, torch.tensor([1]), torch.nan)
     frames = token_frames(4, 4, 9, seed=1)._replace(transitions=transitions)
-    assert_triton_equals_reference(frames, budget, triton_device)
+    assert_triton_equals_cpu(frames, budget, triton_device)
     not_a_head = (torch.full((9, 5), torch.nan), torch.ones(9, 5))
-    assert_triton_equals_reference(random_frames(1, 4, 9, seed=1)._replace(markov=not_a_head), budget, triton_device)
+    assert_triton_equals_cpu(random_frames(1, 4, 9, seed=1)._replace(markov=not_a_head), budget, triton_device)
 
 
 def test_triton_on_a_slice_of_frames(triton_device: str) -> None:

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_triton
 
-from .trees import node_path, random_tree, starts, tree_tables
+from ..oracle.trees import node_path, random_tree, starts, tree_tables
 
 NEVER = 7.5  # what rows of the output hold that must not be written
 # Positions before the root and tree rows of each request: a tree behind a context, a full tree at the start of a
@@ -61,7 +62,7 @@ def make_step(
     _, _, node_ancestors = tree_tables(trees, max(widest, 1))
     num_tokens = sum(3 + num_rows for _, num_rows in requests)
     ancestors = torch.zeros(num_tokens, dtype=torch.int64)
-    roots = starts([3 + num_rows for _, num_rows in requests])[:-1] + 3
+    anchor_rows = starts([3 + num_rows for _, num_rows in requests])[:-1] + 3
     seq_lens = torch.tensor([sum(request) for request in requests], dtype=torch.int32)
     max_blocks = int(seq_lens.max()) // block_size + 2
     num_blocks = max_blocks * len(requests) + 1
@@ -69,7 +70,7 @@ def make_step(
     block_table = order.view(len(requests), max_blocks).to(torch.int32)
     entries = torch.full((2, num_blocks, block_size, heads[1], size), torch.nan)
     for r, (_, num_rows) in enumerate(requests):
-        ancestors[roots[r] : roots[r] + num_rows] = node_ancestors[r, :num_rows]
+        ancestors[anchor_rows[r] : anchor_rows[r] + num_rows] = node_ancestors[r, :num_rows]
         for j in range(int(seq_lens[r])):
             place = slice(None), block_table[r, j // block_size], j % block_size
             entries[place] = torch.randn(2, heads[1], size, generator=generator)
@@ -81,9 +82,11 @@ def make_step(
         "output": torch.full((num_tokens, heads[0], size), NEVER, device=device, dtype=dtype),
         "block_table": block_table.to(device),
         "seq_lens": seq_lens.to(device),
-        "roots": roots.to(device),
-        "num_rows": torch.tensor([num_rows for _, num_rows in requests], dtype=torch.int32, device=device),
-        "ancestors": ancestors.to(device),
+        "rows": TreeRows(
+            anchor_rows=anchor_rows.to(device),
+            num_rows=torch.tensor([num_rows for _, num_rows in requests], dtype=torch.int32, device=device),
+            ancestors=ancestors.to(device),
+        ),
         "scale": 0.3,
         "max_rows": widest,
     }
@@ -96,10 +99,10 @@ def expected_output(step: Step) -> torch.Tensor:
     block_table, block_size = step.arguments["block_table"].cpu(), keys.shape[1]
     output = torch.full_like(query, NEVER)
     group = query.shape[1] // keys.shape[2]
-    for r, (root, num_rows) in enumerate(step.requests):
+    for r, (context, num_rows) in enumerate(step.requests):
         for node in range(num_rows):
-            row = int(step.arguments["roots"][r]) + node
-            visible = [*range(root + 1), *(root + m for m in node_path(step.trees[r], node))]
+            row = int(step.arguments["rows"].anchor_rows[r]) + node
+            visible = [*range(context + 1), *(context + m for m in node_path(step.trees[r], node))]
             places = [(int(block_table[r, j // block_size]), j % block_size) for j in visible]
             key, value = (torch.stack([cache[place] for place in places]) for cache in (keys, values))
             for head in range(query.shape[1]):

@@ -5,7 +5,8 @@ import torch
 
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_triton
 
-from .frames import generator
+from ..oracle.frames import generator
+from ..oracle.trees import tree_tables
 
 SHAPES = ["chain", "star", "unused", "caterpillar", "random", "random"]
 
@@ -25,18 +26,9 @@ def forest(shapes: list[str], num_nodes: int) -> torch.Tensor:
     return torch.stack(rows).int()
 
 
-def by_definition(parents: list[int]) -> tuple[list[int], list[int]]:
-    depths, ancestors = [], []
-    for node, parent in enumerate(parents):
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-        ancestors.append(0 if parent < 0 else ancestors[parent] | 1 << (node - 1))
-    return depths, [bits - (1 << 64) if bits >> 63 else bits for bits in ancestors]
-
-
 def assert_by_definition(parents: torch.Tensor, depths: torch.Tensor, ancestors: torch.Tensor) -> None:
-    assert (depths.dtype, ancestors.dtype) == (torch.int32, torch.int64)
-    for row, parent in enumerate(parents.tolist()):
-        assert (depths[row].tolist(), ancestors[row].tolist()) == by_definition(parent)
+    _, *expected = tree_tables(parents.tolist(), parents.shape[1])
+    torch.testing.assert_close([depths, ancestors], expected, rtol=0, atol=0)  # and of the same dtypes
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 8, 17, 63, 64])

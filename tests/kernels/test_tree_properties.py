@@ -4,12 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
-from .trees import starts, tree_tables
+from ..oracle.trees import starts, tree_tables
 
 NUM_SLOTS = 48
 
@@ -57,8 +58,8 @@ def test_the_walk_is_a_path_from_the_root_that_the_target_spells(examples):
     def holds(step):
         forest, rows, draft, target = step
         parents, _, _ = tree_tables(forest, 13)
-        slots = torch.arange(len(forest), dtype=torch.int32)
-        sampled, num_sampled, path = tree_walk(target, draft, parents, slots, starts(rows))
+        requests = torch.arange(len(forest), dtype=torch.int32)
+        sampled, num_sampled, path = tree_walk(target, draft, parents, requests, starts(rows))
         for request, (tree, count, first) in enumerate(zip(forest, rows, starts(rows).tolist())):
             length = int(num_sampled[request])
             nodes, tokens = path[request, :length].tolist(), sampled[request, :length].tolist()
@@ -84,15 +85,15 @@ def test_layout_gives_a_path_the_positions_of_a_sequence(examples):
         counted = torch.cat([torch.arange(prompt + count) + 5 for prompt, count in zip(prompts, rows)])
         total = len(counted)
         out = [
-            torch.full((total + 2,), -7, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32, torch.int32)
+            torch.full((total + 2,), -7, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32, torch.int64)
         ]
-        slots = torch.arange(len(forest), dtype=torch.int32)
+        requests = torch.arange(len(forest), dtype=torch.int32)
         boundaries = starts([prompt + count for prompt, count in zip(prompts, rows)])
-        tree_layout(counted, boundaries, starts(rows), slots, depths, ancestors, *out)
-        positions, bits, roots, num_rows = (values.tolist() for values in out)
+        tree_layout(counted, boundaries, starts(rows), requests, depths, ancestors, out[0], TreeRows(*out[1:]))
+        positions, anchor_rows, num_rows, bits = (values.tolist() for values in out)
         for request, (tree, prompt, count) in enumerate(zip(forest, prompts, rows)):
             root = int(boundaries[request]) + prompt
-            assert (roots[request], num_rows[request]) == (root, count)
+            assert (anchor_rows[request], num_rows[request]) == (root, count)
             assert positions[root - prompt : root + 1] == list(range(5, 6 + prompt)) and not any(
                 bits[root - prompt : root + 1]
             )

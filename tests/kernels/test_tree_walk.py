@@ -7,7 +7,7 @@ import torch
 
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_triton
 
-from .trees import node_path, random_tree, starts, tree_tables
+from ..oracle.trees import node_path, random_tree, starts, tree_tables
 
 NUM_LOGITS = [65, 1, 2, 30, 0, 64]
 
@@ -24,34 +24,34 @@ def walk_by_definition(parents: list[int], draft: list[int], target: list[int]) 
 
 
 def random_step(seed: int) -> tuple[list[list[int]], list[int], list[list[int]], list[list[int]]]:
-    """Trees, slots, and the draft and target tokens of each request. Siblings differ, targets often hit a child."""
+    """Trees, requests, and the draft and target tokens of each request. Siblings differ, targets often hit a child."""
     rng = random.Random(seed)
     trees = [random_tree(rng.choice([64, 64, 5]), rng) for _ in range(len(NUM_LOGITS) + 2)]
-    slots = rng.sample(range(len(trees)), len(NUM_LOGITS))
+    requests = rng.sample(range(len(trees)), len(NUM_LOGITS))
     drafts, targets = [], []
-    for slot, num_logits in zip(slots, NUM_LOGITS):
-        tree = (trees[slot] + [-1] * 64)[:num_logits]
+    for request, num_logits in zip(requests, NUM_LOGITS):
+        tree = (trees[request] + [-1] * 64)[:num_logits]
         # The token of a node is its number among its siblings, so that it stands in many places of the tree.
         draft = [tree[:node].count(parent) for node, parent in enumerate(tree)]
         drafts.append(draft)
         targets.append([rng.choice([0, 0, 0, 1, 2**40]) for _ in range(num_logits)])
-    return trees, slots, drafts, targets
+    return trees, requests, drafts, targets
 
 
 def assert_walk(run, seed: int, device: str) -> int:
-    trees, slots, drafts, targets = random_step(seed)
+    trees, requests, drafts, targets = random_step(seed)
     parents, _, _ = tree_tables(trees, 65)
     flat = [torch.tensor([token for row in rows for token in row] + [-1, 0]) for rows in (targets, drafts)]
-    inputs = (*flat, parents, torch.tensor(slots, dtype=torch.int32), starts(NUM_LOGITS))
+    inputs = (*flat, parents, torch.tensor(requests, dtype=torch.int32), starts(NUM_LOGITS))
     sampled, num_sampled, path = run(*(value.to(device) for value in inputs))
     assert (sampled.dtype, num_sampled.dtype, path.dtype) == (torch.int64, torch.int32, torch.int32)
-    for r, (slot, draft, target) in enumerate(zip(slots, drafts, targets)):
-        tokens, nodes = walk_by_definition(trees[slot], draft, target) if draft else ([], [])
+    for r, (request, draft, target) in enumerate(zip(requests, drafts, targets)):
+        tokens, nodes = walk_by_definition(trees[request], draft, target) if draft else ([], [])
         assert num_sampled[r] == len(tokens)
         assert sampled[r].tolist() == tokens + [0] * (65 - len(tokens))
         assert path[r].tolist() == nodes + list(range(len(nodes), 65))
         if nodes:
-            assert node_path(trees[slot], nodes[-1]) == nodes[1:]
+            assert node_path(trees[request], nodes[-1]) == nodes[1:]
     return int(num_sampled.max())
 
 
@@ -74,8 +74,8 @@ def assert_special_walks(run, device: str) -> None:
     parents = torch.tensor([[-1, 0, 1, 2], [-1, 0, 0, -1]], dtype=torch.int32, device=device)
     draft = torch.tensor([50, 7, 8, 9] + [50, 7] + [50, -1, -1], device=device)
     target = torch.tensor([7, 8, 9, 10] + [7, 8] + [-1, 8, 8], device=device)
-    slots = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
-    sampled, num_sampled, path = run(target, draft, parents, slots, starts([4, 2, 3]).to(device))
+    requests = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
+    sampled, num_sampled, path = run(target, draft, parents, requests, starts([4, 2, 3]).to(device))
     assert num_sampled.tolist() == [4, 2, 1]
     assert sampled.tolist() == [[7, 8, 9, 10], [7, 8, 0, 0], [-1, 0, 0, 0]]
     assert path.tolist() == [[0, 1, 2, 3]] * 3

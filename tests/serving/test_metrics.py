@@ -162,11 +162,11 @@ def test_what_was_counted_is_forgotten(meter, tmp_path):
 
 def frames(broken: list[tuple[int, int, float]], transitions: torch.Tensor | None = None) -> Frames:
     """Of two requests, with (request, frame, value) in place of numbers."""
-    log_label = torch.full((2, FRAMES), -3.0)
+    log_scale = torch.full((2, FRAMES), -3.0)
     for request, frame, value in broken:
-        log_label[request, frame] = value
+        log_scale[request, frame] = value
     logits, log_blank = torch.zeros(2, FRAMES, 1), torch.zeros(2, FRAMES)
-    return Frames(logits, log_label, log_blank, torch.tensor([0, 0]), transitions=transitions)
+    return Frames(logits, log_scale, log_blank, torch.tensor([0, 0]), transitions=transitions)
 
 
 def test_broken_frames_are_counted_where_a_draft_is_verified(meter):

@@ -110,16 +110,9 @@ def test_drafts_are_the_oracles(lattice, token_ids, make_drafter):
         frames = oracle_arguments(drafting, row)
         assert tuple(chains[row]) == tokens_of(drafting.drafter, oracle.chain(num_labels=4, **frames).labels)
         expected = oracle.best_prefixes(num_nodes=12, depth=4, **frames)
-        assert [tuple(path) for path in paths_of(tree, row)[:12]] == [
+        assert [tuple(tree.path(row, node)) for node in range(1, 13)] == [
             tokens_of(drafting.drafter, labels) for labels, _ in expected
         ]
-
-
-def paths_of(tree: DraftTree, row: int) -> list[list[int]]:
-    paths: list[list[int]] = [[]]
-    for node in range(1, tree.tokens.shape[1]):
-        paths.append([*paths[tree.parents[row, node]], int(tree.tokens[row, node])])
-    return paths[1:]
 
 
 @KINDS

@@ -2,15 +2,18 @@
 
 import itertools
 import math
-from collections import defaultdict
 
 import pytest
 import torch
 
 from vllm_ctc_spec.drafter import oracle
-from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice, slot_transitions, transition_log_probs
+from vllm_ctc_spec.drafter.config import LATTICES
+from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice
 from vllm_ctc_spec.training.loss import LOSSES, RowLoss, position_weights
 from vllm_ctc_spec.training.vocabulary import label_scores
+
+from ..oracle.enumeration import alignment_masses, path_masses
+from ..oracle.frames import random_outputs
 
 V, T, U = 3, 5, 3
 ROWS = list(itertools.product(range(V), repeat=U))
@@ -20,16 +23,7 @@ VALID = torch.ones_like(LABELS, dtype=torch.bool)
 
 
 def random_frames(num_rows=V**U, num_frames=T, seed=0, lattice="ctc") -> FrameOutputs:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(num_rows, num_frames, V, generator=generator, dtype=torch.float64)
-    odds = torch.randn(num_rows, num_frames, generator=generator, dtype=torch.float64)
-    if lattice == "ctc":
-        return FrameOutputs(logits, Lattice(blank_odds=odds))
-    if lattice == "slots":
-        steps = slot_transitions(num_frames).double().log().clamp_min(NEG)
-        return FrameOutputs(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
-    query, key = (torch.randn(num_rows, n, 2, generator=generator).double() for n in (1 + num_frames, num_frames))
-    return FrameOutputs(logits, Lattice(log_transitions=transition_log_probs(query, key, odds[0])))
+    return random_outputs(num_rows, num_frames, V, seed, lattice)
 
 
 TABLE = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)  # row: the last label
@@ -44,36 +38,10 @@ def evaluate(name, frames, labels=LABELS, valid=VALID, table=None, anchors=ANCHO
 
 
 def masses(frames: FrameOutputs, row: int) -> tuple[dict, dict]:
-    """P(collapse starts with y) and P(collapse == y), by summing over all alignments."""
-    log_probs = oracle.frame_log_probs(frames.logits[row], frames.lattice.blank_odds[row]).tolist()
-    starts, exact = defaultdict(float), defaultdict(float)
-    for alignment in itertools.product(range(V + 1), repeat=len(log_probs)):
-        probability = math.exp(sum(log_probs[t][s] for t, s in enumerate(alignment)))
-        labels = tuple(oracle.collapse(alignment, V))
-        exact[labels] += probability
-        for k in range(len(labels) + 1):
-            starts[labels[:k]] += probability
-    return starts, exact
-
-
-def path_masses(frames: FrameOutputs, row: int) -> tuple[dict, dict]:
-    """The same with transitions, by summing over all increasing sequences of frames and all tokens in them."""
-    p = frames.logits[row].softmax(-1).tolist()
-    steps = frames.lattice.log_transitions[row].exp().tolist()
-    starts, exact = defaultdict(float), defaultdict(float)
-
-    def walk(labels, frame, mass):
-        starts[labels] += mass
-        exact[labels] += mass * (1 - sum(steps[frame]))
-        for ahead in range(frame + 1, len(p) + 1):
-            for v in range(V):
-                walk((*labels, v), ahead, mass * steps[frame][ahead - 1] * p[ahead - 1][v])
-
-    walk((), 0, 1.0)
-    return starts, exact
-
-
-MASSES = {"ctc": masses, "transitions": path_masses, "slots": path_masses}
+    """P(the labels start with y) and P(the labels are y) of one row, by enumeration."""
+    odds, log_transitions = (None if part is None else part[row] for part in frames.lattice)
+    log_probs = oracle.frame_log_probs(frames.logits[row], odds)
+    return alignment_masses(log_probs) if odds is not None else path_masses(log_probs, log_transitions.exp())
 
 
 def omega(count: int) -> list[float]:
@@ -81,23 +49,23 @@ def omega(count: int) -> list[float]:
     return [w / sum(raw) for w in raw]
 
 
-@pytest.mark.parametrize("lattice", MASSES)
+@pytest.mark.parametrize("lattice", LATTICES)
 def test_prefix_loss_is_the_weighted_conditional(lattice):
     frames = random_frames(lattice=lattice)
     result = evaluate("prefix", frames)
     for i, row in enumerate(ROWS):
-        starts, _ = MASSES[lattice](frames, i)
+        starts, _ = masses(frames, i)
         feasible = [k for k in range(U) if starts.get(row[: k + 1], 0.0) > 0]
         terms = [math.log(starts[row[: k + 1]] / starts[row[:k]]) for k in feasible]
         assert float(result.loss[i]) == pytest.approx(-sum(w * x for w, x in zip(omega(len(terms)), terms)), rel=1e-6)
 
 
-@pytest.mark.parametrize("lattice", MASSES)
+@pytest.mark.parametrize("lattice", LATTICES)
 def test_prefix_loss_with_the_label_conditional_head_shares_out_the_mass_that_goes_on(lattice):
     frames = random_frames(lattice=lattice)
     result = evaluate("prefix", frames, table=TABLE)
     for i, row in enumerate(ROWS):
-        starts, exact = MASSES[lattice](frames, i)
+        starts, exact = masses(frames, i)
         expected = 0.0
         for k, weight in enumerate(omega(U)):
             before = row[:k]
@@ -108,7 +76,7 @@ def test_prefix_loss_with_the_label_conditional_head_shares_out_the_mass_that_go
         assert float(result.loss[i]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("lattice", MASSES)
+@pytest.mark.parametrize("lattice", LATTICES)
 def test_a_zero_bias_leaves_the_telescoped_loss(lattice):
     frames = random_frames(seed=3, lattice=lattice)
     plain, biased = evaluate("prefix", frames), evaluate("prefix", frames, table=torch.zeros_like(TABLE))

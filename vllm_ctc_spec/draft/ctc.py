@@ -66,7 +66,7 @@ def best_alignment(
 ) -> tuple[Tensor, Tensor]:
     assert sampling is None, "an alignment has no proposal probabilities"
     blank = frames.logits.shape[-1]
-    alignment = torch.where(frames.log_blank > stats.best_logit + frames.log_label, blank, stats.best)
+    alignment = torch.where(frames.log_blank > stats.best_logit + frames.log_scale, blank, stats.best)
     return collapse(alignment, blank, frames.anchor, num_labels)
 
 

@@ -1,8 +1,8 @@
 """How frames spell labels: with a blank, with learned transitions, or one label a frame.
 
-    "ctc"          P(blank) = sigmoid(blank_head(h_t))
-    "transitions"  P(t | s) = softmax over t > s of query(h_s) . key(h_t) / sqrt(r) + offset[t - s - 1], 0 the anchor
-    "slots"        P(s + 1 | s) = 1: frame k is label k, nothing is learned
+"ctc"          P(blank) = sigmoid(blank_head(h_t))
+"transitions"  P(t | s) = softmax over t > s of query(h_s) . key(h_t) / sqrt(r) + offset[t - s - 1], 0 the anchor
+"slots"        P(s + 1 | s) = 1: frame k is label k, nothing is learned
 """
 
 from typing import NamedTuple
@@ -83,5 +83,3 @@ def read_lattice(slots: Tensor, blank_head: nn.Linear | None, transition_head: T
         return Lattice(log_transitions=transition_head(slots))
     fixed = slot_transitions(slots.shape[-2] - 1, slots.device).log().clamp_min(NEG)
     return Lattice(log_transitions=fixed.expand(*slots.shape[:-2], -1, -1))
-
-

@@ -209,5 +209,3 @@ def best_prefixes(
         if length < depth:
             expand(prefix, -cost)
     return best
-
-

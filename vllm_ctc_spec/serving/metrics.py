@@ -121,7 +121,7 @@ class DraftMeter:
         self._by_num_drafted[requests, :, :BROKEN] = figures
         if frames is None:
             return
-        broken = ~frames.log_label.isfinite()  # [B, T]
+        broken = ~frames.log_scale.isfinite()  # [B, T]
         if frames.transitions is not None:
             broken |= frames.transitions.isnan().any(1)
         self._by_num_drafted[requests, 1:, BROKEN] = broken.sum(1, dtype=torch.int32)[:, None]

@@ -214,7 +214,7 @@ class CTCProposer(DFlashSpeculator):
             temperature=self.temperature,
             seeds=self.seeds,
             positions=self.sample_pos[first_frame] - 1,
-            slots=self.sample_idx_mapping[first_frame],
+            requests=self.sample_idx_mapping[first_frame],
             draft_logits=self.draft_logits if self.label_logits is None else self.label_logits,
         )
 

@@ -8,6 +8,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from vllm_ctc_spec.errors import DrafterConfigError
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.serving.cpu.tree import CpuPathCompaction, attend_tree_rows, check_layout, views
@@ -81,8 +82,8 @@ def test_trees_against_the_dense_reference(shape):
     batch = Batch(*shape, chains=False)
     expected = torch.empty_like(batch.query)
     tree_attention(
-        batch.query, *batch.dense, expected, batch.block_table, batch.metadata.seq_lens, batch.layout.anchor_rows,
-        batch.layout.num_rows, batch.layout.ancestors, batch.layer.scale, MAX_ROWS,
+        batch.query, *batch.dense, expected, batch.block_table, batch.metadata.seq_lens,
+        TreeRows(batch.layout.anchor_rows, batch.layout.num_rows, batch.layout.ancestors), batch.layer.scale, MAX_ROWS,
     )  # fmt: skip
     torch.testing.assert_close(batch.attend(), expected)
 

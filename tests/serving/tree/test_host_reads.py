@@ -25,6 +25,7 @@ from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftStep
 from vllm_ctc_spec.drafter.lattice import FrameOutputs, TransitionHead, read_lattice
 from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
+from vllm_ctc_spec.kernels import prefix_search
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.serving.metrics import CounterFile, DraftMeter
@@ -85,14 +86,16 @@ def launched(monkeypatch) -> list[str]:
                     strides = {stride for stride, size in zip(arg.stride(), arg.shape) if size > 1}
                     assert strides <= told, f"{self.name} is not told the strides {strides} of {arg.shape}"
 
-    for found in pkgutil.iter_modules(vllm_ctc_spec.kernels.__path__):
-        module = importlib.import_module(f"vllm_ctc_spec.kernels.{found.name}")
+    for found in pkgutil.walk_packages(vllm_ctc_spec.kernels.__path__, "vllm_ctc_spec.kernels."):
+        module = importlib.import_module(found.name)
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, name, Recorder(name))
-    for function in ON_GPU:  # tensors without a device get the reference
+    for function in ON_GPU:  # tensors without a device get what a CPU gets
         module = importlib.import_module(f"vllm_ctc_spec.kernels.{function}")
-        monkeypatch.setattr(module, f"{function}_reference", getattr(module, f"{function}_triton"))
+        if function != "prefix_search":
+            monkeypatch.setattr(module, f"{function}_reference", getattr(module, f"{function}_triton"))
+    monkeypatch.setattr(prefix_search.cpu, "prefix_search_cpu", prefix_search.gpu.prefix_search_triton)
     return names
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout
 
@@ -79,9 +80,7 @@ def attend_tree_rows(
         output,
         attn_metadata.block_table,
         attn_metadata.seq_lens,
-        layout.anchor_rows[:num_reqs],
-        layout.num_rows[:num_reqs],
-        layout.ancestors,
+        TreeRows(layout.anchor_rows[:num_reqs], layout.num_rows[:num_reqs], layout.ancestors),
         implementation.scale,
         layout.max_rows,
     )

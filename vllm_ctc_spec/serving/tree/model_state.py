@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
 from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout, Verdict
@@ -72,9 +73,7 @@ class TreeModelState(DefaultModelState):
             self.trees.depths,
             self.trees.ancestors,
             layout.positions,
-            layout.ancestors,
-            layout.anchor_rows,
-            layout.num_rows,
+            TreeRows(layout.anchor_rows, layout.num_rows, layout.ancestors),
         )
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, *args, for_capture=for_capture, **kwargs

@@ -1,14 +1,57 @@
-"""The Triton kernels of `ctc_transform`: the beam of raw paths with their prefixes, and the ranking of the prefixes.
+"""A GPU is served with this: the beam of raw paths with their prefixes, and the ranking of the prefixes, in Triton.
 
-The mathematics and the reference are in `ctc_transform.py`. Raw path `i` of frame `t` has the number `t * N + i`; a
-prefix has the number of the raw path that emitted it first, plus one, and 0 is the root. The costs are `-log P`.
+Raw path `i` of frame `t` has the number `t * N + i`; a prefix has the number of the raw path that emitted it first,
+plus one, and 0 is the root. The costs are `-log P`.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+from vllm_ctc_spec.kernels.ctc_transform.reference import best_tokens
+from vllm_ctc_spec.kernels.tree_mask import tree_mask_triton
+
 _UNUSED = tl.constexpr((1 << 63) - 1)
 _LOW = tl.constexpr((1 << 16) - 1)
+
+
+def ctc_transform_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
+    logits, log_scale, log_blank, anchor = frames[:4]
+    num_nodes, width, depth = budget
+    batch, num_frames, num_tokens = logits.shape
+    best, tokens = best_tokens(logits, num_nodes, width)
+    num_best = best.shape[2]
+    chain_only = None if chain_only is None else chain_only.contiguous()
+
+    def scratch(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(batch, columns, dtype=dtype, device=logits.device)
+
+    num_raw = num_frames * num_nodes
+    prefixes = [scratch(num_raw, dtype) for dtype in (torch.int64, torch.int32, torch.int32, torch.float32)]
+    tree = [scratch(1 + num_nodes, dtype) for dtype in (torch.int64, torch.int32, torch.float32)]
+    block_n, block_k = triton.next_power_of_2(num_nodes), triton.next_power_of_2(num_best + 1)
+    block_t, block_all = triton.next_power_of_2(num_frames), triton.next_power_of_2(num_raw)
+    num_slots = num_nodes + sum(min(num_nodes // (path + 1), num_best) for path in range(num_nodes))
+    beam_kernel[(batch,)](
+        best, tokens, log_scale.contiguous(), log_blank.contiguous(), chain_only, *prefixes, num_tokens,
+        T=num_frames, N=num_nodes, K=num_best, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_S=triton.next_power_of_2(num_slots), num_warps=_num_warps(max(block_n * block_n, block_t * block_k)),
+    )  # fmt: skip
+    rank_kernel[(batch,)](
+        *prefixes, anchor.contiguous(), *tree, num_tokens, depth,
+        T=num_frames, N=num_nodes, BLOCK_N=block_n, BLOCK_ALL=block_all,
+        num_warps=_num_warps(max(block_n * block_n, block_all)),
+    )  # fmt: skip
+    drafted, parents, scores = tree
+    depths, ancestors = tree_mask_triton(parents)
+    return DraftTree(drafted, parents, depths, scores, ancestors)
+
+
+def _num_warps(num_elements: int) -> int:
+    """16 elements of the largest block per thread, up to 4 warps: with 8, the compiler keeps to 128 registers on sm_90
+    and spills some."""
+    return max(1, min(4, num_elements // 512))
 
 
 @triton.jit
@@ -27,10 +70,10 @@ def _smallest(keys, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _symbol_costs(best, log_label, log_blank, r, K: tl.constexpr):
-    """`-log p` of the K tokens, then of the blank, then inf. A frame of -inf only may come with an infinite log_label,
+def _symbol_costs(best, log_scale, log_blank, r, K: tl.constexpr):
+    """`-log p` of the K tokens, then of the blank, then inf. A frame of -inf only may come with an infinite log_scale,
     and -inf + inf is NaN."""
-    log_p = tl.where(best == -float("inf"), -float("inf"), best.to(tl.float32) + log_label)
+    log_p = tl.where(best == -float("inf"), -float("inf"), best.to(tl.float32) + log_scale)
     return -tl.where(r < K, log_p, tl.where(r == K, log_blank, -float("inf")))
 
 
@@ -68,7 +111,7 @@ def _merge(node, cost, emits, i):
 def beam_kernel(
     best_ptr,  # [B, T, K] the logits of the best tokens
     tokens_ptr,  # [B, T, K] int64, the best tokens
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     chain_only_ptr,  # [B] bool, or None
     keys_ptr,  # [B, T * N] int64, written: (prefix before) * V + token where a raw path emits, else -1
@@ -91,7 +134,7 @@ def beam_kernel(
     row = tl.program_id(0)
     best_ptr += row * T * K
     tokens_ptr += row * T * K
-    log_label_ptr += row * T
+    log_scale_ptr += row * T
     log_blank_ptr += row * T
     keys_ptr += row * T * N
     above_ptr += row * T * N
@@ -104,9 +147,9 @@ def beam_kernel(
     t = tl.arange(0, BLOCK_T)[:, None]
     s = tl.arange(0, BLOCK_K)[None, :]
     all_best = tl.load(best_ptr + t * K + s, mask=(t < T) & (s < K), other=-float("inf"))
-    all_log_label = tl.load(log_label_ptr + t, mask=t < T, other=0.0)
+    all_log_scale = tl.load(log_scale_ptr + t, mask=t < T, other=0.0)
     all_log_blank = tl.load(log_blank_ptr + t, mask=t < T, other=0.0)
-    all_costs = _symbol_costs(all_best, all_log_label, all_log_blank, s, K)
+    all_costs = _symbol_costs(all_best, all_log_scale, all_log_blank, s, K)
     is_nan = tl.max(tl.max((all_costs != all_costs).to(tl.int32), axis=1), axis=0) > 0
 
     num_paths = N
@@ -118,7 +161,7 @@ def beam_kernel(
     last = tl.zeros((BLOCK_N,), tl.int64) + num_tokens
     for frame in range(T):
         best = tl.load(best_ptr + frame * K + r, mask=r < K, other=-float("inf"))
-        symbol_cost = _symbol_costs(best, tl.load(log_label_ptr + frame), tl.load(log_blank_ptr + frame), r, K)
+        symbol_cost = _symbol_costs(best, tl.load(log_scale_ptr + frame), tl.load(log_blank_ptr + frame), r, K)
         symbol_cost = tl.where(is_nan, float("inf"), tl.maximum(symbol_cost, 0.0))
         kept = _smallest(_cost_bits(tl.gather(cost, path, 0) + symbol_cost) | order, BLOCK_N)
         cost = tl.where(i < num_paths, (kept >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("inf"))

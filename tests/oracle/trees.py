@@ -12,8 +12,8 @@ def random_tree(num_nodes: int, rng: random.Random) -> list[int]:
 
 
 def node_path(parents: list[int], node: int) -> list[int]:
-    """The nodes from below the anchor to `node`."""
-    return [] if node == 0 else [*node_path(parents, parents[node]), node]
+    """The nodes from below the anchor to `node`; none to the anchor and to an unused row."""
+    return [] if parents[node] < 0 else [*node_path(parents, parents[node]), node]
 
 
 def ancestor_bits(parents: list[int], node: int) -> int:
@@ -27,10 +27,10 @@ def tree_tables(trees: list[list[int]], width: int) -> tuple[torch.Tensor, torch
     parents = torch.full((len(trees), width), -1, dtype=torch.int32)
     depths = torch.zeros(len(trees), width, dtype=torch.int32)
     ancestors = torch.zeros(len(trees), width, dtype=torch.int64)
-    for slot, tree in enumerate(trees):
-        parents[slot, : len(tree)] = torch.tensor(tree)
-        depths[slot, : len(tree)] = torch.tensor([len(node_path(tree, node)) for node in range(len(tree))])
-        ancestors[slot, : len(tree)] = torch.tensor([ancestor_bits(tree, node) for node in range(len(tree))])
+    for row, tree in enumerate(trees):
+        parents[row, : len(tree)] = torch.tensor(tree)
+        depths[row, : len(tree)] = torch.tensor([len(node_path(tree, node)) for node in range(len(tree))])
+        ancestors[row, : len(tree)] = torch.tensor([ancestor_bits(tree, node) for node in range(len(tree))])
     return parents, depths, ancestors
 
 

@@ -1,11 +1,51 @@
-"""The loops of `prefix_search` on a CPU, compiled by numba. The mathematics is in `prefix_search.py`."""
+"""A CPU is served with this: `prefix_search` in loops that numba compiles. The oracle is `drafter/oracle.py`."""
 
 from collections.abc import Callable
 
 import numba
 import numpy as np
+import torch
 
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
+
+
+@torch.no_grad()
+def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
+    """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
+    in torch or numpy is mostly the overhead of calls."""
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
+    batch, num_frames, num_tokens = logits.shape
+    width, rows = min(budget.width, num_tokens), 1 + budget.nodes
+    candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()
+    chains = [False] * batch if chain_only is None else chain_only.tolist()
+    tree = {
+        "tokens": np.repeat(anchor.numpy()[:, None], rows, 1),
+        "parents": np.full((batch, rows), -1, np.int32),
+        "depths": np.zeros((batch, rows), np.int32),
+        "scores": np.full((batch, rows), -np.inf, np.float32),
+        "ancestors": np.zeros((batch, rows), np.int64),
+    }
+    p_blank = np.exp(log_blank.numpy())
+    label_mass = np.where(log_scale.numpy() < np.inf, -np.expm1(log_blank.numpy()), np.float32(0))
+    no_transitions = np.zeros((0, 0), np.float32)
+    for row, is_chain in enumerate(chains):
+        tokens = np.unique(candidates[row])  # ascending: the order of columns is the order of tokens
+        index = torch.from_numpy(tokens)
+        x = logits[row].index_select(1, index).float()
+        p = torch.exp(x + log_scale[row, :, None]).masked_fill_(x == -torch.inf, 0)  # log_scale may be infinite there
+        if markov is None:
+            inner, outer = np.zeros((1 + len(tokens), 0), np.float32), np.zeros((0, len(tokens)), np.float32)
+        else:
+            inner = markov[0].index_select(0, torch.cat([index, anchor[row : row + 1]])).float().numpy()
+            outer = markov[1].index_select(0, index).float().T.contiguous().numpy()
+        columns = best_first(
+            p.numpy(), label_mass[row], p_blank[row],
+            no_transitions if transitions is None else transitions[row].contiguous().numpy(),
+            inner, outer, min(budget.depth, num_frames), is_chain, markov is not None, width == num_tokens,
+            *(tree[name][row] for name in list(tree)[1:]),
+        )  # fmt: skip
+        tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]
+    return DraftTree(**{name: torch.from_numpy(values) for name, values in tree.items()})
 
 
 def compiled(function: Callable) -> Callable:

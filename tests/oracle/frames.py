@@ -1,8 +1,9 @@
-"""Frames, heads and samplings that the tests of the searches share."""
+"""Random and hard frames, heads and samplings, for the mathematics, the losses and the kernels."""
 
 import torch
 
-from vllm_ctc_spec.drafter.lattice import NEG, slot_transitions
+from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice, slot_transitions, transition_log_probs
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
 
 ANCHOR = 1
@@ -13,6 +14,30 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def random_outputs(
+    num_rows: int, num_frames: int, num_tokens: int, seed: int, lattice: str = "ctc", scale: float = 2.0
+) -> FrameOutputs:
+    """As the module emits them, in fp64."""
+    draw = generator(seed)
+    logits = torch.randn(num_rows, num_frames, num_tokens, generator=draw, dtype=torch.float64) * scale
+    odds = torch.randn(num_rows, num_frames, generator=draw, dtype=torch.float64)
+    if lattice == "ctc":
+        return FrameOutputs(logits, Lattice(blank_odds=odds))
+    if lattice == "slots":
+        steps = slot_transitions(num_frames).double().log().clamp_min(NEG)
+        return FrameOutputs(logits, Lattice(log_transitions=steps.expand(num_rows, -1, -1)))
+    query, key = (torch.randn(num_rows, n, 2, generator=draw).double() for n in (1 + num_frames, num_frames))
+    return FrameOutputs(logits, Lattice(log_transitions=transition_log_probs(query, key, odds[0])))
+
+
+def random_log_probs(
+    num_tokens: int, num_frames: int, seed: int, scale: float = 2.0, with_blank: bool = True
+) -> torch.Tensor:
+    """`[T, V + 1]` in fp64, the blank last."""
+    outputs = random_outputs(1, num_frames, num_tokens, seed * 1000 + num_tokens * 10 + num_frames, scale=scale)
+    return oracle.frame_log_probs(outputs.logits[0], outputs.lattice.blank_odds[0] if with_blank else None)
+
+
 def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale: float = 3.0) -> Frames:
     logits = torch.randn(batch, num_frames, num_tokens, generator=generator(seed)) * scale
     return from_odds(logits, torch.randn(batch, num_frames, generator=generator(seed + 1)))
@@ -20,8 +45,8 @@ def random_frames(batch: int, num_frames: int, num_tokens: int, seed: int, scale
 
 def from_odds(logits: torch.Tensor, odds: torch.Tensor) -> Frames:
     """P(blank) = sigmoid(odds)."""
-    log_label = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
-    return Frames(logits, log_label, torch.nn.functional.logsigmoid(odds), anchors(len(logits)))
+    log_scale = torch.nn.functional.logsigmoid(-odds) - torch.logsumexp(logits.float(), -1)
+    return Frames(logits, log_scale, torch.nn.functional.logsigmoid(odds), anchors(len(logits)))
 
 
 def hard_frames(name: str, batch: int, num_frames: int, num_tokens: int) -> Frames:
@@ -117,7 +142,7 @@ def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list
         temperature=torch.tensor([*temperature, 1.0])[: batch + 1],
         seeds=torch.arange(batch + 1) * 1_000_003 - 2,
         positions=(torch.arange(3 * batch) // 3 * 17 + 2**32 - 3)[::3],
-        slots=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
+        requests=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
         draft_logits=torch.full((batch + 1, num_labels, num_tokens), NEVER),
     )
 
@@ -128,8 +153,8 @@ def anchors(batch: int) -> torch.Tensor:
 
 def log_probs(frames: Frames, row: int) -> torch.Tensor:
     """`[T, V + 1]` of one request in fp64, the blank last."""
-    logits, log_label, log_blank = (x[row].double() for x in frames[:3])
-    log_p = torch.cat([logits + log_label[:, None], log_blank[:, None]], 1)
+    logits, log_scale, log_blank = (x[row].double() for x in frames[:3])
+    log_p = torch.cat([logits + log_scale[:, None], log_blank[:, None]], 1)
     return log_p.masked_fill(torch.isneginf(torch.nn.functional.pad(logits, (0, 1))), -torch.inf).clamp_min(NEG)
 
 

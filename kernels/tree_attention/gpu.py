@@ -1,14 +1,83 @@
-"""The Triton kernels of `tree_attention`: attention over a part of the context, and the merge of the parts.
+"""A GPU is served with this: attention over a part of the context, and the merge of the parts, in Triton."""
 
-The mathematics and the reference are in `tree_attention.py`.
-"""
-
+import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels.contract import TreeRows
+
+# Enough programs for two on each multiprocessor of a Hopper GPU. More splits only add partial results.
+_PROGRAMS = 264
+_LEAST_POSITIONS = 256  # of the longest possible context, for each split
 # The maximum before the first position. Finite, so that a part in which a row sees nothing gives exp2(0) and not NaN.
 _NOTHING_SEEN = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def tree_attention_triton(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rows: TreeRows,
+    scale: float,
+    max_rows: int,
+    num_splits: int | None = None,  # None: from the shapes
+) -> None:
+    tensors = (query, key_cache, value_cache, output, block_table)
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        raise ValueError("tree_attention needs tensors that are contiguous in their last dimension")
+    num_requests, max_blocks = block_table.shape
+    _, num_heads, head_size = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    group = num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_size))
+    capability = _compute_capability(query.device)
+    block_m, block_n, num_warps = _tile(max_rows * group, block_d, query.element_size(), capability)
+    num_tiles = triton.cdiv(max_rows * group, block_m)
+    if num_splits is None:
+        num_splits = _choose_splits(num_requests * num_kv_heads * num_tiles, max_blocks * block_size)
+    partial, statistics = None, None
+    if num_splits > 1:
+        scratch = (num_requests, max_rows, num_heads, num_splits)
+        partial = torch.empty(*scratch, head_size, dtype=torch.float32, device=query.device)
+        statistics = torch.empty(*scratch, 2, dtype=torch.float32, device=query.device)
+    attend_kernel[(num_requests, num_kv_heads, num_tiles * num_splits)](
+        query, *query.stride()[:2], key_cache, *key_cache.stride()[:3], value_cache, *value_cache.stride()[:3],
+        output, *output.stride()[:2], partial, statistics, block_table, block_table.stride(0),
+        seq_lens, *rows, scale, num_splits,
+        MAX_ROWS=max_rows, GROUP=group, BLOCK_SIZE=block_size, D=head_size, BLOCK_D=block_d,
+        BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=num_splits > 1, num_warps=num_warps, num_stages=2,
+    )  # fmt: skip
+    if num_splits > 1:
+        block_s = triton.next_power_of_2(num_splits)
+        merge_kernel[(num_requests, max_rows, num_heads)](
+            partial, statistics, output, *output.stride()[:2], rows.anchor_rows, rows.num_rows, num_splits,
+            MAX_ROWS=max_rows, D=head_size, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_C=min(block_s, 16), num_warps=1,
+        )  # fmt: skip
+
+
+def _compute_capability(device: torch.device) -> int:
+    """The major one of a GPU: 8 for Ampere, 9 for Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _tile(num_queries: int, block_d: int, element_size: int, capability: int) -> tuple[int, int, int]:
+    """Queries (row, head of the group) and positions of a tile, and warps: the largest that spill no registers.
+    16 is the least that a tensor core multiplies; fp32 is multiplied exactly, without tensor cores."""
+    if element_size == 4:
+        return 32, 32 if block_d < 128 else 16, 8
+    most, positions = (128, 64) if block_d <= 128 else (64, 32)
+    if capability < 9 and block_d == 128:  # tensor cores before Hopper read their operands from registers
+        positions = 32
+    queries = max(16, min(most, triton.next_power_of_2(num_queries)))
+    return queries, positions, 8 if queries == most else 4
+
+
+def _choose_splits(num_programs: int, max_positions: int) -> int:
+    return max(1, min(_PROGRAMS // num_programs, max_positions // _LEAST_POSITIONS))
 
 
 @triton.jit
@@ -40,7 +109,7 @@ def _attend(
     total,  # [BLOCK_M] fp32, the sum of exp2(score - best)
     weighted,  # [BLOCK_M, BLOCK_D] fp32, the same sum over values
     first,
-    root,
+    anchor_position,
     seq_len,
     bits,  # [BLOCK_M] int64
     key_ptr,
@@ -69,9 +138,9 @@ def _attend(
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     if MASKED:
         # A shift by more than 63 is undefined; a node behind the last bit does not exist.
-        bit = tl.minimum(tl.maximum(position - root - 1, 0), 63).to(tl.int64)
+        bit = tl.minimum(tl.maximum(position - anchor_position - 1, 0), 63).to(tl.int64)
         on_path = ((bits[:, None] >> bit[None, :]) & 1) != 0
-        visible = valid[None, :] & ((position <= root)[None, :] | on_path)
+        visible = valid[None, :] & ((position <= anchor_position)[None, :] | on_path)
         score = tl.where(visible, score, -float("inf"))
     new_best = tl.maximum(best, tl.max(score, axis=1))
     rescale = tl.exp2(best - new_best)
@@ -103,7 +172,7 @@ def attend_kernel(
     block_table_ptr,  # [R, max_blocks] int32
     block_table_stride,
     seq_lens_ptr,  # [R] int32
-    roots_ptr,  # [R] int32
+    anchor_rows_ptr,  # [R] int32
     num_rows_ptr,  # [R] int32
     ancestors_ptr,  # [num_tokens] int64
     scale,
@@ -128,10 +197,10 @@ def attend_kernel(
     if tile * BLOCK_M >= num_rows * GROUP:
         return
     seq_len = tl.load(seq_lens_ptr + request)
-    root = seq_len - num_rows
+    anchor_position = seq_len - num_rows
     pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     used = pair < num_rows * GROUP
-    row = (tl.load(roots_ptr + request) + pair // GROUP).to(tl.int64)
+    row = (tl.load(anchor_rows_ptr + request) + pair // GROUP).to(tl.int64)
     head = (kv_head * GROUP + pair % GROUP).to(tl.int64)
     bits = tl.load(ancestors_ptr + row, mask=used, other=0)
     column = tl.arange(0, BLOCK_D)
@@ -150,16 +219,16 @@ def attend_kernel(
     start = split * length
     end = tl.minimum(start + length, seq_len)
     # Everything before the tile with the first node is visible to every row.
-    nodes = (root + 1) // BLOCK_N * BLOCK_N
+    nodes = (anchor_position + 1) // BLOCK_N * BLOCK_N
     for first in range(start, tl.minimum(end, nodes), BLOCK_N):
         best, total, weighted = _attend(
-            query, best, total, weighted, first, root, seq_len, bits,
+            query, best, total, weighted, first, anchor_position, seq_len, bits,
             key_ptr, key_stride_block, key_stride_position, value_ptr, value_stride_block, value_stride_position,
             blocks_ptr, scale, BLOCK_SIZE, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     for first in range(tl.maximum(start, nodes), end, BLOCK_N):
         best, total, weighted = _attend(
-            query, best, total, weighted, first, root, seq_len, bits,
+            query, best, total, weighted, first, anchor_position, seq_len, bits,
             key_ptr, key_stride_block, key_stride_position, value_ptr, value_stride_block, value_stride_position,
             blocks_ptr, scale, BLOCK_SIZE, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
@@ -182,7 +251,7 @@ def merge_kernel(
     output_ptr,  # [num_tokens, Hq, D]
     output_stride_row,
     output_stride_head,
-    roots_ptr,  # [R] int32
+    anchor_rows_ptr,  # [R] int32
     num_rows_ptr,  # [R] int32
     num_splits,
     MAX_ROWS: tl.constexpr,
@@ -214,6 +283,6 @@ def merge_kernel(
         pointers = partial_ptr + (part + chunk)[:, None] * D + column[None, :]
         values = tl.load(pointers, mask=valid[:, None] & (column < D)[None, :], other=0.0)
         weighted += tl.sum(weight[:, None] * values, axis=0)
-    row = (tl.load(roots_ptr + request) + node).to(tl.int64)
+    row = (tl.load(anchor_rows_ptr + request) + node).to(tl.int64)
     output_ptr += row * output_stride_row + head.to(tl.int64) * output_stride_head
     tl.store(output_ptr + column, (weighted / denominator).to(output_ptr.dtype.element_ty), mask=column < D)

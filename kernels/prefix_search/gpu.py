@@ -1,14 +1,11 @@
-"""The Triton kernels of `prefix_search`: the probabilities of the candidates, then the whole search of each request.
-
-The mathematics and the reference are in `prefix_search.py`.
-"""
+"""A GPU is served with this: the probabilities of the candidates, then the whole search of each request, in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
-from vllm_ctc_spec.kernels.prefix_chain_sweep import along_transitions, then
+from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, complement, frame_prob
+from vllm_ctc_spec.kernels.contract import DTYPES, IMPOSSIBLE, Budget, DraftTree, Frames
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 _CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
@@ -37,35 +34,25 @@ def search_candidates(
     budget: Budget,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    logits, log_label, log_blank, anchor, markov, transitions = frames
-    (batch, num_frames, num_tokens), num_candidates, device = logits.shape, tokens.shape[1], logits.device
-    log_label, log_blank = log_label.contiguous(), log_blank.contiguous()
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
+    (batch, num_frames, num_tokens), num_candidates = logits.shape, tokens.shape[1]
+    log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
     rows = 1 + budget.nodes
-    tree = DraftTree(
-        tokens=empty(batch, rows, dtype=torch.int64),
-        parents=empty(batch, rows, dtype=torch.int32),
-        depths=empty(batch, rows, dtype=torch.int32),
-        scores=empty(batch, rows),
-        ancestors=empty(batch, rows, dtype=torch.int64),
-    )
+    tree = DraftTree(**{name: logits.new_empty(batch, rows, dtype=dtype) for name, dtype in DTYPES.items()})
     block_m = triton.next_power_of_2(num_candidates)
     num_warps = max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_WARP))
     rank = 0 if markov is None else markov[0].shape[1]
     block_r = max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m))
     w_in, w_out = (None, None) if markov is None else markov
-    p = empty(batch, num_frames, num_candidates)
+    p = log_scale.new_empty(batch, num_frames, num_candidates)
     candidates_kernel[(batch, num_frames)](
-        logits, logits.stride(0), logits.stride(1), log_label, tokens, p, num_candidates,
+        logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
         T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     search_kernel[(batch,)](
-        tokens, p, log_label, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
+        tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
-        w_in, w_out, empty(batch, rows, 2, num_frames), empty(batch, budget.nodes, num_candidates),
+        w_in, w_out, p.new_empty(batch, rows, 2, num_frames), p.new_empty(batch, budget.nodes, num_candidates),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
         num_candidates, min(budget.depth, num_frames), N=budget.nodes, T=num_frames,
         BLOCK_N=triton.next_power_of_2(budget.nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
@@ -79,17 +66,14 @@ def candidates_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     tokens_ptr,  # [B, M] int64, ascending
     p_ptr,  # [B, T, M] fp32, written
     num_candidates,
     T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`p_t` of every candidate; 0 for a token that stands there already, which so has no children and no mass.
-
-    Grid (B, T).
-    """
+    """`p_t` of every candidate; 0 for a token that stands there already, so that it is no child. Grid (B, T)."""
     row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     valid = m < num_candidates
@@ -99,17 +83,8 @@ def candidates_kernel(
     is_first = valid & (token != before)
     logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
-    # A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN.
-    log_label = tl.load(log_label_ptr + row * T + frame)
-    p = tl.where(x == -float("inf"), 0.0, tl.exp(x.to(tl.float32) + log_label))
+    p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
     tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
-
-
-@triton.jit
-def _complement(x):
-    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
-    return tl.where(x > -0.125, series, 1 - tl.exp(x))
 
 
 @triton.jit
@@ -122,20 +97,13 @@ def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
 
 @triton.jit
 def _extend(p_ptr, weight_ptr, blank, alive, num_candidates, T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label.
-
-    Both recursions are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in lane
-    `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`, which
-    is the same scan one frame later.
-    """
+    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label."""
     t = tl.arange(0, BLOCK_T)
     p, first = _emission(p_ptr, weight_ptr, t, num_candidates, T)
     p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, num_candidates, T)
     p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, num_candidates, T)
     scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
-    _, n = tl.associative_scan((p_1, first_1 * scale), 0, then)
-    _, n_before = tl.associative_scan((p_2, first_2 * scale), 0, then)
-    _, b = tl.associative_scan((blank, blank * n_before), 0, then)
+    n, b = behind_label(blank, p_1, first_1 * scale, p_2, first_2 * scale)
     return p, n, b
 
 
@@ -200,7 +168,7 @@ def _child_scores(
 def search_kernel(
     tokens_ptr,  # [B, M] int64, ascending
     p_ptr,  # [B, T, M] fp32
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     transitions_ptr,  # [B, 1 + T, T] fp32, or None
     anchor_ptr,  # [B] int64
@@ -241,9 +209,9 @@ def search_kernel(
         is_chain = tl.load(chain_only_ptr + batch_row) != 0
 
     t, m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_M)
-    log_label = tl.load(log_label_ptr + batch_row * T + t, mask=t < T, other=0.0)
+    log_scale = tl.load(log_scale_ptr + batch_row * T + t, mask=t < T, other=0.0)
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
-    label_mass = tl.where(log_label < float("inf"), _complement(log_blank), 0.0)
+    label_mass = tl.where(log_scale < float("inf"), complement(log_blank), 0.0)
     # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
     if transitions_ptr is None:
         behind = (t > 0) & (t < T)

@@ -1,15 +1,68 @@
-"""The Triton kernels of `prefix_chain`: the root state, then per label a sweep over the vocabulary and a state step.
+"""A GPU is served with this: the root state, then per label a sweep over the vocabulary and a state step, in Triton."""
 
-The mathematics and the reference are in `prefix_chain.py`.
-"""
-
+import torch
 import triton
 import triton.language as tl
 
-from vllm_ctc_spec.kernels.contract import IMPOSSIBLE
+from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, frame_prob
+from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
+# One program of a sweep scores a tile of tokens times (padded) frames, and with a Markov head does so for 16 rows: they
+# share a tile of W_out, and 16 is the least that a tensor core multiplies. Larger tiles spill registers on sm_90.
+_TILE = 4096
+_MAX_TOKENS, _MAX_TOKENS_MARKOV = 256, 128
+_MARKOV_ROWS = 16
+
+
+def prefix_chain_triton(
+    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, log_scale, log_blank, anchor, markov, transitions = frames
+    if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
+        raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
+    if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
+        raise ValueError("prefix_chain needs contiguous Markov weights [V, r]")
+    batch, num_frames, num_tokens = logits.shape
+    device = logits.device
+    block_t = triton.next_power_of_2(num_frames)
+    block_v = min(_MAX_TOKENS if markov is None else _MAX_TOKENS_MARKOV, _TILE // block_t)
+    num_blocks = triton.cdiv(num_tokens, block_v)
+    rows = 1 if markov is None else _MARKOV_ROWS
+    rank = 0 if markov is None else markov[0].shape[1]
+
+    labels = torch.empty(batch, num_labels, dtype=torch.int64, device=device)
+    lengths = torch.empty(batch, dtype=torch.int32, device=device)
+    last = torch.empty(batch, dtype=torch.int64, device=device)
+    state = torch.empty(batch, 2, num_frames, dtype=torch.float32, device=device)
+    block_best = torch.empty(batch, num_blocks, dtype=torch.float32, device=device)
+    block_token = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
+    log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
+    transitions = None if transitions is None else transitions.contiguous()
+    log_p = (logits, logits.stride(0), logits.stride(1), log_scale)
+    w_in, w_out = (None, None) if markov is None else markov
+    draft = (None,) * 5 + (0, 0)
+    if sampling is not None:
+        *of_rows, draft_logits = sampling
+        draft = (*(x.contiguous() for x in of_rows), draft_logits, draft_logits.stride(0), draft_logits.stride(1))
+
+    root_kernel[(batch,)](
+        log_blank, transitions, anchor.contiguous(), state, last, lengths, T=num_frames, BLOCK_T=block_t, num_warps=1
+    )
+    for k in range(num_labels):
+        score_kernel[(triton.cdiv(batch, rows), num_blocks)](
+            *log_p, state, last, w_in, w_out, *draft, block_best, block_token, k, batch, num_tokens,
+            T=num_frames, BLOCK_T=block_t, BLOCK_V=block_v, ROWS=rows,
+            RANK=rank, BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), SAMPLED=sampling is not None,
+            num_warps=4,
+        )  # fmt: skip
+        extend_kernel[(batch,)](
+            *log_p, log_blank, transitions, state, last, *draft[3:], block_best, block_token, labels, lengths, k,
+            num_labels, num_blocks, num_tokens, T=num_frames, BLOCK_T=block_t,
+            BLOCK_N=triton.next_power_of_2(num_blocks), SAMPLED=sampling is not None, num_warps=4,
+        )  # fmt: skip
+    return labels, lengths
 
 
 @triton.jit
@@ -38,18 +91,12 @@ def root_kernel(
     tl.store(lengths_ptr + row, 0)
 
 
-@triton.jit
-def _frame_prob(logits, log_label):
-    """`p_t(v)`. A frame of -inf only may come with an infinite log_label, and -inf + inf is NaN."""
-    return tl.where(logits == -float("inf"), 0.0, tl.exp(logits.to(tl.float32) + log_label))
-
-
 @triton.jit(do_not_specialize=["k", "batch"])
 def score_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     state_ptr,  # [B, 2, T] fp32: w = n + b, and b
     last_ptr,  # [B] int64
     w_in_ptr,  # [V, RANK]
@@ -57,7 +104,7 @@ def score_kernel(
     temperature_ptr,  # [R] fp32
     seeds_ptr,  # [R] int64
     positions_ptr,  # [B] int64
-    slots_ptr,  # [B] int64
+    requests_ptr,  # [B] int64
     draft_ptr,  # [R, N, V] fp32
     draft_stride_r,
     draft_stride_n,
@@ -100,7 +147,7 @@ def score_kernel(
         if row < batch:
             w = tl.load(state_ptr + row * 2 * T + t, mask=t < T, other=0.0)
             b = tl.load(state_ptr + row * 2 * T + T + t, mask=t < T, other=0.0)
-            log_label = tl.load(log_label_ptr + row * T + t, mask=t < T, other=0.0)
+            log_scale = tl.load(log_scale_ptr + row * T + t, mask=t < T, other=0.0)
             last = tl.load(last_ptr + row)
             row_logits = logits_ptr + row.to(tl.int64) * logits_stride_b
             x = tl.load(
@@ -110,19 +157,19 @@ def score_kernel(
             )
             # At the root w = b, so that the anchor, which is not in the frames, is under no repeat rule.
             weight = tl.where((token == last)[None, :], b[:, None], w[:, None])
-            mass = tl.sum(_frame_prob(x, log_label[:, None]) * weight, axis=0)
+            mass = tl.sum(frame_prob(x, log_scale[:, None]) * weight, axis=0)
             ell = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
             if RANK > 0:
                 ell += tl.sum(tl.where(group[:, None] == i, bias, 0.0), axis=0)
             score = ell
             if SAMPLED:
-                slot = tl.load(slots_ptr + row)
-                if slot >= 0:
-                    row_draft = draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n
+                request = tl.load(requests_ptr + row)
+                if request >= 0:
+                    row_draft = draft_ptr + request * draft_stride_r + k.to(tl.int64) * draft_stride_n
                     tl.store(row_draft + token, ell, mask=valid)
-                    temperature = tl.load(temperature_ptr + slot)
+                    temperature = tl.load(temperature_ptr + request)
                     if temperature > 0:
-                        noise = gumbel_noise(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row) + k, k, token)
+                        noise = gumbel_noise(tl.load(seeds_ptr + request), tl.load(positions_ptr + row) + k, k, token)
                         score = ell * (1.0 / temperature) + noise
             best, place = tl.max(score, axis=0, return_indices=True)
             tl.store(block_best_ptr + row * tl.num_programs(1) + block, best)
@@ -130,28 +177,11 @@ def score_kernel(
 
 
 @triton.jit
-def then(a, c, a_next, c_next):
-    """The affine map `x -> a x + c`, and then the next one."""
-    return a * a_next, c * a_next + c_next
-
-
-@triton.jit
-def along_transitions(mass, transitions_ptr, T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`phi'[t] = sum_s mass[s] A[s, t] / sum_s mass[s]`, 0 if there is no mass. transitions_ptr: A [1 + T, T]."""
-    total = tl.sum(mass, axis=0)
-    # Rounded to nearest, so that all mass at one frame is exactly 1.
-    emitted = tl.where(total > 0, tl.div_rn(mass, total), 0.0)
-    s, t = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_T)[None, :]
-    tile = tl.load(transitions_ptr + (1 + s) * T + t, mask=(s < T) & (t < T), other=0.0)
-    return tl.sum(emitted[:, None] * tile, axis=0)
-
-
-@triton.jit
-def _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, frame, T: tl.constexpr):
+def _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, frame, T: tl.constexpr):
     """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
     x = tl.load(logits_ptr + frame.to(tl.int64) * logits_stride_t, mask=inside, other=-float("inf"))
-    p = _frame_prob(x, tl.load(log_label_ptr + frame, mask=inside, other=0.0))
+    p = frame_prob(x, tl.load(log_scale_ptr + frame, mask=inside, other=0.0))
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
 
 
@@ -160,12 +190,12 @@ def extend_kernel(
     logits_ptr,  # [B, T, V]
     logits_stride_b,
     logits_stride_t,
-    log_label_ptr,  # [B, T] fp32
+    log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     transitions_ptr,  # [B, 1 + T, T] fp32, or None
     state_ptr,  # [B, 2, T] fp32: w = n + b, and b
     last_ptr,  # [B] int64
-    slots_ptr,  # [B] int64
+    requests_ptr,  # [B] int64
     draft_ptr,  # [R, N, V] fp32
     draft_stride_r,
     draft_stride_n,
@@ -182,12 +212,7 @@ def extend_kernel(
     BLOCK_N: tl.constexpr,
     SAMPLED: tl.constexpr,
 ):
-    """Take the best block's token as label `k` and move the state behind it. Grid (B,).
-
-    Both recursions of CTC are affine in their state, so each is a scan over frames: with `state[t]` for `t = 0..T-1` in
-    lane `t` and frame `t` of `1..T` at `t - 1`, `n` composes the maps of the frames up to `t - 1`; `b` needs `n[t-1]`,
-    which is the same scan one frame later, cheaper than a turn through shared memory.
-    """
+    """Take the best block's token as label `k` and move the state behind it. Grid (B,)."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK_N)
     block_best = tl.load(block_best_ptr + row * num_blocks + block, mask=block < num_blocks, other=-float("inf"))
@@ -198,19 +223,17 @@ def extend_kernel(
     label = tl.where(alive, tl.load(block_token_ptr + row * num_blocks + place).to(tl.int64), fill)
 
     logits_ptr += row.to(tl.int64) * logits_stride_b + label
-    log_label_ptr += row * T
+    log_scale_ptr += row * T
     state_ptr += row * 2 * T
     weight_ptr = state_ptr + tl.where(label == last, T, 0)
     t = tl.arange(0, BLOCK_T)
-    _, mass = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t, T)
+    _, mass = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t, T)
     if transitions_ptr is None:
-        p, first = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 1, T)
-        p_before, first_before = _emission(logits_ptr, logits_stride_t, log_label_ptr, weight_ptr, t - 2, T)
-        _, n = tl.associative_scan((p, first), 0, then)
-        _, n_before = tl.associative_scan((p_before, first_before), 0, then)
+        p, first = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t - 1, T)
+        p_before, first_before = _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, t - 2, T)
         behind = (t > 0) & (t < T)
         blank = tl.exp(tl.load(log_blank_ptr + row * T + t - 1, mask=behind, other=-float("inf")))
-        _, b = tl.associative_scan((blank, blank * n_before), 0, then)
+        n, b = behind_label(blank, p, first, p_before, first_before)
         scale = tl.where(alive, 1.0 / tl.sum(mass, axis=0), 0.0)
         w, b = (n + b) * scale, b * scale
     else:
@@ -226,6 +249,6 @@ def extend_kernel(
     tl.store(labels_ptr + row * num_labels + k, label)
     tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + alive.to(tl.int32))
     if SAMPLED:
-        slot = tl.load(slots_ptr + row)
-        if (slot >= 0) & (best == -float("inf")):
-            tl.store(draft_ptr + slot * draft_stride_r + k.to(tl.int64) * draft_stride_n + label, 0.0)
+        request = tl.load(requests_ptr + row)
+        if (request >= 0) & (best == -float("inf")):
+            tl.store(draft_ptr + request * draft_stride_r + k.to(tl.int64) * draft_stride_n + label, 0.0)

@@ -17,11 +17,11 @@ def raw_tree(frames: Frames, row: int, beam: int, width: int) -> tuple[list[list
 
     The rank of a path is the definition's fp32 sum; what its probability adds to a node is the fp64 sum.
     """
-    logits, log_label, log_blank = frames[:3]
+    logits, log_scale, log_blank = frames[:3]
     blank = logits.shape[2]
     # More tokens than paths change nothing, except for how topk ranks equal logits.
     best, tokens = logits.topk(min(width - 1, blank, beam), dim=2)
-    token_log_p = (best.float() + log_label[..., None]).masked_fill(best == -torch.inf, -torch.inf)
+    token_log_p = (best.float() + log_scale[..., None]).masked_fill(best == -torch.inf, -torch.inf)
     log_p = torch.cat([token_log_p, log_blank[..., None]], 2)[row].clamp(max=0).numpy()
     if np.isnan(log_p).any():
         return [], blank

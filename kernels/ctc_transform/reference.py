@@ -1,12 +1,9 @@
-"""The paper's CTC transform: a beam of raw alignments, collapsed into a draft tree."""
+"""Reference of `ctc_transform` in torch. A CPU is served with it too; the oracle is in the tests, in dictionaries."""
 
 import torch
-import triton
 
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
-from vllm_ctc_spec.kernels.ctc_transform_beam import beam_kernel, rank_kernel
-from vllm_ctc_spec.kernels.limits import MAX_NODES
-from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference, tree_mask_triton
+from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
 # The order of the nodes is that of integer keys: the bits of a cost, which grow with it because no cost is negative,
 # then the depth, then the place of the first emission.
@@ -14,48 +11,15 @@ _COST, _DEPTH = 1 << 32, 1 << 16
 _UNUSED = (1 << 63) - 1
 
 
-def ctc_transform(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
-    """The draft tree of arXiv 2412.00061: collapse every path of a tree of raw alignments and merge equal prefixes.
-
-    The `k - 1` most probable tokens of a frame and its blank are its symbols. The raw tree is a beam of N:
-
-        raw_t = the N most probable of raw_{t-1} x symbols_t,    P(s_1..s_t) = prod_{r<=t} p_r(s_r),    raw_0 = {()}
-
-    ranked by fp32 sums of log probabilities; ties go to the lower row of raw_{t-1}, then to the tokens by rank, then
-    to the blank, and paths of probability 0 are dropped. A raw path of raw_t *emits* when `s_t` is a token other than
-    `s_{t-1}` (the anchor is not in the frames: a token of the first frame always emits). Its collapse is then a node:
-
-        P(y_1..y_j) = sum of P(s_1..s_t) over all t and all s in raw_t that emit and collapse to y_1..y_j
-
-    These events are disjoint, because an alignment emits its j-th label once: a lower bound of the prefix probability,
-    and equal to it where the beam dropped nothing. A child is held below its parent against rounding. The tree is the
-    N most probable nodes of depth <= D; ties go to the shallower one, then to the one that was emitted first.
-
-    Arguments:
-        frames: markov and transitions are not read. Equal logits rank as `torch.topk` ranks them. A log p_t above 0
-            counts as 0. A row with a NaN has a tree without nodes.
-        budget: N is the beam too. The width is k >= 1, the blank included; more than V + 1 are V + 1.
-        chain_only: None, or [B] bool: rows with a beam of one, whose tree is the chain of the best raw alignment.
-
-    Why custom: a step of the beam is a top-N of N * k sums and a search in the prefixes made so far, too small to fill
-    a GPU and in torch some fifteen launches per frame. Here one program per request runs all frames; with the top-k of
-    the frames, the ranking and the masks it is a static sequence of four steps that reads no tensor on the host.
-    """
-    if not 1 <= budget.nodes <= MAX_NODES:
-        raise ValueError(f"a tree has 1 to {MAX_NODES} nodes, not {budget.nodes}")
-    run = ctc_transform_triton if frames.logits.is_cuda else ctc_transform_reference
-    return run(frames, budget, chain_only)
-
-
 def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """Only the costs and the prefixes go frame by frame; all that looks back one frame is done for all at once. Raw
     path i of frame t has the number t * N + i, and a prefix has the number of the raw path that emitted it first, plus
     one: 0 is the root."""
-    logits, log_label, log_blank, anchor = frames[:4]
+    logits, log_scale, log_blank, anchor = frames[:4]
     num_nodes, width, depth = budget
     blank = logits.shape[2]
-    best, tokens = _best_tokens(logits, num_nodes, width)
-    log_p = (best.float() + log_label[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
+    best, tokens = best_tokens(logits, num_nodes, width)
+    log_p = (best.float() + log_scale[..., None]).masked_fill_(best == -torch.inf, -torch.inf)
     costs = torch.cat([log_p, log_blank[..., None]], 2).neg_().clamp_(min=0)
     costs.masked_fill_(costs.sum((1, 2), keepdim=True).isnan(), torch.inf)
     symbols = torch.nn.functional.pad(tokens, (0, 1), value=blank)
@@ -89,7 +53,7 @@ def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Te
     return DraftTree(torch.cat([anchor[:, None], labels], 1), parents, depths, scores, ancestors)
 
 
-def _best_tokens(logits: torch.Tensor, num_nodes: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_tokens(logits: torch.Tensor, num_nodes: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits and the ids of a frame's tokens among its symbols, [B, T, <= k - 1]. After N tokens no other is ever
     kept: N extensions of the same path come before it."""
     return logits.topk(min(width - 1, logits.shape[2], num_nodes), dim=2)
@@ -153,41 +117,3 @@ def _down_the_tree(
         depth = depth + depth.gather(1, up)
         up = up.gather(1, up)
     return node_cost[:, 1:], depth[:, 1:]
-
-
-def ctc_transform_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
-    logits, log_label, log_blank, anchor = frames[:4]
-    num_nodes, width, depth = budget
-    batch, num_frames, num_tokens = logits.shape
-    best, best_tokens = _best_tokens(logits, num_nodes, width)
-    num_best = best.shape[2]
-    chain_only = None if chain_only is None else chain_only.contiguous()
-
-    def scratch(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(batch, columns, dtype=dtype, device=logits.device)
-
-    num_raw = num_frames * num_nodes
-    prefixes = [scratch(num_raw, dtype) for dtype in (torch.int64, torch.int32, torch.int32, torch.float32)]
-    tree = [scratch(1 + num_nodes, dtype) for dtype in (torch.int64, torch.int32, torch.float32)]
-    block_n, block_k = triton.next_power_of_2(num_nodes), triton.next_power_of_2(num_best + 1)
-    block_t, block_all = triton.next_power_of_2(num_frames), triton.next_power_of_2(num_raw)
-    num_slots = num_nodes + sum(min(num_nodes // (path + 1), num_best) for path in range(num_nodes))
-    beam_kernel[(batch,)](
-        best, best_tokens, log_label.contiguous(), log_blank.contiguous(), chain_only, *prefixes, num_tokens,
-        T=num_frames, N=num_nodes, K=num_best, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_S=triton.next_power_of_2(num_slots), num_warps=_num_warps(max(block_n * block_n, block_t * block_k)),
-    )  # fmt: skip
-    rank_kernel[(batch,)](
-        *prefixes, anchor.contiguous(), *tree, num_tokens, depth,
-        T=num_frames, N=num_nodes, BLOCK_N=block_n, BLOCK_ALL=block_all,
-        num_warps=_num_warps(max(block_n * block_n, block_all)),
-    )  # fmt: skip
-    tokens, parents, scores = tree
-    depths, ancestors = tree_mask_triton(parents)
-    return DraftTree(tokens, parents, depths, scores, ancestors)
-
-
-def _num_warps(num_elements: int) -> int:
-    """16 elements of the largest block per thread, up to 4 warps: with 8, the compiler keeps to 128 registers on sm_90
-    and spills some."""
-    return max(1, min(4, num_elements // 512))
