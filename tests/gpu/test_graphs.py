@@ -14,7 +14,7 @@ import torch
 from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, TreeRows
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
@@ -164,15 +164,15 @@ def verify_step(inputs: Inputs) -> Step:
     (batch, width), device = parents.shape, parents.device
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * width
     slots, pointers = torch.arange(batch, dtype=torch.int32, device=device), CachePointers(caches)
-    rows = torch.zeros(2, batch * width, dtype=torch.int64, device=device)
-    requests = torch.zeros(2, batch, dtype=torch.int32, device=device)
+    positions_found, row_ancestors = torch.zeros(2, batch * width, dtype=torch.int64, device=device)
+    rows = TreeRows(*torch.zeros(2, batch, dtype=torch.int32, device=device), row_ancestors)
 
     def step() -> list[torch.Tensor]:
         depths, ancestors = tree_mask(parents)
-        tree_layout(positions, starts, starts, slots, depths, ancestors, *rows, *requests)
+        tree_layout(positions, starts, starts, slots, depths, ancestors, positions_found, rows)
         sampled, num_sampled, path = tree_walk(target, draft, parents, slots, starts)
         compact_kv(pointers, slot_mapping, starts[:-1], path, num_sampled)
-        return [rows, requests, sampled, num_sampled, path, *caches]
+        return [positions_found, *rows, sampled, num_sampled, path, *caches]
 
     return step
 

@@ -94,6 +94,7 @@ class CTCSource:
         """Frames are made anew in every step."""
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
+        assert step.frames is not None, "the step of a source that reads frames has them"
         return draft_tree(self.search, step.frames, budget, step.chain_only)
 
     def chain(

@@ -15,11 +15,11 @@ from vllm_ctc_spec.serving import cpu
 
 Test = Callable[[Any], Any]
 """f(VllmConfig): true where the feature is in use. A sentence may name the result as `{found}`."""
-OptionTest = Callable[[Mapping[str, Any], str], Any]
+OptionTest = Callable[[Mapping[str, Any], str | None], Any]
 """The same, f(vLLM's keys of `--speculative-config`, "chain" or "tree")."""
 
 
-def check_options(speculative: Mapping[str, Any], draft: str) -> None:
+def check_options(speculative: Mapping[str, Any], draft: str | None) -> None:
     """Refuse options of vLLM's that a `draft`, "chain" or "tree", cannot have (DrafterConfigError).
 
     vLLM judges them later, and in other words: which of them it knows differs between releases.
