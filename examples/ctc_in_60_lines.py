@@ -19,7 +19,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 def draft(drafter: CTCDrafter, states: torch.Tensor, anchor: int, num_labels: int) -> list[int]:
     """states [1, S, A * H]: the target's auxiliary hidden states of all tokens before the anchor, which is at S."""
-    hidden = drafter.hidden_slots(states, torch.tensor([[anchor]]), torch.tensor([[states.shape[1]]]))[0, 0]
+    hidden = drafter.forward_hidden(states, torch.tensor([[anchor]]), torch.tensor([[states.shape[1]]]))[0, 0]
     logits, lattice = drafter.frames(hidden)
     p = logits.softmax(-1)  # [T, V]: what each frame says
     steps = lattice.log_transitions.exp()  # [1 + T, T]: from the frame of one label to that of the next; row 0: anchor

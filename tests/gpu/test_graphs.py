@@ -124,7 +124,7 @@ def draft_step(lattice: str, draft: str, inputs: Inputs) -> Step:
 
     @torch.no_grad()
     def step() -> list[torch.Tensor]:
-        outputs = drafter.frames(drafter.hidden_slots(states, anchors, positions)[:, 0])
+        outputs = drafter.frames(drafter.forward_hidden(states, anchors, positions)[:, 0])
         frames, stats = read_frames(outputs, anchors[:, 0], drafter.markov_tables)
         if draft != "tree":
             chain = draft_chain("prefix", frames, stats, LABELS, sampling)

@@ -68,18 +68,18 @@ class TransitionHead(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
         self.offset = nn.Parameter(torch.empty(config.num_frames))
 
-    def forward(self, slots: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states `[..., 1 + T, H]` of the anchor's slot and the frames to log-probabilities, fp32,
         `[..., 1 + T, T]`: row s is the frame of the last label, 0 the anchor; column t - 1 is frame t of the next."""
-        query, key = self.query(slots).float(), self.key(slots[..., 1:, :]).float()
+        query, key = self.query(hidden).float(), self.key(hidden[..., 1:, :]).float()
         return transition_log_probs(query, key, self.offset.float())
 
 
-def read_lattice(slots: Tensor, blank_head: nn.Linear | None, transition_head: TransitionHead | None) -> Lattice:
-    """Normalised hidden states `[..., 1 + T, H]` to the lattice of the head that is there, slots without one; fp32."""
+def read_lattice(hidden: Tensor, blank_head: nn.Linear | None, transition_head: TransitionHead | None) -> Lattice:
+    """Normalised hidden states `[..., 1 + T, H]` to the lattice, fp32, of the head that is there; without one "slots"."""
     if blank_head is not None:
-        return Lattice(blank_odds=blank_head(slots[..., 1:, :]).squeeze(-1).float())
+        return Lattice(blank_odds=blank_head(hidden[..., 1:, :]).squeeze(-1).float())
     if transition_head is not None:
-        return Lattice(log_transitions=transition_head(slots))
-    fixed = slot_transitions(slots.shape[-2] - 1, slots.device).log().clamp_min(NEG)
-    return Lattice(log_transitions=fixed.expand(*slots.shape[:-2], -1, -1))
+        return Lattice(log_transitions=transition_head(hidden))
+    fixed = slot_transitions(hidden.shape[-2] - 1, hidden.device).log().clamp_min(NEG)
+    return Lattice(log_transitions=fixed.expand(*hidden.shape[:-2], -1, -1))

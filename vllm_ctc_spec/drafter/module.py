@@ -193,41 +193,41 @@ class CTCDrafter(nn.Module):
         """`[B, S, A * H]` concatenated auxiliary hidden states to the layers' common context `[B, S, H]`."""
         return self.hidden_norm(self.fc(aux_hidden_states))
 
-    def hidden_slots(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
+    def forward_hidden(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
         """Normalised hidden states of the anchor's slot and the frames, `[B, M, 1 + T, H]`.
 
         aux_hidden_states [B, S, A * H]; anchor_tokens, anchor_positions [B, M]: the anchor at position a sees the
         context 0..a-1 only (its own hidden state does not exist yet when it is drafted from).
         """
         num_rows, num_context = aux_hidden_states.shape[:2]
-        num_anchors, slots = anchor_tokens.shape[1], 1 + self.config.num_frames
+        num_anchors, num_queries = anchor_tokens.shape[1], 1 + self.config.num_frames
         device = aux_hidden_states.device
         context = self.encode_context(aux_hidden_states)
         context_positions = torch.arange(num_context, device=device).expand(num_rows, -1)
         anchors = F.embedding(anchor_tokens, self.target_embedding).unsqueeze(2)
         queries = self.frame_queries.expand(num_rows, num_anchors, -1, -1)
         hidden = torch.cat([anchors, queries], 2).flatten(1, 2)
-        positions = (anchor_positions[:, :, None] + torch.arange(slots, device=device)).flatten(1)
+        positions = (anchor_positions[:, :, None] + torch.arange(num_queries, device=device)).flatten(1)
         positions = positions.clamp_max(self.config.max_position_embeddings - 1)
-        sees_context = context_positions[:, None, :] < anchor_positions.repeat_interleave(slots, 1)[:, :, None]
-        block = torch.arange(num_anchors, device=device).repeat_interleave(slots)
+        sees_context = context_positions[:, None, :] < anchor_positions.repeat_interleave(num_queries, 1)[:, :, None]
+        block = torch.arange(num_anchors, device=device).repeat_interleave(num_queries)
         sees_block = (block[:, None] == block[None, :]).expand(num_rows, -1, -1)
         mask = torch.cat([sees_context, sees_block], 2).unsqueeze(1)
         for layer in self.layers:
             hidden = layer(hidden, positions, context, context_positions, mask)
-        return self.norm(hidden).unflatten(1, (num_anchors, slots))
+        return self.norm(hidden).unflatten(1, (num_anchors, num_queries))
 
     def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> FrameOutputs:
-        """Frames for M anchors in each of B sequences; arguments as in `hidden_slots`."""
-        return self.frames(self.hidden_slots(aux_hidden_states, anchor_tokens, anchor_positions))
+        """Frames for M anchors in each of B sequences; arguments as in `forward_hidden`."""
+        return self.frames(self.forward_hidden(aux_hidden_states, anchor_tokens, anchor_positions))
 
-    def frames(self, slots: Tensor) -> FrameOutputs:
+    def frames(self, hidden: Tensor) -> FrameOutputs:
         """Normalised hidden states `[..., 1 + T, H]` to frames."""
-        return FrameOutputs(F.linear(slots[..., 1:, :], self.draft_head), self.lattice(slots))
+        return FrameOutputs(F.linear(hidden[..., 1:, :], self.draft_head), self.lattice(hidden))
 
-    def lattice(self, slots: Tensor) -> Lattice:
+    def lattice(self, hidden: Tensor) -> Lattice:
         """The same without what needs the vocabulary."""
-        return read_lattice(slots, self.blank_head, self.transition_head)
+        return read_lattice(hidden, self.blank_head, self.transition_head)
 
     @property
     def markov_tables(self) -> tuple[Tensor, Tensor] | None:

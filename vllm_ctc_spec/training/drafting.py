@@ -21,7 +21,7 @@ class Drafting:
     """A drafter at N anchors, ready for the kernels; labels and valid `[N, U]` are what the target says after them."""
 
     drafter: CTCDrafter
-    slots: Tensor  # [N, 1 + T, H]
+    hidden: Tensor  # [N, 1 + T, H]
     outputs: FrameOutputs
     anchors: Tensor  # [N]
     labels: Tensor  # [N, U]
@@ -31,8 +31,8 @@ class Drafting:
     def at(cls, drafter: CTCDrafter, hidden_states: Tensor, batch: Batch) -> "Drafting":
         """hidden_states `[B, S, A * H]`; the anchors without a label are left out."""
         kept = batch.valid[..., 0]
-        slots = drafter.hidden_slots(hidden_states, batch.anchors, batch.positions)[kept]
-        return cls(drafter, slots, drafter.frames(slots), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
+        hidden = drafter.forward_hidden(hidden_states, batch.anchors, batch.positions)[kept]
+        return cls(drafter, hidden, drafter.frames(hidden), batch.anchors[kept], batch.labels[kept], batch.valid[kept])
 
     @functools.cached_property
     def _frames(self) -> tuple[Frames, FrameStats]:
@@ -59,7 +59,7 @@ class Drafting:
         lattice = self.outputs.lattice
         anchors, labels, valid = in_labels(self.drafter.vocabulary, self.anchors, self.labels, self.valid)
         scores = label_scores(
-            self.slots[:, 1:],
+            self.hidden[:, 1:],
             self.drafter.draft_head,
             anchors,
             labels,

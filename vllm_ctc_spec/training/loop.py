@@ -65,13 +65,14 @@ class TrainingStep(nn.Module):
         drafter, dtype = self.drafter, TORCH_DTYPES[self.config.dtype]
         kept = batch.valid[..., 0]
         with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            slots = drafter.hidden_slots(hidden_states, batch.anchors, batch.positions)[kept].float()  # [N, 1 + T, H]
-        lattice = drafter.lattice(slots)
+            hidden = drafter.forward_hidden(hidden_states, batch.anchors, batch.positions)[kept]
+            hidden = hidden.float()  # [N, 1 + T, H]
+        lattice = drafter.lattice(hidden)
         anchors, labels, valid = in_labels(
             drafter.vocabulary, batch.anchors[kept], batch.labels[kept], batch.valid[kept]
         )
         scores = label_scores(
-            slots[:, 1:],
+            hidden[:, 1:],
             drafter.draft_head,
             anchors,
             labels,
