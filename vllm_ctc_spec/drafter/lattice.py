@@ -76,7 +76,7 @@ class TransitionHead(nn.Module):
 
 
 def read_lattice(hidden: Tensor, blank_head: nn.Linear | None, transition_head: TransitionHead | None) -> Lattice:
-    """Normalised hidden states `[..., 1 + T, H]` to the lattice, fp32, of the head that is there; without one "slots"."""
+    """Hidden states `[..., 1 + T, H]`, normalised, to the lattice (fp32) of the head that is there; "slots" without."""
     if blank_head is not None:
         return Lattice(blank_odds=blank_head(hidden[..., 1:, :]).squeeze(-1).float())
     if transition_head is not None:
