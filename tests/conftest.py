@@ -68,9 +68,9 @@ NEEDS_BY_PATH = {
     "gpu": pytest.mark.gpu,
     **dict.fromkeys(
         [
-            "scripts", "test_example.py", "test_soak.py", "training/test_drills.py", "training/test_generate.py",
-            "training/test_ray_data.py", "training/test_ray_train.py", "training/test_train.py",
-            "training/test_vllm_data.py", "training/test_workers.py",
+            "scripts", "test_example.py", "test_soak.py", "training/ray", "training/test_answers.py",
+            "training/test_draft_tokens.py", "training/test_drills.py", "training/test_generate.py",
+            "training/test_train.py", "training/test_workers.py",
         ],
         pytest.mark.engine,
     ),
@@ -87,6 +87,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def mark_needs(items: list[pytest.Item]) -> None:
+    gone = [place for place in NEEDS_BY_PATH if not (TESTS / place).exists()]
+    assert not gone, f"NEEDS_BY_PATH names {gone}, which are not there"
     for item in items:
         path = item.path.relative_to(TESTS)
         for place, mark in NEEDS_BY_PATH.items():

@@ -196,6 +196,7 @@ def test_cuda_is_not_started_by_looking_for_it(given, expected, monkeypatch):
     assert seen == [expected]
 
 
+@pytest.mark.engine
 def test_a_run_from_the_command_line(tmp_path):
     """From prompts, which vLLM answers, as a user starts it."""
     target, rows = make_target(tmp_path / "target", head_dim=32), write_rows(tmp_path / "rows.jsonl")

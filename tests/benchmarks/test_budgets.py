@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import Model
 
-from vllm_ctc_spec.kernels.prefix_search import prefix_search_reference
+from vllm_ctc_spec.kernels.prefix_search.cpu import prefix_search_cpu
 
 RUN = {"vllm": None, "torch": "2", "python": "3", "gpu": "NVIDIA H200", "date": "2026-01-01", "command": "python x"}
 
@@ -24,7 +24,7 @@ def measured(monkeypatch):
         VOCABULARY=100, NODES=8, FRAMES=4, PATH=4, SEARCH_MICROSECONDS={1: 30.0, 2: 120.0}, graph_microseconds=once,
         MODEL=Model(context=32, heads=2, kv_heads=1, head_size=16, layers=2),
         stock_attention=lambda arguments: (2e6, "stock"), copy_bandwidth=lambda device, seconds: 1e6,
-        search_candidates=lambda tokens, frames, budget: prefix_search_reference(frames, budget),
+        search_candidates=lambda tokens, frames, budget: prefix_search_cpu(frames, budget),
     ).items():  # fmt: skip
         monkeypatch.setattr(budgets, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")

@@ -53,9 +53,12 @@ def test_what_serves_on_a_cpu_is_compared_with_the_oracle() -> None:
 
 
 def test_every_kernel_file_has_a_case() -> None:
-    """Files with a public function of their own name are those that are called from outside."""
+    """Files and folders with a public function of their own name are those that are called from outside."""
     folder = SCRIPT.parents[1] / "kernels"
-    public = {file.stem for file in folder.glob("*.py") if f"def {file.stem}(" in file.read_text()}
+    contracts = {file.stem: file for file in folder.glob("*.py")} | {
+        file.parent.name: file for file in folder.glob("*/__init__.py")
+    }
+    public = {name for name, file in contracts.items() if f"def {name}(" in file.read_text()}
     assert public | {"kv_compaction"} == {name.partition(",")[0] for name in KERNELS}
 
 

@@ -176,7 +176,7 @@ def test_every_benchmark_takes_a_pair(program, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["benchmarks/pair.py", "scripts/gpu_check.py --pair", "tests/soak.py --pair"], ids=lambda c: c.split()[0]
+    "command", ["benchmarks/pair.py", "tests/soak.py --pair"], ids=lambda c: c.split()[0]
 )
 def test_other_programs_take_a_pair(command, tmp_path):
     program, *arguments = command.split()

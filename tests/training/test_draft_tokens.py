@@ -68,11 +68,11 @@ def test_sizes_that_mean_nothing_are_refused(size):
 
 
 @pytest.fixture
-def config(target_folder, rows_file, monkeypatch):
+def config(target_folder, dataset_folder, monkeypatch):
     monkeypatch.setattr(train_config, "MIN_DRAFT_VOCABULARY", 2)  # the target has 31 tokens
     return TrainConfig(
-        target=str(target_folder), data=str(rows_file), draft_vocab_size=8, num_frames=5, num_labels=3, markov_rank=4,
-        steps=40, batch_size=4, anchors=6, max_new_tokens=20, held_out=2, save_every=10, eval_every=20,
+        target=str(target_folder), data=str(dataset_folder), draft_vocab_size=8, num_frames=5, num_labels=3,
+        markov_rank=4, steps=40, batch_size=4, anchors=6, save_every=10, eval_every=20,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_a_run_learns_with_few_labels_and_says_what_they_cost(config, lattice, t
     assert "Draft vocabulary: 8 of the target's 31 tokens" in capsys.readouterr().out
     drafter = CTCDrafter.load(tmp_path, target.embedding, target.head)
     assert drafter.config.draft_vocab_size == 8
-    prepared, _ = prepare(config, paths(tmp_path), overwrite=False)
+    prepared = prepare(config, paths(tmp_path), overwrite=False)
     assert drafter.vocabulary.token_ids.tolist() == prepared.token_ids
 
 
