@@ -83,6 +83,20 @@ def test_a_dtype_that_the_drafter_was_not_trained_on_is_said(tmp_path, caplog, m
     assert all("served in float32" in line and "--dtype bfloat16" in line for line in said)
 
 
+@pytest.mark.parametrize("nodes", [4, 64])
+def test_slots_beyond_the_scheduled_rows_are_those_that_the_drafter_writes(nodes):
+    """Not 1 + N, by which vLLM 0.33 divides the batched tokens for the largest number of running requests."""
+    speculative = {"method": "ctc", "model": str(ASSETS / "drafter"), "ctc_draft": "tree"}
+    config = EngineArgs(
+        str(ASSETS / "target"), dtype="float32", max_num_batched_tokens=8192, max_num_seqs=600, max_model_len=512,
+        speculative_config={**speculative, "num_speculative_tokens": nodes},
+    ).create_engine_config()  # fmt: skip
+    num_frames = config.speculative_config.draft_model_config.hf_config.num_frames
+    assert config.num_lookahead_tokens == 1 + num_frames
+    scheduler = config.scheduler_config
+    assert (scheduler.max_num_active_seqs or scheduler.max_num_seqs) == min(600, 8192 // (1 + num_frames))
+
+
 def test_vllm_finds_the_entry_point():
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="ctc")
     assert entry.load() is plugin.register

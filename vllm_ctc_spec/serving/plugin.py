@@ -9,7 +9,7 @@ hashing, async scheduling) then hold unpatched. The complete list:
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
 4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
-6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, which may exceed 1 + N.
+6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
 7. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
@@ -193,10 +193,11 @@ def _fit_requests(scheduler: Any, num_frames: int) -> None:
 
 def _looking_ahead(original: property) -> property:
     def num_lookahead_tokens(self) -> int:
-        tokens = original.fget(self)
+        """Every reader adds it to the scheduled tokens, drafts among them. vLLM 0.33 also bounds the running requests
+        by it, which 1 + N would do at 126 for trees of 64 and 8192 batched tokens."""
         if _is_ctc(self.speculative_config):
-            tokens = max(tokens, 1 + self.speculative_config.draft_model_config.hf_config.num_frames)
-        return tokens
+            return 1 + self.speculative_config.draft_model_config.hf_config.num_frames
+        return original.fget(self)
 
     return property(num_lookahead_tokens, doc=original.__doc__)
 
