@@ -1,4 +1,4 @@
-"""Checks of a drafter's weights file, before anything large is loaded."""
+"""What a drafter's weights file must be, judged before anything large is loaded."""
 
 import math
 from pathlib import Path

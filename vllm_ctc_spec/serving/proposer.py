@@ -30,8 +30,8 @@ from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
-    """Entry `R`: the most rows, anchors and drafts, that the target verifies for up to R requests. They are fewer than
-    1 + N each where larger batches verify less."""
+    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
+    where larger batches verify less."""
     speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
     num_drafted = [speculative.num_speculative_tokens] * (1 + max_num_reqs)
     if speculative.num_speculative_tokens_per_batch_size is not None:
