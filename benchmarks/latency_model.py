@@ -4,7 +4,7 @@
     python benchmarks/latency_model.py --shape 8b                   # on a GPU: dummy weights, a random drafter
     python benchmarks/latency_model.py --steps RESULT.json --acceptance EVAL.json     # no measurement, other lengths
 
-A step costs the same whatever is accepted of its drafts, so times of random weights are as good as others. With an
+A step costs the same whatever is accepted of its drafts, so that times of random weights are as good as others; with an
 acceptance length L (`vllm-ctc eval --json`),
 
     speedup = (L / step_time_spec) / (1 / step_time_none),    break-even L = step_time_spec / step_time_none
