@@ -9,8 +9,8 @@ acceptance length L (`vllm-ctc eval --json`),
 
     speedup = (L / step_time_spec) / (1 / step_time_none),    break-even L = step_time_spec / step_time_none
 
-Every kind of draft is measured beside no speculation: two engines in a process of their own take turns. Times are
-medians over the steps in which all requests of the batch are decoding. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
+Every kind of draft is measured beside no speculation, two engines in one process of their own that take turns, over the
+steps in which all requests of the batch are decoding; medians. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def scheduled_speedup(steps: Steps, lengths: Lengths, num_nodes: int, rows: int)
 
 
 def suggest_tree_rows(steps: Steps, lengths: Lengths) -> dict[int, tuple[int, float]]:
-    """By `num_speculative_tokens`: the `ctc_tree_rows` of the highest mean speedup over the measured batch sizes (the
-    fewest rows among equals), and that speedup. A tree is left out if one of its smaller sizes was not measured."""
+    """By `num_speculative_tokens`: the `ctc_tree_rows` of the highest mean speedup over the measured batch sizes, the
+    fewest rows among equals, and that speedup. Trees of which a smaller size was not measured are left out."""
     measured = {int(draft.removeprefix("tree:")) for draft in lengths if draft.startswith("tree:")}
     suggested = {}
     for num_nodes in sorted(measured):
@@ -110,7 +110,7 @@ def read_acceptance(path: Path, temperature: float) -> Lengths:
 
 
 def measure_draft(settings: argparse.Namespace, draft: str) -> Steps:
-    """Measure in a process of its own: its end gives back the memory of both engines."""
+    """In a process of its own, whose end gives back the memory of both engines."""
     from vllm import LLM
 
     options = {"dtype": "float32"} if on_cpu() else {"gpu_memory_utilization": GPU_MEMORY}
@@ -177,7 +177,7 @@ def measure_batch(
 
 def measure(settings: argparse.Namespace) -> tuple[Steps, dict[str, Steps]]:
     """The times of all drafts as if beside one engine without: no speculation is the median over the processes, and a
-    draft keeps its ratio to the engine that it took turns with. Then the measured times themselves."""
+    draft keeps its ratio to the one that it took turns with. Also what was measured."""
     pairs = {}
     spawn = multiprocessing.get_context("spawn")
     for draft in tqdm(settings.drafts, desc="drafts"):

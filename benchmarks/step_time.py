@@ -38,7 +38,7 @@ if on_cpu():
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
 DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64")
 STEP, TOKENS, SPEED = "whole step", "tokens a step and request", "tokens/s"
-# Parts and their depth: a deeper part lies in the one above it. The parts of a part need not add up to it.
+# Parts, and how deep each lies in the ones above it. The parts of a part need not add up to it.
 PARTS = {
     "target forward": 0,
     "attention, all layers": 1,
