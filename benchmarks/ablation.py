@@ -5,8 +5,8 @@
 
 `--table widening` varies the best row of the ablation instead, one setting at a time.
 
-Every run is kept in the work folder and repeated by none: started again, or beside itself with other seeds or methods,
-the program adds what is missing and writes the table of all that is there (OUTPUT.json, OUTPUT.md, OUTPUT.png).
+The work folder keeps every run, so none is repeated. Started again, or several times at once with other seeds or
+methods, the program adds the missing runs and writes the table of all runs (OUTPUT.json, OUTPUT.md, OUTPUT.png).
 """
 
 import argparse

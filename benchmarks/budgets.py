@@ -5,8 +5,8 @@
 
 Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if a stage is over its budget or could not be timed.
 
-Two floors: the bytes that must be read and written, at the bandwidth that a plain copy reaches here, and the
-operations, at the peak of what does them (data sheets). Times are of CUDA graphs: no launch from the host is in them.
+A stage has two floors: the bytes that must be read and written, at the bandwidth of a plain copy here, and the
+operations, at their unit's peak (data sheets). Times are of CUDA graphs: no launch from the host is in them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8
 BATCH_SIZES = (1, 64)
 MODEL = Model(context=4096, heads=32, kv_heads=8, head_size=128, layers=32)
-# Operations a second, the first name that the device's contains: fp32 without tensor cores, bf16 with them.
+# Operations a second, for the first name that the device's name contains: fp32 without tensor cores, bf16 with them.
 PEAKS = {
     "B200": (75e12, 2250e12), "H200": (67e12, 989e12), "H100 PCIe": (51e12, 756e12), "H100": (67e12, 989e12),
     "A100": (19.5e12, 312e12),
@@ -48,7 +48,7 @@ COMPACTION_MICROSECONDS, PATH = 10.0, 8
 class Floor(NamedTuple):
     num_bytes: float
     operations: float
-    peak: float | None  # operations a second of what computes them
+    peak: float | None  # operations a second of the unit that computes them
 
     def microseconds(self, bandwidth: float) -> tuple[float, float | None]:
         return self.num_bytes / bandwidth * 1e6, self.operations / self.peak * 1e6 if self.peak else None
@@ -70,7 +70,7 @@ class Row(NamedTuple):
     floor: Floor
     bytes_floor: float  # microseconds
     operations_floor: float | None  # microseconds; None: this device's peak is not known
-    others: dict[str, float] = {}  # noqa: RUF012 - never written to; microseconds of what it is compared with
+    others: dict[str, float] = {}  # noqa: RUF012 - never written to; microseconds of the comparisons
     note: str = ""
 
     @property
@@ -146,8 +146,8 @@ def attention_stage(setting: Setting) -> Row:
 
 
 def stock_attention(arguments: dict) -> tuple[float, str]:
-    """Microseconds of causal attention of as many rows, and whose: vLLM's over the same paged cache, where it is
-    installed, else torch's flash attention over a contiguous one, which has less to do."""
+    """Microseconds of causal attention of as many rows, and its name: vLLM's over the same paged cache, where vLLM is
+    installed, else torch's flash attention over a contiguous cache, which has less to do."""
     query, batch = arguments["query"], len(arguments["seq_lens"])
     rows, positions = query.shape[0] // batch, MODEL.context + 1 + NODES
     try:
@@ -168,7 +168,7 @@ def stock_attention(arguments: dict) -> tuple[float, str]:
 
 
 def compaction_stage(setting: Setting) -> Row:
-    """A path of eight nodes, none of which is in its place: seven moves a request and layer."""
+    """A path of eight nodes, none in its place yet: seven moves a request and layer."""
     batch, device = setting.batch, setting.device
     blocks, block_size = batch * -(-(1 + NODES) // 16), 16
     caches = [

@@ -1,4 +1,4 @@
-"""Requests to a running server and what its counters say about them."""
+"""Requests to a running server, and its counters for them."""
 
 import math
 import time
@@ -11,8 +11,8 @@ from openai import OpenAI
 from prompts import read_prompts
 from server import Endpoint
 
-# vLLM's worker keeps polling for about a second after its last step, and counters follow the last response a little
-# later: between two measurements everything gets this long to come to rest.
+# Between two measurements everything gets this long to come to rest: vLLM's worker keeps polling for about a second
+# after its last step, and counters follow the last response a little later.
 SETTLE_SECONDS = 2.0
 
 
@@ -27,7 +27,7 @@ class Answer:
 
 @dataclass
 class Drafting:
-    """What `/metrics` counted between two moments."""
+    """The counts of `/metrics` between two moments."""
 
     drafts: int
     draft_tokens: int
@@ -36,7 +36,7 @@ class Drafting:
 
     @property
     def acceptance_length(self) -> float | None:
-        """Tokens per target forward, the one that the target adds itself included; None without drafts."""
+        """Tokens per target forward, the target's own token included; None without drafts."""
         return 1 + self.accepted_tokens / self.drafts if self.drafts else None
 
 

@@ -34,8 +34,8 @@ from server import Server, StartupError, stop_on_sigterm
 
 QUESTIONS = 4
 MAX_TOKENS = 128
-# Two logits this close are equal as far as float32 can tell, and the order of a sum may swap them: one target forward
-# over several tokens does not add in the order of several forwards over one.
+# float32 cannot tell two logits this close apart. The order of a sum may swap them, and one target forward over several
+# tokens does not add in the order of several forwards over one.
 TIE = 1e-4
 
 console = Console()
@@ -60,7 +60,7 @@ def print_piece(text: str) -> None:
 
 
 def ask_all(server: Server, questions: list[str]) -> Run:
-    """Every question, one after the other, the answers printed as they come."""
+    """Ask every question, one after the other, and print the answers as they come."""
     client = server.client()
     ask(client, server.model, questions[0], MAX_TOKENS)  # the first request pays for lazy initialisation
     time.sleep(SETTLE_SECONDS)
@@ -93,7 +93,7 @@ def differences(server: Server, plain: Run, drafted: Run) -> list[tuple[int, int
 
 
 def report(plain: Run, drafted: Run, found: list[tuple[int, int, float]]) -> bool:
-    """Print the table and the verdict; whether the drafter left the output alone."""
+    """Print the table and the verdict; returns whether the drafter left the output alone."""
     table = Table(title=f"{len(plain.answers)} questions, greedy, one at a time")
     for column in ("", "tokens", "tokens/s", "acceptance length"):
         table.add_column(column, justify="right" if column else "left")
@@ -116,14 +116,14 @@ def report(plain: Run, drafted: Run, found: list[tuple[int, int, float]]) -> boo
 
 
 def served_pair(args: argparse.Namespace) -> Pair:
-    """What was asked for; a target or a drafter alone goes with the tiny pair's other half."""
+    """The pair that was asked for. A target or a drafter alone is completed from the tiny pair."""
     if args.pair is None:
         args.pair = default_pair() if args.target is None and args.drafter is None else TINY
     return ready(choose_pair(args).pair)
 
 
 def default_pair() -> str:
-    """The chat pair, or the tiny one where the other has no drafter or its target cannot be had."""
+    """The chat pair, or the tiny one if the chat pair has no drafter or its target cannot be fetched."""
     chat = read_pair(CHAT)
     if not is_model(chat.drafter):
         return TINY
@@ -147,7 +147,7 @@ def demo(pair: Pair) -> bool:
 
 
 def serve(pair: Pair) -> bool:
-    """Run the server with the drafter until Ctrl-C; whether it was running until then."""
+    """Run the server with the drafter until Ctrl-C; returns whether it was running until then."""
     log = RESULTS / "serve.log"
     with with_drafter(pair.target, pair.drafter, log_path=log, label="server with CTC drafter") as server:
         messages = [{"role": "user", "content": read_questions(pair.prompts, 1)[0]}]

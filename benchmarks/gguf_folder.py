@@ -1,7 +1,7 @@
 """A Hugging Face folder from a GGUF file of Llama's architecture: fp32 weights, tokenizer and chat template.
 
-vLLM and the trainer take folders of safetensors; small chat models are published as one GGUF file, whose matrices are
-quantised in blocks. Dequantised they are a model like any other: the same numbers for every method that is compared.
+vLLM and the trainer take folders of safetensors. Small chat models are published as one GGUF file, with matrices
+quantised in blocks. Dequantised, they are a model like any other: all compared methods get the same numbers.
 Names and layouts: gguf-py's `constants.py`, llama.cpp's `conversion` of Llama (queries and keys interleave the two
 halves that rotary embeddings pair, and are put back here).
 """
@@ -66,7 +66,7 @@ def convert(file: Path, folder: Path, progress: Progress = lambda done, total: N
             f"{file} holds architecture {architecture!r} with pre-tokenizer {pre_tokenizer!r}; only 'llama' with one "
             f"of {', '.join(PRE_TOKENIZERS)} can be converted."
         )
-    # Models of these kinds exist, and would come out as other models than they are.
+    # Models with these features exist, and the conversion would make other models of them.
     if fields.get("tokenizer.ggml.add_bos_token") or fields.get("llama.rope.scaling.type", "none") != "none":
         raise GGUFError(f"{file} adds a first token to every text or scales its positions, which is not converted.")
     config = model_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})

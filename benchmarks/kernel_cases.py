@@ -1,8 +1,8 @@
 """Inputs of every kernel at a shape, its reference, and the least number of bytes that it must read and write.
 
-Bytes are of each input once and of each output once, in the formula at each case. Chains are the exception: a label
-depends on the one before it, so each of the N sweeps over the vocabulary reads the logits and W_out again. On shapes
-that fit into a cache, a sweep may therefore be faster than memory allows.
+The formula at each case counts every input and every output once. Chains are the exception: a label depends on the one
+before it, so each of the N sweeps over the vocabulary reads the logits and W_out again. On shapes that fit into a
+cache, a sweep may therefore be faster than memory allows.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The target, as far as trees meet it."""
+    """The shape of the target, as far as trees depend on it."""
 
     context: int  # positions before the root of each request
     heads: int
@@ -59,8 +59,8 @@ class Case(NamedTuple):
     name: str
     least_bytes: int
     run: Callable[[], object]
-    reference: Callable[[], object] | None  # None where that is what runs on this device
-    on_host: bool = False  # the reference: on a CPU, with its inputs there already
+    reference: Callable[[], object] | None  # None where the reference itself runs on this device
+    on_host: bool = False  # the reference runs on a CPU, with its inputs there already
 
 
 class LabelBias:
@@ -162,7 +162,7 @@ def oracle_rows(frames: Frames) -> list:
 
 
 def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """What happens to complete binary trees, whose leftmost path the target accepts."""
+    """Verification of complete binary trees; the target accepts their leftmost path."""
     b, n, e, on_gpu = shape.batch, shape.nodes, dtype.itemsize, device.type == "cuda"
     width, rows, host = 1 + n, b * (1 + n), torch.device("cpu")
     node = torch.arange(width)
@@ -251,7 +251,7 @@ def attention_arguments(
 
 
 def compact(storage: list[torch.Tensor], caches: CachePointers, *step: torch.Tensor) -> None:
-    """`storage` is here to stay alive, for which the pointers do not care."""
+    """`storage` is an argument to stay alive: the pointers do not keep it."""
     compact_kv(caches, *step)
 
 
@@ -262,8 +262,7 @@ def compact_in_torch(
     path: torch.Tensor,
     num_sampled: torch.Tensor,
 ) -> None:
-    """The reference of the CPU in torch: a gather and a scatter for each layer, and a list of moves of a length that
-    the host must know."""
+    """The CPU's reference in torch: a gather and a scatter for each layer. The host must know the number of moves."""
     k = torch.arange(path.shape[1], device=path.device)
     request, place = ((path != k) & (k < num_sampled[:, None])).nonzero(as_tuple=True)
     source = slot_mapping[anchor_rows[request] + path[request, place]]

@@ -3,12 +3,12 @@
     python benchmarks/kernel_time.py                  # on a GPU the Triton kernels
     python benchmarks/kernel_time.py --quick          # one small shape
 
-On a CPU the functions that serve there (torch, numpy, numba) are timed instead, at small shapes; where the reference is
-another one, it is `drafter/oracle.py`. vLLM is not needed: torch, triton, tqdm and, on a CPU, numba are, with this
-repository installed by `pip install --no-deps -e .`. Writes OUTPUT.json and OUTPUT.md.
+On a CPU the functions that serve there (torch, numpy, numba) are timed instead, at small shapes. Those that are not
+references themselves are compared with `drafter/oracle.py`. The program needs torch, triton, tqdm and, on a CPU, numba,
+with this repository installed by `pip install --no-deps -e .`; vLLM is not needed. Writes OUTPUT.json and OUTPUT.md.
 
-Not called kernels.py: programs of this folder, and the tests, would then have a module `kernels` on their path, which
-transformers imports if it finds one.
+Not called kernels.py: programs of this folder, and the tests, would then have a module `kernels` on their path, and
+transformers imports one if it finds it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SWEEP = {
 CPU_BASE = Shape(vocabulary=4096, frames=12, batch=1, nodes=16)
 CPU_SWEEP = {"vocabulary": (2048, 4096), "frames": (8, 12, 24), "batch": (1, 4), "nodes": (8, 16, 64)}
 QUICK = Shape(vocabulary=512, frames=8, batch=2, nodes=8)
-# Bytes a second by the data sheet, the first name that the device's contains.
+# Bytes a second by the data sheet, for the first name that the device's name contains.
 NOMINAL = {
     "B200": 8e12,
     "H200": 4.8e12,
@@ -96,7 +96,7 @@ def measure(case: Case, shape: Shape, seconds: Callable, copied: float, nominal:
     if case.reference is not None:
         try:
             reference = seconds(case.reference) * 1e6
-        except torch.cuda.OutOfMemoryError:  # it materialises what the kernel does not
+        except torch.cuda.OutOfMemoryError:  # the reference materialises more than the kernel
             torch.cuda.empty_cache()
     speed = case.least_bytes / time
     return Row(

@@ -1,4 +1,4 @@
-"""The rows of a comparison: which servers are started, with which drafts, and which run already."""
+"""The rows of a comparison: servers to start, with their drafts, and servers that run already."""
 
 import argparse
 import importlib.util
@@ -37,8 +37,8 @@ class Method:
 
 
 def own_methods(drafter: Path) -> list[Method]:
-    """The rows that need nothing but vLLM, this plugin and a CTC drafter. Trees get smaller in larger batches, as users
-    get them; `transform` is the paper's way to a tree, for drafters with a blank."""
+    """The rows that need nothing but vLLM, this plugin and a CTC drafter. Trees get smaller in larger batches, as in a
+    user's server; `transform` is the paper's way to a tree, for drafters with a blank."""
 
     def ctc(name: str, draft: str, **options) -> Method:
         return Method(f"ctc {name}", {**ctc_config(drafter), "ctc_draft": draft, **options})
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace) -> tuple[list[Method], list[str]]:
-    """The rows that were asked for, and a sentence for each that cannot be had here. The outputs of the others are
+    """The rows that were asked for, and a sentence for each that this machine cannot serve. The outputs of all rows are
     compared with the first row's."""
     names = args.methods if args.methods is not None else () if args.base_url else DEFAULT_METHODS
     everything = "all" in names

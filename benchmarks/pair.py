@@ -3,7 +3,7 @@ known by name.
 
     python benchmarks/pair.py chat    # prints the target's folder, after it was fetched if the repository lacks it
 
-Needs nothing that a machine without vLLM would not have.
+Works on a machine without vLLM.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Pair:
     drafter: Path  # folder
     prompts: Path  # jsonl
     note: str  # one sentence on what to expect of it
-    wheel: Wheel | None = None  # what the target is made of, where the repository does not carry it
+    wheel: Wheel | None = None  # the source of a target that the repository does not carry
 
 
 def pair_names() -> list[str]:
@@ -92,7 +92,8 @@ def add_pair_arguments(
 
 
 def choose_pair(args: argparse.Namespace) -> argparse.Namespace:
-    """The pair itself where its name was, with what was given in its place, and its folders where none were given."""
+    """Replace the pair's name by the pair, with the folders that were given in place of its own; folders that were not
+    given are the pair's."""
     args.pair = read_pair(args.pair)
     if args.target is not None:
         args.pair = replace(args.pair, name=args.target.name, target=args.target, note="", wheel=None)

@@ -4,10 +4,10 @@
     vllm-ctc data --target TARGET --prompts prompts.jsonl --output DATASET
     python benchmarks/peers.py --target TARGET --data DATASET --output FOLDER
 
-They are trained by the package `speculators` (https://github.com/vllm-project/speculators) with its own losses, data
-path and trainer. What it needs is made of our dataset: the target's responses, and the target's hidden states after the
-layers that a CTC drafter reads by default and after its last layer. A killed run continues when it is started again.
-Every method leaves one folder:
+The package `speculators` (https://github.com/vllm-project/speculators) trains them with its own losses, data path and
+trainer. Its input is made of our dataset: the target's responses, and the target's hidden states after the layers that
+a CTC drafter reads by default and after its last layer. A killed run continues when it is started again. Every method
+leaves one folder:
 
     vllm serve TARGET --speculative-config '{"method": "dspark", "model": "FOLDER/dspark", "num_speculative_tokens": 8}'
 """
@@ -49,7 +49,7 @@ def check_packages() -> None:
 
 
 def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Record what is being made, or refuse to continue what was made with other settings."""
+    """Record these settings, or refuse to continue work of other settings."""
     differing = differing_settings(path, settings)
     if differing:
         raise TrainingError(
@@ -132,7 +132,7 @@ def token_tensor(example: Example) -> torch.Tensor:
 
 
 def train_arguments(method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `speculators train` that make the drafter what it is."""
+    """Options of `speculators train` that define the drafter."""
     options: dict[str, Any] = {
         "speculator_type": method,
         "num_layers": 1 if method == "eagle3" else args.num_layers,
@@ -205,7 +205,7 @@ def check_complete(checkpoint: Path) -> None:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """What vLLM loads, and nothing else of the checkpoint."""
+    """Keep the files that vLLM loads, and nothing else of the checkpoint."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if config["speculators_model_type"] == "eagle3":
         # vLLM builds the drafter for three layers unless its configuration names another number.

@@ -12,12 +12,12 @@ from matplotlib import pyplot
 if TYPE_CHECKING:
     from report import Row
 
-# As `step_time.py` calls them, and how they are called beside other methods' figures.
+# Names in `step_time.py`, and names beside other methods' figures.
 PARTS = {"drafter": "draft", "target forward": "verify", "verification": "sample"}
 
 
 def styles(rows: list["Row"]) -> dict[str, dict]:
-    """By method. Without speculation grey, so that the colours are for the drafts."""
+    """By method. No speculation is grey: colours are for the drafts."""
     colors = cycle(pyplot.rcParams["axes.prop_cycle"].by_key()["color"])
     speculative = {row.method: row.speculative for row in rows}
     return {

@@ -1,4 +1,4 @@
-"""Prompts of a comparison: jsonl files in the forms that are around, turned into what `vllm bench serve` reads."""
+"""Prompts of a comparison: jsonl files of several known forms, turned into files that `vllm bench serve` reads."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def categories(path: Path, wanted: list[str] | None) -> list[PromptSet]:
     for row in rows_of(path):
         by_category.setdefault(row.fields.get("category", ""), []).append(first_turn(row, path))
     if MT_BENCH in (wanted or ()) and by_category.keys() >= set(MT_BENCH_PARTS):
-        parts = zip(*(by_category[name] for name in MT_BENCH_PARTS))  # so that the first few are of every kind
+        parts = zip(*(by_category[name] for name in MT_BENCH_PARTS))  # the first few are then of every kind
         by_category[MT_BENCH] = list(chain.from_iterable(parts))
     missing = set(wanted or ()) - by_category.keys()
     if missing:

@@ -32,7 +32,7 @@ LOAD_FORMAT = "random_pair"
 
 
 def register_load_format() -> None:
-    """vLLM's own `dummy` would leave the drafter without what it derives from its weights when it loads them."""
+    """vLLM's own `dummy` skips the loading of weights, and with it the values that the drafter derives from them."""
     from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 

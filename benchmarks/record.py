@@ -1,4 +1,4 @@
-"""What every benchmark leaves: OUTPUT.json, everything, and OUTPUT.md, its table; and the one description of a run.
+"""The output of every benchmark: OUTPUT.json, everything, and OUTPUT.md, its table; and the one description of a run.
 
 Needs nothing but Python.
 """
@@ -28,7 +28,7 @@ def write_record(output: Path, record: dict, table: str) -> None:
 
 
 def describe_run(program: str, argv: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """All that is needed to repeat the run of `program`, a path in the repository; no path of this machine."""
+    """Everything needed to repeat the run of `program`, a path in the repository; no path of this machine."""
     shown = [word if "://" in word else re.sub(r'[^\s="]*/', "", word) for word in argv]
     return {
         "command": shlex.join(["python", program, *shown]),
@@ -39,7 +39,7 @@ def describe_run(program: str, argv: Sequence[str], **settings: Any) -> dict[str
 
 
 def machine() -> dict[str, Any]:
-    """Versions of what is installed, None of what is not, and the hardware."""
+    """Versions of PACKAGES, None if not installed, and the hardware."""
     return {
         **{key: installed(distribution) for key, distribution in PACKAGES.items()},
         "python": platform.python_version(),
@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(run: dict[str, Any]) -> str:
-    """What a table says of the machine that its run was on."""
+    """A table's line on the machine of its run."""
     names = {"vllm": "vLLM", "triton": "Triton", "vllm_ctc_spec": "vllm-ctc-spec"}
     found = [f"{names.get(key, key)} {run[key]}" for key in PACKAGES if run.get(key)]
     hardware = run["gpu"] or f"{run['cpu']}, {run['cores']} cores"
@@ -70,7 +70,7 @@ def processor() -> str:
 
 
 def gpu() -> str | None:
-    """The driver is asked: torch would take memory of the device for it."""
+    """The GPU's name by its driver: torch would take memory of the device for it."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

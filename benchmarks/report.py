@@ -1,4 +1,4 @@
-"""From measurements to a Markdown table and plots; `serve.py` calls it, and it can be run on what that has saved.
+"""From measurements to a Markdown table and plots. `serve.py` calls it; it also runs on saved results of `serve.py`.
 
     python benchmarks/report.py RESULT.json [MORE.json ...] [--step-time STEP.json] [--output PATH]
 
@@ -100,7 +100,7 @@ class Row:
 
 
 def summarize(measurements: list[Measurement]) -> list[Row]:
-    """Rows in the order of datasets and methods as they came, by temperature and concurrency."""
+    """Rows by temperature and concurrency; datasets and methods keep the order of the measurements."""
     groups: dict[tuple, list[Measurement]] = {}
     for m in measurements:
         groups.setdefault((m.method, m.data, m.temperature, m.concurrency), []).append(m)
@@ -182,7 +182,7 @@ def depth_table(rows: list[Row], depths: int = 8) -> list[str]:
 
 
 def save(output: Path, run: dict, measurements: list[Measurement]) -> None:
-    """OUTPUT.json: everything that a report is made from."""
+    """Write OUTPUT.json: everything that a report is made from."""
     record = {"run": run, "measurements": [asdict(m) for m in measurements]}
     with_ending(output, ".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

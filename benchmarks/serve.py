@@ -5,11 +5,11 @@
         --data gsm8k=gsm8k_test.jsonl --spec-bench question.jsonl --categories qa summarization
     python benchmarks/serve.py --target T --base-url http://127.0.0.1:8000 --label "mine"
 
-All servers run at once and load goes to one of them at a time (an idle server costs next to no CPU time; it is measured
-and written down). The methods take turns within every repeat, and every repeat starts with another one, so that a
-machine that gets slower or faster in between favours none. Where memory does not hold all of them, `--one-at-a-time`
-starts each anew in every repeat. Writes OUTPUT.json (after every run; `report.py` makes the rest of it), OUTPUT.md,
-OUTPUT-*.png, and what vLLM measured in OUTPUT-raw/.
+All servers run at once and load goes to one of them at a time (an idle server costs next to no CPU time; the program
+measures and records it). The methods take turns within every repeat, and every repeat starts with another one: a
+machine that gets slower or faster in between favours none. If memory does not hold all servers, `--one-at-a-time`
+starts each anew in every repeat. Writes OUTPUT.json (after every run; `report.py` makes the rest from it), OUTPUT.md,
+OUTPUT-*.png, and vLLM's own measurements in OUTPUT-raw/.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Cell:
 
 
 class Comparison:
-    """What all runs share: settings, prompts, the first method's answers, and all that has been measured."""
+    """Shared by all runs: settings, prompts, the first method's answers, and the measurements so far."""
 
     def __init__(
         self, args: argparse.Namespace, rows: list[Method], sets: list[PromptSet], folder: Path, console: Console
@@ -66,7 +66,7 @@ class Comparison:
         self.raw = with_ending(args.output, "-raw")
         self.raw.mkdir(parents=True, exist_ok=True)
         self.bench = VllmBench(args.target, self.raw / "vllm-bench.log")
-        self.files: dict[str, tuple[Path, int]] = {}  # of each dataset: what vLLM reads, and its number of prompts
+        self.files: dict[str, tuple[Path, int]] = {}  # of each dataset: the file for vLLM, and its number of prompts
         self.reference: dict[str, list[str]] = {}  # of each dataset: greedy answers of the first method
         self.measurements: list[Measurement] = []
         self.run: dict = {}
@@ -93,7 +93,7 @@ class Comparison:
         )  # fmt: skip
 
     def prepare(self, server: Endpoint) -> None:
-        """The prompts that leave room for a response, for vLLM to read."""
+        """Write the prompts that leave room for a response, for vLLM to read."""
         room = server.max_model_len() - self.args.max_tokens
         for data in self.sets:
             kept = prompts.fitting(data, self.bench.tokenizer, room, self.args.num_prompts)
@@ -179,7 +179,7 @@ def rotated(rows: list[Method], by: int) -> list[Method]:
 
 
 def idle_load(servers: dict[str, Endpoint]) -> tuple[dict[str, float], float]:
-    """With nobody asking: CPU seconds per second of each server, and how busy the whole machine is, in percent."""
+    """Without requests: CPU seconds per second of each server, and how busy the whole machine is, in percent."""
 
     def used(server: Endpoint) -> float:
         return sum(sum(process.cpu_times()[:2]) for process in server.processes())
@@ -241,12 +241,12 @@ def compare(comparison: Comparison, argv: Sequence[str]) -> None:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     stop_on_sigterm()
-    for name in V2_RUNNER:  # each row says which runner it wants; the shell has no say
+    for name in V2_RUNNER:  # each row chooses its runner; the shell's choice does not count
         os.environ.pop(name, None)
     ready(args.pair, drafter=False)  # a drafter is needed by some of the methods only
     rows, skipped = methods.chosen(args)
     sets = prompts.read(args)
-    console = Console(file=sys.stdout)  # this one, also while vLLM's client prints into a log
+    console = Console(file=sys.stdout)  # bound to the terminal, also while vLLM's client prints into a log
     for sentence in skipped:
         console.print(sentence, highlight=False)
     try:

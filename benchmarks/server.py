@@ -3,7 +3,7 @@
     with Server("assets/target", speculative_config={"method": "ctc", "model": "assets/drafter"}) as server:
         client = server.client()
 
-On a CPU build of vLLM the flags that such a machine needs are added; on a GPU vLLM's own defaults hold.
+A CPU build of vLLM gets the flags that such a machine needs; on a GPU vLLM's own defaults hold.
 """
 
 import json
@@ -43,7 +43,7 @@ LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class StartupError(RuntimeError):
-    """The server did not become healthy, with the last lines of its log; or none answers where one should run."""
+    """A server did not become healthy (with the last lines of its log), or none answers where one should run."""
 
 
 def on_cpu() -> bool:
@@ -60,7 +60,7 @@ def cpu_env(target: Path) -> dict[str, str]:
 
 
 def threads_record(target: Path) -> str | None:
-    """What binds the threads of this target's servers, for a record."""
+    """The thread binding of this target's servers, for a record."""
     return {**cpu_env(target), **os.environ}.get(VARIABLE, "vLLM's choice") if on_cpu() else None
 
 
@@ -70,7 +70,7 @@ def stop_on_sigterm() -> None:
 
 
 class Endpoint:
-    """A server that answers: what it serves and what it has counted."""
+    """A server that answers: its model and its counters."""
 
     def __init__(self, base_url: str, model: str):
         self.base_url = base_url
@@ -97,7 +97,7 @@ class Endpoint:
         return json.loads(get(f"{self.base_url}/version"))["version"]
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of the server, where we know them."""
+        """Every living process of the server, as far as we know them."""
         return []
 
     def _card(self) -> dict:
@@ -145,7 +145,7 @@ class Server(Endpoint):
         self.command += [*(CPU_ARGS if on_cpu() else ()), *extra_args]
         if speculative_config is not None:
             self.command += ["--speculative-config", json.dumps(dict(speculative_config))]
-        # What the caller's shell sets wins over our defaults, and `env` over both.
+        # The caller's shell wins over our defaults, and `env` over both.
         self.env = {**ENV, **(cpu_env(self.target) if on_cpu() else {}), **os.environ, **(env or {})}
         self.process: subprocess.Popen | None = None
 
@@ -175,7 +175,7 @@ class Server(Endpoint):
         return [p for p in psutil.process_iter() if self.process and in_group(p, self.process.pid)]
 
     def stop(self) -> None:
-        """SIGTERM to the whole group, SIGKILL to what is left after the grace period; returns when all are gone."""
+        """SIGTERM to the whole group, SIGKILL to the rest after the grace period; returns when all are gone."""
         if self.process is None:
             return
         try:

@@ -3,8 +3,8 @@
     python benchmarks/step_time.py                             # the tiny embedded pair and its prompts
     python benchmarks/step_time.py --drafts chain tree:16
 
-One engine for each kind of draft, all in this process, greedy; they take turns batch by batch, so that a machine that
-gets slower or faster favours none. Medians over all decoding steps. Writes OUTPUT.json and OUTPUT.md.
+One engine for each kind of draft, all in this process, greedy. They take turns batch by batch: a machine that gets
+slower or faster favours none. Medians over all decoding steps. Writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from vllm_ctc_spec.serving.cpu.threads import is_large
 if on_cpu():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the engines share this process's threads
-    os.environ.update(V2_RUNNER)  # without a drafter too, so that nothing but the drafts differs
+    os.environ.update(V2_RUNNER)  # without a drafter too: only the drafts may differ
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
 DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64")
@@ -88,8 +88,8 @@ def synchronizer() -> Callable[[], None]:
 
 
 def speculative_config(drafter: Path, draft: str) -> dict | None:
-    """`none`, `chain[:LABELS]`, `tree:NODES` or `transform:NODES`, trees of that size in batches of any size, or
-    `scheduled:NODES`, trees that are smaller in larger batches, as users get them."""
+    """draft: `none`, `chain[:LABELS]`; `tree:NODES` or `transform:NODES` (trees of that size in batches of any size);
+    or `scheduled:NODES` (trees that are smaller in larger batches, as in a user's server)."""
     kind, _, nodes = draft.partition(":")
     if kind == "none":
         return None
@@ -126,7 +126,7 @@ def instrument_engine(stopwatch: Stopwatch, llm) -> None:
 
 
 def instrument_functions(stopwatch: Stopwatch) -> None:
-    """What all engines share."""
+    """Time the functions that all engines share."""
     import vllm_ctc_spec.accept.walk
     import vllm_ctc_spec.draft.ctc
     import vllm_ctc_spec.serving.tree.compaction

@@ -20,7 +20,7 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Load:
-    """What a server is asked."""
+    """The requests to a server."""
 
     prompts: Path  # in the format of vLLM's dataset `custom`
     num_prompts: int
@@ -45,14 +45,14 @@ class VllmBench:
         self._main = main
 
     def run(self, server: Endpoint, load: Load, result: Path) -> dict:
-        """One run, saved as `result`; what the command prints goes to the log."""
+        """One run, saved as `result`; the command's output goes to the log."""
         args = self._parser.parse_args(self.arguments(server, load, result))
         bypass_proxy(server.base_url)
         with self.log_path.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 figures = self._main(args)
             finally:
-                gc.unfreeze()  # vLLM freezes what is there; at exit, libraries would report it as leaked
+                gc.unfreeze()  # vLLM freezes all objects; at exit, libraries would report them as leaked
         if figures["failed"]:
             reason = next(error for error in figures["errors"] if error).strip().splitlines()[-1]
             failed = f"{figures['failed']} of {load.num_prompts} requests"
@@ -60,8 +60,8 @@ class VllmBench:
         return figures
 
     def arguments(self, server: Endpoint, load: Load, result: Path) -> list[str]:
-        """What follows `vllm bench serve`. Prompts go to the chat endpoint as they are, so that the server applies the
-        chat template, once; they keep their order, so that answers can be compared across runs."""
+        """Arguments of `vllm bench serve`. Prompts go to the chat endpoint as they are: the server applies the chat
+        template, once. They keep their order, so that answers can be compared across runs."""
         return [
             "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", server.base_url,
             "--model", server.model, "--tokenizer", str(self.target),

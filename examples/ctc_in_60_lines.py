@@ -2,8 +2,8 @@
 
     python examples/ctc_in_60_lines.py "A baker makes 12 loaves a day. How many loaves does he make in a week?"
 
-Greedy, one request, no cache, plain torch. Batches, trees, sampling and speed are what the other files are for. Module
-and weights are those that are served.
+Greedy, one request, no cache, plain torch. The other files add batches, trees, sampling and speed. Module and weights
+are those that are served.
 """
 
 import sys

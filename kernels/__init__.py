@@ -7,7 +7,6 @@ A large kernel is a folder, a small one a file with the same parts:
     reference.py   `*_reference`, in torch; serves a CPU too, unless its first line says otherwise
     cpu.py         `*_cpu`; serves a CPU in place of the reference
 
-The oracle of the searches is `drafter/oracle.py`, in fp64, one prefix at a time.
-
-They import nothing of the package that imports them.
+The oracle of the searches is `drafter/oracle.py`, in fp64, one prefix at a time. Kernels import nothing of the package
+that imports them.
 """

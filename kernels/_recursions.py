@@ -1,4 +1,4 @@
-"""Device functions in Triton that the searches share: what a frame holds, and the state behind a label."""
+"""Device functions in Triton that the searches share: probabilities of a frame, and the state behind a label."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def frame_prob(logits, log_scale):
-    """`p_t(v)`. A frame of -inf only may come with an infinite log_scale, and -inf + inf is NaN."""
+    """`p_t(v)`. 0 by hand at -inf: a frame of -inf only may have an infinite log_scale, and -inf + inf is NaN."""
     return tl.where(logits == -float("inf"), 0.0, tl.exp(logits.to(tl.float32) + log_scale))
 
 
 @triton.jit
 def complement(x):
-    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and there is no expm1 in triton."""
+    """`1 - e^x`, x <= 0. Near 0 by its series, because the difference cancels and Triton has no expm1."""
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
     return tl.where(x > -0.125, series, 1 - tl.exp(x))
 
@@ -25,12 +25,13 @@ def then(a, c, a_next, c_next):
 
 @triton.jit
 def behind_label(blank, p, first, p_before, first_before):
-    """The state `n`, `b` behind a label `y`, with `state[t]` for `t = 0..T-1` in lane `t` and frame `t` of `1..T` at
-    `t - 1`, so that lane `t` of the arguments is about frame `t`, or `t - 1`: the blank's probability, `p_t(y)`, and
-    the mass of `y` first appearing there.
+    """The state `n`, `b` behind a label `y`: `state[t]` is in lane `t`, `t = 0..T-1`.
 
-    Both recursions of CTC are affine in their state, so each is a scan over frames: `n` composes the maps of the frames
-    up to `t`; `b` needs `n[t-1]`, which is the same scan one frame later, cheaper than a turn through shared memory.
+    Lane `t` of the arguments belongs to frame `t` (`*_before`: to frame `t - 1`) of `1..T`: the probability of the
+    blank, `p_t(y)`, and the mass of `y` first appearing there.
+
+    Both recursions of CTC are affine in their state, so each is a scan over frames. `n` composes the maps of the frames
+    up to `t`. `b` needs `n[t-1]`: the same scan one frame later is cheaper than a turn through shared memory.
     """
     _, n = tl.associative_scan((p, first), 0, then)
     _, n_before = tl.associative_scan((p_before, first_before), 0, then)

@@ -20,8 +20,8 @@ def collapse(
         anchor: [B] int64, the token before the first label.
         num_labels: N; more labels than N are cut.
     Returns:
-        labels [B, N] int64 and lengths [B] int32, lengths <= N. Past the length stands the last label, or the anchor
-        if there is none: the target embeds every drafted id, so a filler must be a real token.
+        labels [B, N] int64 and lengths [B] int32, lengths <= N. The last label, or else the anchor, fills the places
+        past the length: the target embeds every drafted id, so a filler must be a real token.
 
     Why custom: one launch in place of about ten of torch, without the host synchronisation of a boolean index.
     """
@@ -36,7 +36,7 @@ def collapse_reference(
     emits[:, 1:] &= alignment[:, 1:] != alignment[:, :-1]
     count = emits.cumsum(1)  # labels emitted up to and with each frame
     lengths = count[:, -1].clamp(max=num_labels)
-    # Column 0 is the anchor and column i the i-th label; what is not kept goes to a last column that is cut off.
+    # Column 0 is the anchor and column i the i-th label. A last column takes all other symbols and is cut off.
     columns = anchor.new_empty(alignment.shape[0], num_labels + 2)
     columns[:, 0] = anchor
     columns.scatter_(1, torch.where(emits, count, num_labels + 1).clamp(max=num_labels + 1), alignment)

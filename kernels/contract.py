@@ -1,4 +1,4 @@
-"""The contract of the kernels: what they read, and the chains and trees that they return. Torch only."""
+"""The contract of the kernels: the frames that they read, the chains and trees that they return. Torch only."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,7 +14,7 @@ IMPOSSIBLE = 1e-30
 
 
 class Frames(NamedTuple):
-    """T frames for each of B requests, and what else a search over them reads.
+    """T frames for each of B requests, and the tables that a search over them reads.
 
         p_t(v)         = exp(logits[b, t, v] + log_scale[b, t])     frame t holds label v; 0 where the logit is -inf
         p_t(blank)     = exp(log_blank[b, t])                       frame t holds none
@@ -39,7 +39,7 @@ class Frames(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How large a tree may be, and what it is made of."""
+    """How large a tree may be, and how many candidates it is made of."""
 
     nodes: int  # N, at most MAX_NODES
     width: int  # C, candidates of each frame
@@ -57,7 +57,7 @@ class ChainSampling(NamedTuple):
 
 
 class TreeRows(NamedTuple):
-    """Where the trees of R requests stand among the token rows of a step, whose rows with logits they are.
+    """Where the trees of R requests stand among the token rows of a step. Tree rows are the rows with logits.
 
     Row `anchor_rows[r] + i` is node `i` of the tree of request `r`, `i < num_rows[r]`; node 0 is the anchor.
     """
@@ -73,9 +73,9 @@ class DraftTree:
 
     A draft tree is a prefix-closed set of label sequences after the anchor: a node is the sequence on the path from the
     anchor to it, and two nodes with the same parent carry different tokens. Rows are sorted by score, best first. The
-    score only falls along a path, so every parent stands before its children, and the first K rows of a tree are the
-    tree that the search would have returned for a budget of K: whoever cuts the list (vLLM's scheduler does, at its
-    token budget, at the end of the context and for large batches) is left with the best smaller tree.
+    score only falls along a path, so every parent stands before its children. The first K rows of a tree are the tree
+    that the search would have returned for a budget of K: if the list is cut (vLLM's scheduler cuts it at its token
+    budget, at the end of the context and for large batches), the best smaller tree remains.
 
     An unused row, always behind all used ones, has parent -1, depth 0, score -inf, no ancestors, and a real token id,
     because the target embeds every row.

@@ -21,8 +21,8 @@ def frame_stats(logits: torch.Tensor) -> FrameStats:
 
         logsumexp[b, t] = log sum_v exp(logits[b, t, v]),   best[b, t] = argmax_v logits[b, t, v]
 
-    The blank is an odds against the whole vocabulary, `P_t(blank) = sigmoid(beta_t)`, so the logsumexp is all that is
-    missing between vocabulary logits and frame log-probabilities:
+    The blank is an odds against the whole vocabulary, `P_t(blank) = sigmoid(beta_t)`, so only the logsumexp is missing
+    between vocabulary logits and frame log-probabilities:
     `log p_t(v) = logits[b, t, v] - logsumexp[b, t] + log sigmoid(-beta_t)`.
 
     Arguments:

@@ -17,7 +17,7 @@ _MAX_COLUMNS = 2048
 class CachePointers:
     """The caches of L layers, all of one shape, dtype, strides and device, as one tensor of addresses.
 
-    Built once from the list; the caches must stay where they are, and are not kept alive by this. Compaction in a cache
+    Built once from the list. The caches must stay where they are; nothing here keeps them alive. Compaction in a cache
     that is gone is refused: its addresses may belong to another tensor by then.
     """
 

@@ -8,9 +8,9 @@ The noise of token `v` at sequence position `pos` of a request, drafted as label
 
 The midpoints are exact in fp32 and are never 0 or 1, so `g` is finite without a clamp. SALT keeps the stream apart
 from `tl.rand(seed, pos)`, whose third counter word is 0: vLLM's rejection sampler draws its acceptance uniforms that
-way, and a proposal must be independent of the test it is put to. A position that was drafted and not reached is
-drafted again, as an earlier label: with `k` its noise is new. Block verification needs that, because how far it accepts
-depends on the labels behind as well.
+way, and a proposal must be independent of its test. A position that was drafted and not reached is drafted again, as an
+earlier label, and `k` makes its noise new. Block verification needs that, because it accepts a label by the labels
+behind as well.
 """
 
 import torch

@@ -34,11 +34,10 @@ def tree_layout(
         requests: [R] int32, request slots: rows of the two tables of trees.
         depths, ancestors: [S, 1 + N] int32 and int64, contiguous, as in `DraftTree`. num_rows <= 1 + N.
         out_positions [>= num_tokens] int64, out_rows: contiguous, and longer than num_tokens or R where a CUDA graph
-            pads the step: behind those, positions, ancestors and num_rows are 0 to the end of the buffer, and
-            anchor_rows keep what they hold.
+            pads the step. In the padding, positions, ancestors and num_rows are 0, and anchor_rows keep their values.
 
-    Why custom: one launch whose shape depends on tensor shapes only. In torch the rows of the trees are ragged, which
-    takes a repeat_interleave with a host synchronisation and about fifteen launches.
+    Why custom: one launch whose shape depends on tensor shapes only. The rows of the trees are ragged: torch needs a
+    repeat_interleave with a host synchronisation and about fifteen launches.
     """
     run = tree_layout_triton if positions.is_cuda else tree_layout_reference
     run(positions, query_start_loc, cu_num_logits, requests, depths, ancestors, out_positions, out_rows)

@@ -26,8 +26,8 @@ def tree_mask(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tree_mask_reference(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`P[i, j] = 1` if j is the parent of i makes `1 + P + P^2 + .. = (1 - P)^-1` the relation "i is below j or is j".
-    It is triangular with 0 and 1 in it, so that solving for it is exact."""
+    """With `P[i, j] = 1` if j is the parent of i, `1 + P + P^2 + .. = (1 - P)^-1` is the relation "i is below j or is
+    j". The matrix is triangular and of 0 and 1, so solving for it is exact."""
     row = torch.arange(parents.shape[1], device=parents.device)
     minus_parent = (parents[..., None] == row).float().neg_()
     used = torch.diag_embed((parents >= 0).float())

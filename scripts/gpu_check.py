@@ -15,10 +15,10 @@ The benchmarks that need no server:
     kernel_time   every kernel against its torch reference
     step_time     vLLM's step times of an 8B shape with dummy weights
 
-torch, Triton and pytest are enough for kernels, and for budgets and kernel_time with tqdm; graphs and trainer want
-safetensors, too, and the short training vLLM, which answers its prompts. What cannot run here is said and skipped.
-Without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if
-anything failed. The seed of the inputs is printed: --seed repeats a run.
+torch, Triton and pytest are enough for kernels, and with tqdm for budgets and kernel_time. graphs and trainer need
+safetensors, too; the short training needs vLLM, which answers its prompts. Parts that cannot run here are named and
+skipped. Without a GPU the kernels run in Triton's interpreter. Writes OUTPUT.json and OUTPUT.md; the exit status is 1
+if anything failed. The program prints the seed of the inputs: --seed repeats a run.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def run_tests(part: str, args: argparse.Namespace, folder: Path) -> list[Outcome
 
 
 def read_outcomes(part: str, path: Path) -> list[Outcome]:
-    """Of every test, from JUnit's XML."""
+    """The outcome of every test, from JUnit's XML."""
     outcomes = []
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         status, reason = "passed", ""
@@ -100,7 +100,7 @@ def read_outcomes(part: str, path: Path) -> list[Outcome]:
 
 
 def run_benchmark(part: str, args: argparse.Namespace, folder: Path) -> tuple[Outcome, dict | None, str]:
-    """What became of it, its record and its table."""
+    """Its outcome, its record and its table."""
     if why := obstacle(part, args.quick):
         return Outcome(part, part, "skipped", reason=why), None, ""
     program, *options = BENCHMARKS[part]
@@ -115,7 +115,7 @@ def run_benchmark(part: str, args: argparse.Namespace, folder: Path) -> tuple[Ou
 
 
 def run(command: list[str], timeout: int, environment: dict[str, str]) -> str | None:
-    """How it failed, None if it did not."""
+    """Why the command failed, None if it did not."""
     try:
         status = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout).returncode
     except subprocess.TimeoutExpired:

@@ -46,7 +46,7 @@ ARGUMENT_TYPES = {
 
 
 def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """The option of one field of what a command is asked for. A default that follows from others is in its help."""
+    """The command-line option of one setting. A default that follows from other settings is in its help."""
     required = field.default is dataclasses.MISSING
     shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     text = field.metadata["help"] + ("" if required or shown in (None, "") else f" (default: {shown})")
@@ -61,7 +61,7 @@ def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> No
 
 
 def asked(kind: type, args: argparse.Namespace) -> Any:
-    """The settings of this dataclass out of the command line's."""
+    """The settings of this dataclass, read from the command line."""
     given = vars(args)
     return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given})
 
@@ -181,7 +181,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unwinds the stack as Ctrl-C does: vLLM's and Ray's processes would outlive this one otherwise."""
+    """SIGTERM. It unwinds the stack as Ctrl-C does, or vLLM's and Ray's processes would outlive this one."""
 
 
 def terminate(*_: object) -> None:
@@ -189,8 +189,8 @@ def terminate(*_: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # As vLLM does when it is imported: without it torch.cuda.is_available() starts CUDA, and the processes that vLLM
-    # forks from this one later could not use it.
+    # vLLM sets it too, when it is imported. Without it torch.cuda.is_available() starts CUDA, and the processes that
+    # vLLM forks from this one later could not use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(prog="vllm-ctc", description="CTC drafters for vLLM's speculative decoding.")
     parser.set_defaults(after_interrupt="the same command continues")

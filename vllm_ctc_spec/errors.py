@@ -21,5 +21,5 @@ _abridged.maxstring = _abridged.maxother = 100
 
 
 def shown(value: Any) -> str:
-    """A value of a file that may hold anything, for a sentence: one line, abridged."""
+    """A value from a file that may hold anything, as a sentence quotes it: one line, abridged."""
     return _abridged.repr(value)

@@ -4,8 +4,8 @@
     python assets/chat/answers.py unpack --target TARGET --folder FOLDER --maths TRAIN.jsonl
 
 `unpack` leaves FOLDER/prompts.jsonl and FOLDER/dataset as `build_prompts.py` and `vllm-ctc data` would, in a minute and
-not in an hour. TRAIN.jsonl is the training part of GSM8K: its questions are not in the packed file, only their places
-there. Without --maths their rows are left out.
+not in an hour. TRAIN.jsonl is the training part of GSM8K. The packed file has its questions' line numbers, not their
+text. Without --maths these rows are left out.
 """
 
 import argparse

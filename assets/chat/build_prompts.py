@@ -78,7 +78,7 @@ TASKS = (
     "Write a headline and a two-sentence summary for this article:\n\n{}",
 )  # fmt: skip
 USER_TURN = "<|im_start|>user\n"
-"""What the target takes for the beginning of a question: what it goes on with is one."""
+"""A beginning that the target continues with a question."""
 
 
 def items(text: str, separator: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A GPU is served with this: the beam of raw paths with their prefixes, and the ranking of the prefixes, in Triton.
+"""Serves a GPU, in Triton: the beam of raw paths with their prefixes, and the ranking of the prefixes.
 
 Raw path `i` of frame `t` has the number `t * N + i`; a prefix has the number of the raw path that emitted it first,
 plus one, and 0 is the root. The costs are `-log P`.
@@ -56,7 +56,7 @@ def _num_warps(num_elements: int) -> int:
 
 @triton.jit
 def _cost_bits(cost):
-    """They grow with the cost, because no cost is negative."""
+    """The bits grow with the cost, because no cost is negative."""
     return cost.to(tl.int32, bitcast=True).to(tl.int64) << 32
 
 
@@ -71,8 +71,8 @@ def _smallest(keys, COUNT: tl.constexpr):
 
 @triton.jit
 def _symbol_costs(best, log_scale, log_blank, r, K: tl.constexpr):
-    """`-log p` of the K tokens, then of the blank, then inf. A frame of -inf only may come with an infinite log_scale,
-    and -inf + inf is NaN."""
+    """`-log p` of the K tokens, then of the blank, then inf. A frame of -inf only may have an infinite log_scale, and
+    -inf + inf is NaN."""
     log_p = tl.where(best == -float("inf"), -float("inf"), best.to(tl.float32) + log_scale)
     return -tl.where(r < K, log_p, tl.where(r == K, log_blank, -float("inf")))
 
@@ -81,8 +81,8 @@ def _symbol_costs(best, log_scale, log_blank, r, K: tl.constexpr):
 def _extensions(slot, N: tl.constexpr, K: tl.constexpr):
     """The extensions of N paths by K tokens and the blank that can be among the N best, and their order in ties.
 
-    Paths and tokens are sorted, so that `(i + 1) (r + 1)` extensions are no worse than that of path `i` by token `r`,
-    itself included: where these are more than N, it is not among the N best. That leaves N log N in place of N K.
+    Paths and tokens are sorted, so `(i + 1) (r + 1)` extensions are no worse than that of path `i` by token `r`, itself
+    included. Where these are more than N, that extension is not among the N best. So N log N extensions remain of N K.
     Slots 0..N-1 hold the blank (r = K), unused slots r = K + 1.
     """
     i = tl.where(slot < N, slot, 0)
@@ -99,8 +99,8 @@ def _extensions(slot, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _merge(node, cost, emits, i):
-    """Sum the raw paths of a frame that emit the same prefix. The first of them, the most probable because paths are
-    sorted, gets their cost; whether a lane is a first one."""
+    """Sum the raw paths of a frame that emit the same prefix: (cost of the sum, whether the lane is the first of them).
+    Only the first lane's cost counts; it is the most probable one, because paths are sorted."""
     same = (node[:, None] == node[None, :]) & emits[:, None] & emits[None, :]
     mass = tl.sum(tl.where(same, tl.exp(cost[:, None] - cost[None, :]), 0.0), axis=1)
     first = tl.min(tl.where(same, i[None, :], same.shape[0]), axis=1)
@@ -129,7 +129,7 @@ def beam_kernel(
 ):
     """Grid (B,). Lane `i` carries raw path `i` of the frame: its cost, its prefix, the prefix's depth, its last symbol.
 
-    What a warp writes to the arrays of the prefixes, the others read only behind the next barrier.
+    The warps read each other's prefixes in memory only behind the next barrier.
     """
     row = tl.program_id(0)
     best_ptr += row * T * K
@@ -220,7 +220,7 @@ def rank_kernel(
     cost_ptr += row * T * N
     i = tl.arange(0, BLOCK_N)
 
-    # What is above was emitted in an earlier frame.
+    # The prefix above was emitted in an earlier frame.
     for frame in range(T):
         above = tl.load(above_ptr + frame * N + i, mask=i < N, other=-1)
         cost = tl.load(cost_ptr + frame * N + i, mask=above >= 0, other=0.0)

@@ -1,20 +1,20 @@
-"""Reference of `ctc_transform` in torch. A CPU is served with it too; the oracle is in the tests, in dictionaries."""
+"""Reference of `ctc_transform` in torch. It serves a CPU too; the oracle is in the tests, in dictionaries."""
 
 import torch
 
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
-# The order of the nodes is that of integer keys: the bits of a cost, which grow with it because no cost is negative,
-# then the depth, then the place of the first emission.
+# Nodes are ordered by integer keys: the bits of the cost (no cost is negative, so they grow with it), then the depth,
+# then the place of the first emission.
 _COST, _DEPTH = 1 << 32, 1 << 16
 _UNUSED = (1 << 63) - 1
 
 
 def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
-    """Only the costs and the prefixes go frame by frame; all that looks back one frame is done for all at once. Raw
-    path i of frame t has the number t * N + i, and a prefix has the number of the raw path that emitted it first, plus
-    one: 0 is the root."""
+    """Only the costs and the prefixes go frame by frame; everything else is done for all frames at once. Raw path i of
+    frame t has the number t * N + i. A prefix has the number of the raw path that emitted it first, plus one: 0 is the
+    root."""
     logits, log_scale, log_blank, anchor = frames[:4]
     num_nodes, width, depth = budget
     blank = logits.shape[2]
@@ -54,8 +54,8 @@ def ctc_transform_reference(frames: Frames, budget: Budget, chain_only: torch.Te
 
 
 def best_tokens(logits: torch.Tensor, num_nodes: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits and the ids of a frame's tokens among its symbols, [B, T, <= k - 1]. After N tokens no other is ever
-    kept: N extensions of the same path come before it."""
+    """The logits and the ids of a frame's tokens among its symbols, [B, T, <= k - 1]. N tokens are enough: before any
+    further one come N extensions of the same path."""
     return logits.topk(min(width - 1, logits.shape[2], num_nodes), dim=2)
 
 

@@ -1,4 +1,4 @@
-"""A GPU is served with this: the root state, then per label a sweep over the vocabulary and a state step, in Triton."""
+"""Serves a GPU, in Triton: the root state, then per label a sweep over the vocabulary and a step of the state."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, ChainSampling, Frames
 from vllm_ctc_spec.kernels.noise import gumbel_noise
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
-# One program of a sweep scores a tile of tokens times (padded) frames, and with a Markov head does so for 16 rows: they
+# One program of a sweep scores a tile of tokens times (padded) frames. With a Markov head it does so for 16 rows: they
 # share a tile of W_out, and 16 is the least that a tensor core multiplies. Larger tiles spill registers on sm_90.
 _TILE = 4096
 _MAX_TOKENS, _MAX_TOKENS_MARKOV = 256, 128
@@ -123,8 +123,8 @@ def score_kernel(
 ):
     """`ell(v) = log sum_t p_t(v) w_v[t-1] + W_out[v] . W_in[last]` of a block of tokens, for ROWS rows.
 
-    Grid (cdiv(B, ROWS), cdiv(V, BLOCK_V)). Neighbouring programs work on the same tokens, so that W_out is read from
-    memory once per label and not once per row.
+    Grid (cdiv(B, ROWS), cdiv(V, BLOCK_V)). Neighbouring programs work on the same tokens, so W_out is read from memory
+    once per label and not once per row.
     """
     first_row, block = tl.program_id(0) * ROWS, tl.program_id(1)
     token = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -155,7 +155,7 @@ def score_kernel(
                 mask=(t[:, None] < T) & valid[None, :],
                 other=-float("inf"),
             )
-            # At the root w = b, so that the anchor, which is not in the frames, is under no repeat rule.
+            # At the root w = b, so the anchor is under no repeat rule: the frames do not hold it.
             weight = tl.where((token == last)[None, :], b[:, None], w[:, None])
             mass = tl.sum(frame_prob(x, log_scale[:, None]) * weight, axis=0)
             ell = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
@@ -178,7 +178,7 @@ def score_kernel(
 
 @triton.jit
 def _emission(logits_ptr, logits_stride_t, log_scale_ptr, weight_ptr, frame, T: tl.constexpr):
-    """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
+    """`p(y)` of a frame, and the mass of `y` first appearing there. Both are 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
     x = tl.load(logits_ptr + frame.to(tl.int64) * logits_stride_t, mask=inside, other=-float("inf"))
     p = frame_prob(x, tl.load(log_scale_ptr + frame, mask=inside, other=0.0))

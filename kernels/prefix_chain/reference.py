@@ -1,4 +1,4 @@
-"""Reference of `prefix_chain` in torch. A CPU is served with it too; the oracle in fp64 is `drafter/oracle.py`."""
+"""Reference of `prefix_chain` in torch. It serves a CPU too; the oracle in fp64 is `drafter/oracle.py`."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def prefix_chain_reference(
     logits, log_scale, log_blank, anchor, markov, transitions = frames
     num_frames = logits.shape[1]
     p = torch.exp(logits.float() + log_scale[..., None])
-    p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may come with an infinite log_scale
+    p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may have an infinite log_scale
     state, extend = _ctc(log_blank) if transitions is None else _between_frames(transitions)
     if markov is not None:
         w_in, w_out = markov[0], markov[1].float().T
@@ -59,7 +59,7 @@ StateRecursion = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torc
 
 def _ctc(log_blank: torch.Tensor) -> StateRecursion:
     """Both recursions in closed form: `n' = P w_y` with `P[t, s] = prod_{s<r<=t} p_r(y)`, `s < t`, and `b' = K n'` with
-    the same matrix of the blank. Products of probabilities, so zeros and ones are exact and nothing cancels."""
+    the same matrix of the blank. All are products of probabilities: zeros and ones are exact and nothing cancels."""
     num_frames = log_blank.shape[1]
     below = torch.ones(num_frames, num_frames, dtype=torch.bool, device=log_blank.device).tril(-1)
     one = log_blank.new_ones(())
@@ -77,7 +77,7 @@ def _ctc(log_blank: torch.Tensor) -> StateRecursion:
 def _between_frames(transitions: torch.Tensor) -> StateRecursion:
     def extend(frame_p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         emitted = (frame_p * weight)[:, None]
-        # A second division, after which a label of one frame has exactly 1 there.
+        # Divided once more: a label that only one frame holds then has exactly 1 there.
         emitted = emitted / emitted.sum(2, keepdim=True).clamp_min(IMPOSSIBLE)
         return torch.bmm(emitted, transitions[:, 1:]).expand(-1, 2, -1)
 

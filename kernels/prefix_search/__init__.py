@@ -9,9 +9,9 @@ node is the sum of `log q` along its path:
     M = sum_v S(v) = sum_t P(t is no blank) w[t-1] - sum_t p_t(last) n[t-1]
 
 The candidates are the `C` best tokens of each frame. `Z` is the sum over the full vocabulary with bias 0 outside of the
-candidates, where `M` comes from the state, not from the vocabulary; it is the full definition where `C >= V`. A frame
-with an infinite log_scale holds no label. A child whose `S` is not above `IMPOSSIBLE` does not exist, nor does one
-whose score is not a number.
+candidates, and is the full definition where `C >= V`. `M` comes from the state, without a pass over the vocabulary. A
+frame with an infinite log_scale holds no label. A child whose `S` is not above `IMPOSSIBLE`, or whose score is not a
+number, does not exist.
 
 `q <= 1`, so a prefix never outranks its parent, and the best N are found without looking below any other node. Their
 order is score, then depth (shallower first), then the parent's row, then the token.
@@ -28,7 +28,7 @@ def prefix_search(frames: Frames, budget: Budget, chain_only: torch.Tensor | Non
     """The `N` most probable label prefixes, given that they consist of candidates: the `C` best tokens of each frame.
 
     Arguments:
-        budget: C is clamped to V. Small trees lose by C = N where a head moves mass to tokens that no frame ranks high.
+        budget: C is clamped to V. With C = N small trees lose where a head favours tokens that no frame ranks high.
         chain_only: None, or [B] bool: rows that get the best child of the best child and so on, one node per depth.
     Returns:
         The DraftTree [B, 1 + N]; unused rows hold the anchor's token.
@@ -56,8 +56,8 @@ def greedy_chain(
     """The most probable label, the most probable one behind it, and so on: the tree of `prefix_search` in which every
     row is a chain of up to `N` labels, `width` tokens of each frame being candidates.
 
-    `prefix_chain` without sampling finds the same labels among all tokens, and has to sum over the vocabulary once a
-    label for it. Here it is read once, for the candidates.
+    `prefix_chain` without sampling finds the same labels among all tokens, but reads the vocabulary's logits once a
+    label. Here they are read once, for the candidates.
 
     Returns:
         labels [B, N] int64, the anchor past the end, and lengths [B] int32, the number of labels before the end.

@@ -1,4 +1,4 @@
-"""A CPU is served with this: `prefix_search` in loops that numba compiles. The oracle is `drafter/oracle.py`."""
+"""Serves a CPU: `prefix_search` in loops that numba compiles. The oracle is `drafter/oracle.py`."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 
 @torch.no_grad()
 def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
-    """For tensors of the CPU, request by request, in loops that numba compiles: a search of a few hundred microseconds
-    in torch or numpy is mostly the overhead of calls."""
+    """One request after the other. In torch or numpy a search of a few hundred microseconds would be mostly the
+    overhead of calls."""
     logits, log_scale, log_blank, anchor, markov, transitions = frames
     batch, num_frames, num_tokens = logits.shape
     width, rows = min(budget.width, num_tokens), 1 + budget.nodes
@@ -49,7 +49,7 @@ def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor |
 
 
 def compiled(function: Callable) -> Callable:
-    """Compiled at the first call; kept for the next process where a cache can be written."""
+    """`function`, compiled at its first call; the next process finds it where a cache can be written."""
     try:
         return numba.njit(cache=True)(function)
     except RuntimeError:  # no folder for the cache is writable
@@ -73,7 +73,7 @@ def best_first(
     scores,
     ancestors,
 ):  # the columns of the nodes, [K] int64
-    """Every node of the tree keeps the scores of its children that are not in the tree; the best of all is next."""
+    """Every node keeps the scores of its children that are not in the tree; the best of all joins the tree next."""
     num_rows, num_frames, num_columns = len(parents), *p.shape
     w, b = np.zeros((num_rows, num_frames), np.float32), np.zeros((num_rows, num_frames), np.float32)
     children = np.empty((num_rows, num_columns), np.float32)
@@ -142,7 +142,7 @@ def _score_children(p, label_mass, w, b, inner, outer, last, has_head, is_comple
         add_products(outer, inner, out)
         rest = total - mass
         largest = np.max(out)
-        if not is_complete and not rest <= 0:  # what is not a number makes all scores so
+        if not is_complete and not rest <= 0:  # a NaN must pass: it makes all scores NaN
             largest = max(largest, np.log(rest))
             normaliser += np.exp(np.log(rest) - largest)
         for u in range(len(out)):

@@ -1,4 +1,4 @@
-"""A GPU is served with this: the probabilities of the candidates, then the whole search of each request, in Triton."""
+"""Serves a GPU, in Triton: the probabilities of the candidates, then the whole search of each request."""
 
 import torch
 import triton
@@ -73,7 +73,7 @@ def candidates_kernel(
     T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`p_t` of every candidate; 0 for a token that stands there already, so that it is no child. Grid (B, T)."""
+    """`p_t` of every candidate; 0 for a duplicate, so that it is no child. Grid (B, T)."""
     row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     valid = m < num_candidates
@@ -89,7 +89,7 @@ def candidates_kernel(
 
 @triton.jit
 def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
-    """`p(y)` of a frame, and the mass of `y` first appearing there. Both 0 outside of the frames."""
+    """`p(y)` of a frame, and the mass of `y` first appearing there. Both are 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
     p = tl.load(p_ptr + frame * num_candidates, mask=inside, other=0.0)
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
@@ -160,7 +160,7 @@ def _child_scores(
             largest = tl.maximum(largest, log_rest)
             z = tl.sum(tl.exp(log_q - largest), axis=0) + tl.exp(log_rest - largest)
         log_q -= largest + tl.log(z)
-    # A NaN is not above -inf, and comes to no minimum, which would make a 0 of it.
+    # A NaN is not above -inf. The minimum would turn it into 0, so it must not reach it.
     return tl.where(log_q > -float("inf"), score + tl.minimum(log_q, 0.0), -float("inf"))
 
 
@@ -196,8 +196,8 @@ def search_kernel(
     """Best-first search. Grid (B,).
 
     A queue holds, for every row that has been expanded, its best child that is not yet in the tree. N times: expand the
-    newest row, take the best of the queue as the next row, and put that row's next sibling into its place. Since no
-    child outranks its parent the rows come out in their final order, and no node outside of the tree is ever expanded.
+    newest row, take the best of the queue as the next row, and put that row's next sibling into its place. No child
+    outranks its parent, so rows come out in their final order, and no node outside of the tree is ever expanded.
     """
     batch_row = tl.program_id(0).to(tl.int64)
     tokens_ptr += batch_row * num_candidates
@@ -212,7 +212,7 @@ def search_kernel(
     log_scale = tl.load(log_scale_ptr + batch_row * T + t, mask=t < T, other=0.0)
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
     label_mass = tl.where(log_scale < float("inf"), complement(log_blank), 0.0)
-    # Lane t of a state is what precedes frame t + 1: the blank of frame t of 1..T, at t - 1, is the last in it.
+    # Lane t holds the state before frame t + 1. Its last factor is the blank of frame t of 1..T, stored at t - 1.
     if transitions_ptr is None:
         behind = (t > 0) & (t < T)
         blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
@@ -265,7 +265,7 @@ def search_kernel(
         token = tl.load(tokens_ptr + place)
         is_parent, is_new = lane + 1 == parent, lane == tl.where(alive, row, BLOCK_N)
         path = tl.sum(tl.where(is_parent, ancestors, 0), axis=0)
-        # At the root w = b, so that it does not matter what its last label is.
+        # At the root w = b, so any last label will do.
         is_repeat = token == tl.sum(tl.where(is_parent, tree_token, 0), axis=0)
         tree_token = tl.where(is_new, token, tree_token)
         tree_parent = tl.where(is_new, parent, tree_parent)

@@ -1,4 +1,4 @@
-"""A GPU is served with this: attention over a part of the context, and the merge of the parts, in Triton."""
+"""Serves a GPU, in Triton: attention over a part of the context, and the merge of the parts."""
 
 import torch
 import triton
@@ -92,7 +92,7 @@ def _load_entries(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_D], zero where not valid: what stands there may be NaN, and 0 * NaN is NaN."""
+    """[BLOCK_N, BLOCK_D], zero where not valid: the memory there may hold NaN, and 0 * NaN is NaN."""
     column = tl.arange(0, BLOCK_D)
     pointers = cache_ptr + (block * stride_block + place.to(tl.int64) * stride_position)[:, None] + column[None, :]
     if MASKED:

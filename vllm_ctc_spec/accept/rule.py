@@ -1,4 +1,4 @@
-"""What a rule of acceptance reads and says. A new rule is a file beside this one and a line in RULES."""
+"""Rules of acceptance: inputs, answer, names. A new rule is a file beside this one and a line in RULES."""
 
 import pkgutil
 from typing import ClassVar, NamedTuple, Protocol
@@ -17,15 +17,15 @@ class Rows(NamedTuple):
 
 
 class AcceptanceRule(Protocol):
-    """Says which edges of the trees may be taken; where a walk goes is not its concern (`walk.py`)."""
+    """Says which edges of the trees may be taken. `walk.py` decides where a walk goes."""
 
     name: ClassVar[str]  # in RULES
     exact: ClassVar[bool]  # whether the output's law stays the target's
     reads_hidden: ClassVar[bool]
 
     def accepts(self, rows: Rows) -> Tensor:
-        """[L] bool: whether a walk may step from a row's parent to the row. Fixed shapes, no reads on the host. Rows
-        that are no node, and rows whose token is -1, are never stepped to, whatever is said of them."""
+        """[L] bool: whether a walk may step from a row's parent to the row. Fixed shapes, no reads on the host. The
+        answer for rows that are no node, and for rows whose token is -1, is ignored: no walk steps to them."""
 
 
 RULES = {"exact": "vllm_ctc_spec.accept.exact:Exact"}

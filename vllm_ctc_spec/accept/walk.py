@@ -44,11 +44,11 @@ def walk_edges(
     """From node 0 of each request:
 
         step to the child whose token the target drew, if it is accepted;
-        else to the first accepted child, which is the best-scored one, and emit that child's token;
+        else to the first accepted child (the best-scored one), and emit that child's token;
         else emit the target's token and stop
 
-    accepts [L] bool, the edge from a row's parent to the row; the other arguments as above. Every step is taken for all
-    requests at once, 1 + N times: nothing is read on the host.
+    accepts [L] bool, the edge from a row's parent to the row; the other arguments as above. All requests take each of
+    1 + N steps at once: nothing is read on the host.
     """
     width = parents.shape[1]
     node = torch.arange(width, device=parents.device)
@@ -83,6 +83,6 @@ def parent_rows(parents: Tensor, requests: Tensor, cu_num_logits: Tensor, num_ro
     start = cu_num_logits[:-1, None].long()
     parent = parents[requests.long()].long()
     has_parent = (node < cu_num_logits.diff()[:, None]) & (parent >= 0)
-    result = torch.arange(num_rows + 1, device=parents.device)  # the last takes what is no row
+    result = torch.arange(num_rows + 1, device=parents.device)  # the last place takes entries that are no row
     result[torch.where(has_parent, start + node, num_rows)] = torch.where(has_parent, start + parent, num_rows)
     return result[:num_rows]

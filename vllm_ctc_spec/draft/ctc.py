@@ -1,11 +1,11 @@
-"""From what the drafter's forward emits to a chain or a tree, by one of the searches.
+"""From the outputs of the drafter's forward to a chain or a tree, by one of the searches.
 
     prefix      chain, tree   the exact prefix probabilities
     argmax      chain         the paper's: the best symbol of each frame, collapsed
     transform   tree          the paper's: the best alignments of the frames' best symbols, collapsed
 
-Labels, anchors and trees are in the labels of the frames, which may be a draft vocabulary. Shapes are fixed and nothing
-is read on the host: all of it is part of the drafter's CUDA graph.
+Labels, anchors and trees are in the labels of the frames: with a draft vocabulary, not the target's token ids. Shapes
+are fixed and nothing is read on the host: all of it is part of the drafter's CUDA graph.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 
 
 def default_width(num_nodes: int) -> int:
-    """Symbols of each frame that a tree of this size, or a greedy chain, is made of: twice its nodes, but 32 to 64.
+    """Symbols of each frame for a tree of this size, or a greedy chain: twice its nodes, but 32 to 64.
 
-    Measured with the embedded pair, as many as nodes cost 5 % of the acceptance length at 8 nodes, 3 % at 16 and 1 % at
-    32 against the whole vocabulary; these cost less than 0.5 %.
+    Measured with the embedded pair against the whole vocabulary: as many symbols as nodes cost 5 % of the acceptance
+    length at 8 nodes, 3 % at 16 and 1 % at 32; these cost less than 0.5 %.
     """
     return min(max(2 * num_nodes, 32), 64)
 
@@ -36,7 +36,7 @@ def default_width(num_nodes: int) -> int:
 def read_frames(
     outputs: FrameOutputs, anchor: Tensor, markov: tuple[Tensor, Tensor] | None
 ) -> tuple[Frames, FrameStats]:
-    """Of one forward for B anchors [B]; markov: the label-conditional head's tables."""
+    """The frames of one forward for B anchors [B]; markov: the label-conditional head's tables."""
     stats = frame_stats(outputs.logits)
     return outputs.for_kernels(stats.logsumexp, anchor, markov), stats
 
@@ -81,7 +81,7 @@ TREES: dict[str, Callable[[Frames, Budget, Tensor | None], DraftTree]] = {
 
 
 class CTCSource:
-    """Drafts from the frames of the parallel drafter: a `DraftSource`, and chains, which no other source has."""
+    """Drafts from the frames of the parallel drafter: a `DraftSource`, and the only source of chains."""
 
     name: ClassVar[str] = "ctc"
     reads: ClassVar[frozenset[str]] = frozenset({"frames"})

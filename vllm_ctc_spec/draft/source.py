@@ -1,4 +1,4 @@
-"""What a source of draft trees reads and does. A new source is a file beside this one and a line in SOURCES."""
+"""Sources of draft trees: inputs, methods, names. A new source is a file beside this one and a line in SOURCES."""
 
 import pkgutil
 from typing import ClassVar, NamedTuple, Protocol
@@ -9,10 +9,10 @@ from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 
 
 class DraftStep(NamedTuple):
-    """What a source may read of a step: B rows, one a request, of fixed shapes and addresses.
+    """The part of a step that a source may read: B rows, one a request, of fixed shapes and addresses.
 
-    A field is here because a source reads it. The tokens of a request so far (`history` [S, L] int32 and `lengths` [S]
-    int32, by request slot) and the target's hidden states (`hidden` [B, H]) come with the first source that does.
+    Every field has a source that reads it. The first source that needs them adds the tokens of a request so far
+    (`history` [S, L] int32 and `lengths` [S] int32, by request slot) or the target's hidden states (`hidden` [B, H]).
     """
 
     requests: Tensor  # [B] int64, the request slot; -1 is an inert row
@@ -22,18 +22,18 @@ class DraftStep(NamedTuple):
 
 
 class DraftSource(Protocol):
-    """Makes the trees of a step. Verification is exact, whatever they hold."""
+    """Makes the trees of a step. Verification is exact, whatever the trees hold."""
 
     name: ClassVar[str]  # in SOURCES
-    reads: ClassVar[frozenset[str]]  # of {"frames"}: without them, the drafter's module does not run
+    reads: ClassVar[frozenset[str]]  # of {"frames"}: the drafter's module runs only for a source that reads them
 
     def prepare(self, requests: Tensor, num_sampled: Tensor) -> None:
-        """Between a verification and the next draft, outside the CUDA graph. requests [R] int32: slots of the verified
-        batch; num_sampled [R] int32: tokens that each of them has emitted."""
+        """Called between a verification and the next draft, outside the CUDA graph. requests [R] int32: slots of the
+        verified batch; num_sampled [R] int32: tokens that each of them has emitted."""
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
-        """[B, 1 + N] trees in the labels of the frames, which may be a draft vocabulary. Part of the drafter's CUDA
-        graph: nothing is read on the host."""
+        """[B, 1 + N] trees in the labels of the frames: with a draft vocabulary, not the target's token ids. Part of
+        the drafter's CUDA graph: nothing is read on the host."""
 
     def reset(self, request: int) -> None:
         """A new request takes this slot."""

@@ -1,1 +1,1 @@
-"""What a drafter is: its configuration, its module, how its frames spell labels. No vLLM here."""
+"""The drafter: its configuration, its module, how its frames spell labels. No vLLM here."""

@@ -3,8 +3,8 @@
 A CTC drafter is a folder with `config.json` and `model.safetensors`. The file follows the speculators format
 that vLLM reads (`vllm/transformers_utils/configs/speculators`): no `model_type`, `speculators_model_type`
 "ctc", a `transformer_layer_config` for the Attention Draft Module's layers and a `speculators_config` with the
-default budget and the target (the "verifier"). Every field is checked when it is read: an unknown or
-contradictory one is refused with a sentence, never ignored.
+default budget and the target (the "verifier"). Every field is checked when it is read: one sentence refuses an
+unknown or contradictory field, and none is ignored.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from vllm_ctc_spec.kernels.limits import MAX_NODES
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 DRAFTER_SUBFOLDER = "ctc_drafter"
-"""A target folder may carry its drafter here; `{"method": "ctc"}` alone then finds it."""
+"""A target's folder may carry its drafter under this name; `{"method": "ctc"}` alone then finds it."""
 
 ARCHITECTURE = "CTCDraftModel"
 SPECULATORS_TYPE = "ctc"
@@ -84,7 +84,7 @@ class DrafterConfig:
     max_position_embeddings: int = 2048
     target: str = ""
     target_architecture: str = "LlamaForCausalLM"
-    target_dtype: str = ""  # of the target as it said what this drafter was trained on, such as "bfloat16"; "": unknown
+    target_dtype: str = ""  # the target's while it answered the training prompts, such as "bfloat16"; "": unknown
 
     def __post_init__(self) -> None:
         if self.intermediate_size == 0:
@@ -151,12 +151,12 @@ class DrafterConfig:
 
     @property
     def has_draft_vocabulary(self) -> bool:
-        """Whether labels are a part of the target's tokens only."""
+        """Whether only a part of the target's tokens are labels."""
         return self.draft_vocab_size < self.vocab_size
 
     @property
     def num_markov_inputs(self) -> int:
-        """Rows of the label-conditional head's input table: labels, and what an anchor that is no label has."""
+        """Rows of the label-conditional head's input table: the labels, and one row for anchors that are no label."""
         return self.draft_vocab_size + self.has_draft_vocabulary
 
     @classmethod
@@ -286,7 +286,7 @@ class DrafterConfig:
             config = cls.from_dict(_read_json(folder / CONFIG_NAME))
             has_weights = (folder / WEIGHTS_NAME).is_file()
             if has_weights:
-                (folder / WEIGHTS_NAME).open("rb").close()  # safetensors would not say that it may not read it
+                (folder / WEIGHTS_NAME).open("rb").close()  # safetensors would not name a missing permission
         except OSError as error:
             raise DrafterConfigError(
                 f"The CTC drafter at {folder} cannot be read ({error.strerror}); make its files readable to this user."
@@ -326,7 +326,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers differ in which of two values they take."""
+    """Refuses duplicates: JSON readers differ in which of two values they take."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:

@@ -19,20 +19,21 @@ NEG = -1e30
 
 
 class Lattice(NamedTuple):
-    """What spells labels with frames: the blank's odds or the steps between frames; `...` as in `FrameOutputs`."""
+    """How frames spell labels: the blank's odds, or the steps between frames; `...` as in `FrameOutputs`."""
 
     blank_odds: Tensor | None = None  # [..., T]: P(blank) = sigmoid(blank_odds); lattice "ctc" only
     log_transitions: Tensor | None = None  # [..., 1 + T, T], NEG where t <= s; the other lattices only
 
 
 class FrameOutputs(NamedTuple):
-    """What one forward emits; `...` is [B, M], M anchors in each of B sequences."""
+    """The outputs of one forward; `...` is [B, M], M anchors in each of B sequences."""
 
     logits: Tensor  # [..., T, L] over the labels, the target's vocabulary or a part of it; unnormalised
     lattice: Lattice
 
     def for_kernels(self, logsumexp: Tensor, anchor: Tensor, markov: tuple[Tensor, Tensor] | None) -> Frames:
-        """Of `...` = [B]: logsumexp [B, T] of the logits, anchor [B] as labels, the label-conditional head's tables."""
+        """For `...` = [B]. logsumexp [B, T] of the logits, anchor [B] as labels, markov: the label-conditional head's
+        tables."""
         odds, log_transitions = self.lattice
         if odds is None:
             no_blank = torch.full_like(logsumexp, -torch.inf)
@@ -43,8 +44,8 @@ class FrameOutputs(NamedTuple):
 def transition_log_probs(query: Tensor, key: Tensor, offset: Tensor) -> Tensor:
     """Log transitions `[..., 1 + T, T]` from frame s = 0..T (0 is the anchor) to frame t = 1..T.
 
-    query [..., 1 + T, r]; key [..., T, r]; offset [T], one for each distance t - s. The softmax over t > s of
-    (query_s . key_t) / sqrt(r) + offset[t - s - 1], so that only the last frame stops.
+    query [..., 1 + T, r]; key [..., T, r]; offset [T], one for each distance t - s. They are the log softmax over t > s
+    of (query_s . key_t) / sqrt(r) + offset[t - s - 1], so only the last frame stops.
     """
     num_frames, rank = key.shape[-2:]
     start, end = torch.arange(1 + num_frames, device=key.device), torch.arange(num_frames, device=key.device)

@@ -7,9 +7,9 @@ anchor token and T learned frame queries, into T frames in one parallel forward:
     queries = [embed(anchor), frame_1 .. frame_T]              positions a..a+T, bidirectional among themselves
     logits  = target_head(h_t)
 
-and what spells labels with them (`lattice.py`). Embedding and head are the target's, frozen, and not part of the state
-dict. With a draft vocabulary the head's rows are those of its tokens. Names and shapes of the parameters are those of
-the file that `serving/model.py` serves; a test holds both to the same frames.
+and the lattice that spells labels with them (`lattice.py`). Embedding and head are the target's, frozen, and not part
+of the state dict. With a draft vocabulary the head has the rows of its tokens only. `serving/model.py` serves a file
+with the same parameters, by name and shape; a test holds both modules to the same frames.
 """
 
 import math
@@ -27,7 +27,7 @@ from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError
 
 INIT_STD = 0.02
-WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, and not both
+WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, not both
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -66,7 +66,7 @@ class DraftAttention(nn.Module):
         k = rotate(self.k_norm(self._heads(self.k_proj(both))), both_positions, theta)
         v = self._heads(self.v_proj(both))
         if hidden.device.type in WITHOUT_GROUPED_HEADS:
-            # Else all scores would be written out: 6 GB and more with contexts of thousands of tokens.
+            # Without this it falls back to materialising all scores: 6 GB and more with thousands of context tokens.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -120,7 +120,7 @@ class CTCDrafter(nn.Module):
     """
 
     def __init__(self, config: DrafterConfig, embedding: Tensor, head: Tensor, token_ids: Tensor | None = None):
-        """token_ids `[L]`, increasing: the draft vocabulary, of a drafter whose configuration has one."""
+        """token_ids `[L]`, increasing: the draft vocabulary, if the configuration has one."""
         super().__init__()
         self.config = config
         if (token_ids is None) == config.has_draft_vocabulary or (
@@ -180,8 +180,8 @@ class CTCDrafter(nn.Module):
         self.spread_labels(spare / self.config.num_frames)
 
     def spread_labels(self, skipped: float) -> None:
-        """Start with `skipped`, between 0 and 1, as the share of frames that hold no label: P(blank), or the ratio of
-        the geometric law of steps."""
+        """Start with a share `skipped`, between 0 and 1, of frames that hold no label: P(blank), or the ratio of the
+        geometric law of steps."""
         if self.blank_head is not None:
             nn.init.zeros_(self.blank_head.weight)
             nn.init.constant_(self.blank_head.bias, math.log(skipped / (1 - skipped)))
@@ -226,12 +226,12 @@ class CTCDrafter(nn.Module):
         return FrameOutputs(F.linear(hidden[..., 1:, :], self.draft_head), self.lattice(hidden))
 
     def lattice(self, hidden: Tensor) -> Lattice:
-        """The same without what needs the vocabulary."""
+        """Their lattice alone: no pass over the vocabulary."""
         return read_lattice(hidden, self.blank_head, self.transition_head)
 
     @property
     def markov_tables(self) -> tuple[Tensor, Tensor] | None:
-        """(W_in [L, r], W_out [L, r]) of the label-conditional head, or None; W_in has a row more where an anchor may
+        """(W_in [L, r], W_out [L, r]) of the label-conditional head, or None. W_in has one more row where an anchor may
         be no label."""
         return None if self.markov_head is None else (self.markov_head.embedding.weight, self.markov_head.output.weight)
 
@@ -241,8 +241,8 @@ class CTCDrafter(nn.Module):
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_NAME)
 
     def start_from(self, folder: str | Path) -> None:
-        """Take over the weights of another drafter that this one has too, by name and shape: a start for another
-        lattice, loss or number of layers (DrafterConfigError if there is none)."""
+        """Take over another drafter's weights where name and shape agree: a start for another lattice, loss or number
+        of layers (DrafterConfigError if none agrees)."""
         config = DrafterConfig.load(folder)
         check_weights(folder, config, expected_shapes(config))
         mine = dict(self.named_parameters())
@@ -272,7 +272,7 @@ class CTCDrafter(nn.Module):
 
 
 def expected_shapes(config: DrafterConfig) -> dict[str, list[int]]:
-    """Of every tensor in this drafter's weights file; nothing is allocated."""
+    """The shape of every tensor in this drafter's weights file; nothing is allocated."""
     with torch.device("meta"):
         table = torch.empty(config.vocab_size, config.hidden_size)
         token_ids = torch.empty(config.draft_vocab_size, dtype=torch.long) if config.has_draft_vocabulary else None

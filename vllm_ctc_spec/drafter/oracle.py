@@ -18,8 +18,8 @@ and 1 - sum_v q(v | prefix) is the probability that the drafter stops here.
 
 With transitions (Huang et al. 2022, arXiv 2205.07459) there is no blank and no repeat rule: the labels are emitted at
 increasing frames, and `A[s, t]` is the probability that the label after frame s is emitted at frame t > s; s = 0 is the
-anchor, and what is missing from 1 in a row is the probability of stopping there. One vector is enough, phi[t], the
-mass with which the next label is emitted at frame t:
+anchor. A row sums to 1 less the probability of stopping there. One vector is enough: phi[t], the mass with which the
+next label is emitted at frame t:
 
     P(y_1..y_k, v) = sum_t p_t(v) phi[t],    phi'[t] = sum_{s<t} p_s(y) phi[s] A[s, t]   behind a label y,
 
@@ -183,9 +183,9 @@ def best_prefixes(
     """The `num_nodes` most probable label prefixes of at most `depth` labels, `(labels, log score)`, best first.
 
     A score is the sum of log q along the prefix. label_bias, log_transitions: as in `chain`; with a bias q is
-    normalised over the vocabulary, without it what is missing from 1 is the stop probability. Ties: shallower first,
-    then the better parent, then the lower token. Best-first search: q <= 1, so a prefix never outranks its parent and
-    comes out of the queue after it. There are fewer prefixes where no other has any mass.
+    normalised over the vocabulary, without one the rest of 1 is the stop probability. Ties: shallower first, then the
+    better parent, then the lower token. Best-first search: q <= 1, so a prefix never outranks its parent and comes out
+    of the queue after it. The result is shorter where no further prefix has any mass.
     """
     best: list[tuple[tuple[int, ...], float]] = []
     queue: list[tuple[float, int, int, int]] = []  # (-score, depth, parent's place among `expanded`, token)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_ctc_spec.drafter.lattice import NEG
 
 MIN_LOG_GAP = -1e-6
-"""1 - exp(x) of a smaller difference x is rounding noise in fp32, and its logarithm's gradient explodes."""
+"""For a smaller difference x, 1 - exp(x) is rounding noise in fp32, and the gradient of its logarithm explodes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class LabelForward:
     log_fresh [N, U, T]: log(n + b) before label k, over frames t - 1 (a new label's emission weight); with
         transitions log phi before label k
     log_repeat [N, U, T]: log b before label k (a repeated label's); with transitions log_fresh
-    log_exact [N, U]: log of the mass of whole alignments that collapse to exactly y_1..y_k, or stop behind them
+    log_exact [N, U]: log of the mass of whole alignments that collapse to exactly y_1..y_k; with transitions, of those
+        that stop behind y_k
     """
 
     log_prefix: Tensor

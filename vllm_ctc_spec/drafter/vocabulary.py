@@ -1,12 +1,12 @@
 """The draft vocabulary: the target's tokens that a frame can hold as labels.
 
-The head's rows for T frames are a large part of what a draft costs, and most tokens of a large vocabulary are hardly
+The head's product with T frames is a large part of a draft's cost, and most tokens of a large vocabulary are hardly
 ever said. A drafter may therefore have labels of its own, `0..L-1`, each of which is one of the target's V tokens. Its
 checkpoint keeps them as EAGLE-3's do (vllm/model_executor/models/llama_eagle3.py): `d2t [L] int64`, the target's id of
 label i is `i + d2t[i]`, and `t2d [V] bool`, whether a token is a label. Labels stand in the order of the target's ids.
 
-Kernels, losses and tables work on labels. An anchor may be any token of the target: one that is no label is `L` there,
-a row of its own in the label-conditional head's input table, and not in any frame.
+Kernels, losses and tables work on labels. An anchor may be any token of the target: one that is no label has the number
+`L`, with its own row in the label-conditional head's input table, and is in no frame.
 """
 
 from typing import NamedTuple
@@ -43,5 +43,5 @@ class DraftVocabulary(NamedTuple):
         return self.labels[tokens]
 
     def to_tokens(self, labels: Tensor) -> Tensor:
-        """`[...]` labels to tokens of the target; L, which fills what was not drafted, becomes any token."""
+        """`[...]` labels to tokens of the target. L, the filler past a draft's end, becomes any token."""
         return self.token_ids[labels.clamp_max(len(self.token_ids) - 1)]

@@ -22,8 +22,8 @@ def check_weights(folder: str | Path, config: DrafterConfig, expected: dict[str,
 
     expected: the shape of every tensor, `module.expected_shapes`.
 
-    It runs before anything large is loaded. Names and shapes come from the file's header, so that a file that does not
-    fit is refused before its values are read; these are read once, out of the file's pages. Sizes come first: reading a
+    It runs before anything large is loaded. Names and shapes come from the file's header, so a file that does not fit
+    is refused before its values are read. Values are read once, out of the file's pages. Sizes come first: reading a
     header of a hundred megabytes, as large as safetensors allows, takes many seconds and a gigabyte.
     """
     path = Path(folder) / WEIGHTS_NAME
@@ -42,7 +42,7 @@ def check_weights(folder: str | Path, config: DrafterConfig, expected: dict[str,
             f"The CTC drafter's weights {path} are damaged ({shorten(str(error), 300)}); "
             "train it again or restore the file."
         ) from error
-    except RuntimeError as error:  # what torch makes of a file that is larger than the memory
+    except RuntimeError as error:  # torch raises it for a file that is larger than the memory
         raise DrafterConfigError(
             f"The CTC drafter's weights {path} cannot be mapped into memory ({shorten(str(error), 300)}); "
             "use a machine with more memory, or restore the drafter if it should be smaller."
@@ -50,7 +50,7 @@ def check_weights(folder: str | Path, config: DrafterConfig, expected: dict[str,
 
 
 def _refuse_other_weights(path: Path) -> None:
-    """vLLM would load these files too, or in place of ours, or take ours for quantised (its default_loader.py)."""
+    """vLLM would load other files too, or in place of ours, or take ours for quantised (its default_loader.py)."""
     patterns = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json")
     others = sorted(file.name for pattern in patterns for file in path.parent.glob(pattern) if file.name != path.name)
     if others:
@@ -84,7 +84,7 @@ def _refuse_other_shapes(path: Path, expected: dict[str, list[int]], given: dict
 
 
 def _refuse_broken_vocabulary(path: Path, config: DrafterConfig, file: safe_open) -> None:
-    """vLLM would gather rows of the target's head by what stands there."""
+    """vLLM would gather rows of the target's head by these numbers."""
     for name, dtype in VOCABULARY_TENSORS.items():
         if file.get_slice(name).get_dtype() != dtype:
             raise DrafterConfigError(
@@ -93,7 +93,7 @@ def _refuse_broken_vocabulary(path: Path, config: DrafterConfig, file: safe_open
             )
     d2t = file.get_tensor("d2t")
     token_ids = d2t + torch.arange(len(d2t))
-    # The first two first: an offset that overflows would come back into the range.
+    # The first two come first: an offset that overflows would come back into the range.
     outside = (d2t < 0) | (d2t > config.vocab_size) | (token_ids >= config.vocab_size)
     if outside.any():
         raise DrafterConfigError(

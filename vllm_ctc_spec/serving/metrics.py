@@ -1,15 +1,15 @@
-"""What only the worker knows about drafts, on vLLM's `/metrics`: how many rows of a draft are labels, not padding.
+"""Counts of drafts that only the worker knows, on vLLM's `/metrics`: how many rows of a draft are labels, not padding.
 
-vLLM's scheduler counts what it schedules and what is accepted (vllm/v1/spec_decode/metrics.py). How much of a draft
-the drafter filled is known on the device only, so it is counted there, by tensor operations of fixed shape, and every
-step copies the counts out behind itself without waiting. A thread writes down once a second what has arrived. It calls
-nothing of CUDA: while vLLM captures graphs, such a call from any thread spoils the capture. The same thread says, once,
-when frames are not numbers: their drafts are rejected, so that nothing but the speed shows it.
+vLLM's scheduler counts scheduled and accepted tokens (vllm/v1/spec_decode/metrics.py). Only the device knows how much
+of a draft the drafter filled. So the device counts, by tensor operations of fixed shape, and every step copies the
+counts out behind itself without waiting. Once a second a thread writes down the counts that have arrived. The thread
+calls nothing of CUDA: while vLLM captures graphs, such a call from any thread spoils the capture. The same thread says,
+once, that frames are not numbers: their drafts are rejected, so only the speed would show it.
 
-From the worker's process to the API server's it goes the way of Prometheus' own multiprocess mode
-(prometheus_client/multiprocess.py): a small memory-mapped file, which is read when somebody asks for `/metrics`. With
-more than one API server vLLM sets that mode up itself (vllm/v1/metrics/prometheus.py) and the file goes where vLLM's
-are; with one, `folder` gives Prometheus' collector a second folder. docs/metrics.md says why this way.
+The counts reach the API server by Prometheus' own multiprocess mode (prometheus_client/multiprocess.py): a small
+memory-mapped file, which is read when somebody asks for `/metrics`. With more than one API server vLLM sets that mode
+up itself (vllm/v1/metrics/prometheus.py), and the file goes where vLLM's are. With one, `folder` gives Prometheus'
+collector a second folder. docs/metrics.md says why.
 """
 
 import functools
@@ -36,9 +36,9 @@ COUNTERS = {
     "vllm_ctc_spec:broken_frames": "Frames of verified drafts that were not numbers: the drafter is broken.",
     "vllm_ctc_spec:draft_frames": "Frames from which verified drafts were made.",
 }
-"""As Prometheus names them: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
+"""Prometheus' names: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
 BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
-# The column behind counts verified requests. The host counts them too, and so knows whether the last copy has arrived.
+# The column of verified requests. The host counts them too, and so knows whether the last copy has arrived.
 SEEN = BROKEN + 1
 LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
 FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
@@ -74,11 +74,11 @@ class CounterFile:
 
 
 class DraftMeter:
-    """Counts drafts when they are verified, so that a draft which nobody verifies (of a request that has ended, or is
-    still in its prefill) does not count, and one of which fewer rows are scheduled counts as those rows.
+    """Counts drafts when they are verified. A draft that nobody verifies (of a request that has ended, or is still in
+    its prefill) does not count, and a draft of which fewer rows are scheduled counts as those rows.
 
-    A draft leaves in its request slot what it would count as for each number of scheduled tokens; the verification
-    picks one and adds it up. Without a file the counts serve to find broken frames only.
+    A draft leaves in its request slot one row of counts for each number of scheduled tokens. The verification picks
+    a row and adds it up. Without a file the counts only serve to find broken frames.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class DraftMeter:
         self._by_num_drafted = self._by_num_logits[:, 1:]
         self.totals = torch.zeros(num_counts, dtype=torch.int64, device=device)
         self._host = torch.zeros(num_counts, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._num_seen = 0  # what the device's SEEN will be when it has done what was asked of it
+        self._num_seen = 0  # the device's SEEN will be this when it has done all that was asked of it
         self._timer: threading.Timer | None = None
         self._publishing = threading.Lock()
         self._warned = False
@@ -109,8 +109,8 @@ class DraftMeter:
     ) -> None:
         """A step's drafts, for the request slots `[B]`. Fixed shapes: part of the drafter's CUDA graph.
 
-        draft: trees of at most `most` [B] nodes, or the lengths `[B]` of chains, for which `most` is None. frames: what
-        they were made of; None where no source has read any.
+        draft: trees of at most `most` [B] nodes, or the lengths `[B]` of chains, with None for `most`. frames: those
+        that the drafts were made of; None where no source has read any.
         """
         if isinstance(draft, DraftTree):
             nodes = (draft.parents >= 0).cumsum(1, dtype=torch.int32)
@@ -151,8 +151,8 @@ class DraftMeter:
             self._timer.start()
 
     def _publish(self) -> None:
-        """In the timer's thread. The timer is cleared first: a step that is too late for this look starts the next, and
-        so does a copy that has not arrived."""
+        """In the timer's thread. The timer is cleared first, so a step that is too late for this look starts the next
+        one. A copy that has not arrived does so too."""
         self._timer = None
         with self._publishing:
             *counts, seen = self._host.tolist()

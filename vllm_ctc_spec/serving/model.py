@@ -1,9 +1,9 @@
 """The Attention Draft Module as a vLLM model: DFlash's query and context machinery, frames on top.
 
-Same weights as `drafter/module.py`, which says what the module computes; a test holds both to the same
-frames. The base class (vllm/model_executor/models/qwen3_dflash.py) writes the context's keys and values into the
-paged cache and runs 1 + T query slots a request; here the T slots after the anchor embed as learned frame queries,
-and the frames carry, beside the logits of their labels, what their lattice needs.
+`drafter/module.py` has the same weights and says what the module computes; a test holds both to the same frames. The
+base class (vllm/model_executor/models/qwen3_dflash.py) writes the context's keys and values into the paged cache and
+runs 1 + T query slots a request. Here the T slots after the anchor embed as learned frame queries, and the output has
+the frames' lattice beside the logits of their labels.
 """
 
 import copy
@@ -27,8 +27,8 @@ from vllm_ctc_spec.errors import DrafterConfigError
 
 
 class MarkovTables(nn.Module):
-    """bias(v | last) = output.weight[v] . embedding.weight[last]; `[L, r]`, read by the kernels. The input table has a
-    row more where an anchor may be no label."""
+    """bias(v | last) = output.weight[v] . embedding.weight[last]; `[L, r]`, read by the kernels. The input table has
+    one more row where an anchor may be no label."""
 
     def __init__(self, num_inputs: int, num_labels: int, rank: int):
         super().__init__()
@@ -37,7 +37,7 @@ class MarkovTables(nn.Module):
 
 
 class CTCDraftLayer(DFlashQwen3DecoderLayer):
-    """Sees the whole context, as in training. vLLM's attention has the target's window where a layer names none."""
+    """Sees the whole context, as in training. vLLM's attention takes the target's window where a layer names none."""
 
     def __init__(self, vllm_config: VllmConfig, *, cache_config: CacheConfig, **others):
         cache_config = copy.copy(cache_config)
@@ -64,8 +64,8 @@ class CTCDraftInner(DFlashQwen3Model):
         return torch.where((slot == 0).unsqueeze(-1), self.embed_tokens(input_ids), queries)
 
     def _normalize_context_k(self, all_k: torch.Tensor) -> torch.Tensor:
-        """all_k [layers, tokens, kv_heads, head_dim]. On a CPU, vLLM's `rms_norm` applies row 0 of a two-dimensional
-        weight to every layer, silently; there each layer is normalised by itself."""
+        """all_k [layers, tokens, kv_heads, head_dim]. On a CPU, vLLM's `rms_norm` silently applies row 0 of a
+        two-dimensional weight to every layer, so each layer is normalised by itself there."""
         if not all_k.is_cpu:
             return super()._normalize_context_k(all_k)
         normalized = torch.empty_like(all_k)
@@ -88,8 +88,8 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
 
     @torch.no_grad()
     def gather_draft_head(self) -> None:
-        """Rows of the target's head, which vLLM has shared by now, for the labels of a draft vocabulary. Each rank of
-        tensor parallelism holds all of them, and computes the frames' logits without the others."""
+        """Take the rows of the target's head for the labels of a draft vocabulary; vLLM has shared the head by now.
+        Each rank of tensor parallelism holds all of them, and computes the frames' logits without the others."""
         if self.draft_id_to_target_id is None:
             return
         self.vocabulary = DraftVocabulary.from_d2t(self.draft_id_to_target_id.data, self.config.vocab_size)
@@ -101,7 +101,7 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
         self.draft_head = head.requires_grad_(False)
 
     def compute_frames(self, hidden: torch.Tensor) -> FrameOutputs:
-        """Hidden states `[R, 1 + T, H]` of the anchor and the frames to frames of the target's head, the lattice in
+        """Hidden states `[R, 1 + T, H]` of the anchor and the frames to logits by the target's head, and the lattice in
         fp32."""
         of_frames = hidden[:, 1:]
         compute_logits = self.compute_logits if self.draft_head is None else self.draft_head
@@ -115,7 +115,7 @@ class CTCDraftModel(DFlashQwen3ForCausalLM):
         return None if head is None else (head.embedding.weight, head.output.weight)
 
     def _read_mask_embedding(self) -> None:
-        """Frame queries take the place of DFlash's mask embedding: there is no such file to look for."""
+        """There is none to read: frame queries take the place of DFlash's mask embedding."""
 
 
 HEAD_COLUMNS_AT_ONCE = 256
@@ -124,14 +124,14 @@ HEAD_COLUMNS_AT_ONCE = 256
 def head_rows(
     head: VocabParallelEmbedding, token_ids: torch.Tensor, hidden_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `[L, H]` of a head `[V, H]` that may be sharded over ranks or quantised; dtype: of its inputs."""
+    """Rows `[L, H]` of a head `[V, H]` that may be sharded over ranks or quantised; dtype: the head's inputs'."""
     if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
         shard = head.shard_indices
         place = token_ids - shard.org_vocab_start_index
         is_here = (place >= 0) & (token_ids < shard.org_vocab_end_index)
         rows = head.weight[place.clamp(0, len(head.weight) - 1)]
         return tensor_model_parallel_all_reduce(rows.where(is_here[:, None], 0).contiguous())
-    # Whatever the weights look like: the logits of a unit vector are a column of the head.
+    # For weights of any form: the logits of a unit vector are a column of the head.
     columns = []
     for start in range(0, hidden_size, HEAD_COLUMNS_AT_ONCE):
         size = min(HEAD_COLUMNS_AT_ONCE, hidden_size - start)

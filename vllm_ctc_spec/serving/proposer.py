@@ -55,7 +55,7 @@ class CTCProposer(DFlashSpeculator):
         self.source: DraftSource = source_class("ctc")(self.options.search)
         self.trees: TreeTable | None = None
         self.layout: TreeLayout | None = None
-        if self.options.draft == "tree":  # here and not with the weights, whose memory a sleeping engine gives back
+        if self.options.draft == "tree":  # not with the weights: a sleeping engine gives back their memory
             self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
             self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, self.num_drafted, device)
         width = self.options.tree_width or default_width(self.num_drafted)
@@ -73,8 +73,8 @@ class CTCProposer(DFlashSpeculator):
 
     def _make_meter(self, vllm_config: VllmConfig) -> metrics.DraftMeter | None:
         """None on all but the first of the ranks that draft the same (vllm/distributed/parallel_state.py: those of one
-        pipeline stage are neighbours). Without a file where statistics are off or the API server is on another machine.
-        """
+        pipeline stage are neighbours). The meter has no file where statistics are off or the API server is on another
+        machine."""
         folder = getattr(vllm_config.observability_config, metrics.FOLDER, None)
         parallel = vllm_config.parallel_config
         drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
@@ -96,8 +96,8 @@ class CTCProposer(DFlashSpeculator):
             attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """A schedule of smaller drafts for larger batches changes what is verified, never the 1 + T rows a request of
-        the draft's forward: vLLM is not to capture a graph for each."""
+        """A schedule of smaller drafts for larger batches changes the rows that are verified, never the draft's forward
+        of 1 + T rows a request. So vLLM must not capture a graph for each size."""
         whole = self.vllm_config
         self.vllm_config = copy.copy(whole)
         self.vllm_config.speculative_config = copy.copy(whole.speculative_config)
@@ -108,8 +108,8 @@ class CTCProposer(DFlashSpeculator):
             self.vllm_config = whole
 
     def capture(self) -> None:
-        """Whatever the last batch was, a graph drafts. Before it captures, vLLM warms up with steps like real ones
-        (vllm/v1/worker/gpu/warmup.py), which do not count."""
+        """A graph always drafts, whatever the last batch was. Before the capture vLLM warms up with steps like real
+        ones (vllm/v1/worker/gpu/warmup.py); these do not count."""
         self._idle = False
         super().capture()
         if self.meter is not None:
@@ -125,13 +125,13 @@ class CTCProposer(DFlashSpeculator):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """After a tree was verified, the drafter's context is the accepted path: with those rows first, everything
-        that follows is the case of a chain."""
+        """After a tree was verified, the drafter's context is the accepted path. Once the path's rows are first, all
+        that follows is as for a chain."""
         verdict, self._verdict = self._verdict, None
         if verdict is not None and aux_hidden_states:
             self.layout.put_path_first(verdict, aux_hidden_states)
-        # vLLM 0.32 runs the draft of a batch that is too large for drafts all the same; the context has to be stored,
-        # and no CUDA graph of the draft may be replayed, because it would draft. vLLM 0.33 returns before by itself.
+        # vLLM 0.32 runs the draft even for a batch that is too large for drafts. The context has to be stored, and no
+        # CUDA graph of the draft may be replayed, because a graph would draft. vLLM 0.33 returns before by itself.
         self._idle = kwargs.get("num_speculative_tokens") == 0
         if self._idle:
             kwargs["is_profile"] = True
@@ -140,11 +140,11 @@ class CTCProposer(DFlashSpeculator):
         )
 
     def new_request(self, request: int) -> None:
-        """From the model state of trees: the slot has another request."""
+        """Called by the model state of trees: the slot has another request."""
         self.source.reset(request)
 
     def verified(self, verdict: Verdict) -> None:
-        """From the tree's sampler, in the step whose hidden states `propose` gets next."""
+        """Called by the tree's sampler, in the step whose hidden states `propose` gets next."""
         self._verdict = verdict
 
     def observe_verification(
@@ -161,7 +161,7 @@ class CTCProposer(DFlashSpeculator):
         return torch.float32, float("-inf")
 
     def _num_graph_context_tokens(self, num_reqs: int) -> int:
-        # Rows of a verification, not 1 + T a request. vLLM stores what a batch has beyond them outside the graph.
+        # Rows of a verification, not 1 + T a request. vLLM stores a batch's further rows outside of the graph.
         return min(self._most_verified_rows[num_reqs], self.max_num_tokens)
 
     def _generate_draft(
@@ -173,8 +173,8 @@ class CTCProposer(DFlashSpeculator):
         num_tokens_across_dp: torch.Tensor | None,
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> None:
-        """The module runs, the source drafts, the draft is stored and counted. Recorded in the draft's CUDA graph:
-        fixed shapes, nothing is read on the host."""
+        """Run the module, let the source draft, store and count the draft. Recorded in the draft's CUDA graph: fixed
+        shapes, nothing is read on the host."""
         if self._idle:
             return
         num_queries = num_reqs * self.num_query_per_req
@@ -222,10 +222,10 @@ class CTCProposer(DFlashSpeculator):
 def spread_label_logits(
     label_logits: torch.Tensor, token_ids: torch.Tensor, requests: torch.Tensor, draft_logits: torch.Tensor
 ) -> None:
-    """The law of each label goes to the columns of its token. Tokens that are no labels keep their -inf.
+    """Copy the logits of each label to the column of its token. Tokens that are no labels keep their -inf.
 
     label_logits [R, N, L] and draft_logits [R, N, V] fp32 by request slot, token_ids [L] int64, requests [B] int64. An
-    inert row, -1, repeats what the first slot's rows have already.
+    inert row, -1, writes the first slot's rows once more.
     """
     rows = requests.clamp_min(0)
     label = torch.arange(label_logits.shape[1], device=token_ids.device)

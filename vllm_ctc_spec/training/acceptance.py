@@ -21,7 +21,7 @@ class Acceptance:
 
     @property
     def half_width(self) -> float:
-        """Of the 95% confidence interval over prompts (normal approximation of a ratio of sums)."""
+        """Half the 95% confidence interval over prompts (normal approximation of a ratio of sums)."""
         count, steps = len(self.steps), sum(self.steps)
         if count < 2 or not steps:
             return math.inf
@@ -43,7 +43,7 @@ def walk(accepted: Sequence[int]) -> int:
 
 
 def expected_walk(probability: Tensor) -> float:
-    """Expected steps, where label k of anchor i, `[anchors, U]`, is accepted with a probability if those before are."""
+    """Expected steps. probability `[anchors, U]`: that label k of anchor i is accepted if the labels before it are."""
     num_anchors, num_labels = probability.shape
     reached = torch.cat([torch.ones(num_anchors, 1), probability], 1).double().cumprod(1)
     stops = reached - torch.cat([reached[:, 1:], torch.zeros(num_anchors, 1)], 1)  # [anchors, 1 + U]: k accepted

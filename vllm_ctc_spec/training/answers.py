@@ -25,7 +25,7 @@ from vllm_ctc_spec.training.prompts import Prompts, read_prompts
 from vllm_ctc_spec.training.target import TargetText
 
 Generate = Callable[[EngineConfig, Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
-"""Answers shards with an engine like this, in any order, each as soon as it is there."""
+"""Answers shards with an engine like this, in any order, and yields each as soon as it is answered."""
 
 
 def generate_here(config: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Responses]]:

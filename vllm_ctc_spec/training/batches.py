@@ -1,4 +1,4 @@
-"""Batches and anchors as functions of seed and step: a resumed run needs no random state to repeat a kept one."""
+"""Batches and anchors as functions of seed and step: a resumed run repeats them without a kept random state."""
 
 import dataclasses
 import random
@@ -58,7 +58,7 @@ def in_labels(
     vocabulary: DraftVocabulary | None, anchors: Tensor, labels: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens of the target, anchors `[N]` and labels and valid `[N, U]`, as labels of a draft vocabulary. A token that
-    is none ends what can be learned: it and what is behind it are not valid."""
+    is no label cannot be learned, nor can the tokens behind it: they are not valid."""
     if vocabulary is None:
         return anchors, labels, valid
     inside = vocabulary.t2d[labels]
@@ -78,8 +78,8 @@ def sample_batch(examples: Sequence[Example], num_anchors: int, num_labels: int,
 
 
 def epochs(examples: Sequence[Example], batch_size: int, seed: int, first_step: int = 0) -> Iterator[list[Example]]:
-    """Endless batches from `first_step` on: sequences of like length together, batches in random order. The last one
-    of an epoch is filled up, so that every batch can be shared by the same number of processes."""
+    """Endless batches from `first_step` on: sequences of like length together, batches in random order. The last batch
+    of an epoch is filled up, so that the same number of processes can share every batch."""
     usable = [example for example in examples if len(anchor_positions(example))]
     per_epoch = -(-len(usable) // batch_size)
     epoch, skip = divmod(first_step, per_epoch)

@@ -1,4 +1,4 @@
-"""Files of a run: what may be started where, the resumable checkpoints, the log, and the finished drafter."""
+"""Files of a run: the check of its folder, the resumable checkpoints, the log, and the finished drafter."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from vllm_ctc_spec.training.workers import FULL_STATE, Workers
 
 CHECKPOINT_NAME = "checkpoint.pt"
 PREVIOUS_NAME = "checkpoint-previous.pt"  # the one before
-DAMAGED_NAME = "checkpoint-damaged.pt"  # a newest one that could not be read, for whoever can mend it
+DAMAGED_NAME = "checkpoint-damaged.pt"  # a newest one that could not be read; perhaps somebody can mend it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RunPaths:
 
 @dataclasses.dataclass
 class Progress:
-    """What a checkpoint holds. Data order and anchors follow from seed and step, so that no random state does."""
+    """The content of a checkpoint. There is no random state: data order and anchors follow from seed and step."""
 
     drafter: CTCDrafter
     optimizers: list[torch.optim.Optimizer]
@@ -81,23 +81,23 @@ class Progress:
             self.best_step, self.best_weights = self.step, weights
 
     def save(self, work: Path, workers: Workers) -> None:
-        """One file with whole weights and states, for any number of processes to continue from; called by all. It is
-        whole before the one before makes room: at every moment a sound checkpoint lies under one of the two names."""
+        """One file with whole weights and states, for any number of processes to continue from; called by all. The new
+        file is whole before the old one makes room: at any moment one of the two names has a sound checkpoint."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         state["drafter"], state["optimizers"] = get_state_dict(self.drafter, self.optimizers, options=FULL_STATE)
         if workers.is_main:
             with new_file(work / CHECKPOINT_NAME) as temporary:
                 try:
                     torch.save(state, temporary)
-                except RuntimeError as error:  # what torch makes of a full disk
+                except RuntimeError as error:  # torch raises it for a full disk
                     raise OSError(error) from error
                 if (work / CHECKPOINT_NAME).is_file():
                     os.replace(work / CHECKPOINT_NAME, work / PREVIOUS_NAME)
         workers.wait()
 
     def restore(self, work: Path, workers: Workers, device: torch.device) -> None:
-        """Continue from the newest sound checkpoint, if there is one; called by all. The main process finds it, and the
-        others, who may see the folder through another machine, read after it and must have found the same."""
+        """Continue from the newest sound checkpoint, if there is one; called by all. The main process finds it first.
+        The others, perhaps on another machine, read the folder after it and must find the same one."""
         state = recover(work) if workers.is_main else {}
         (step,) = workers.total([state.get("step", 0)], device)
         path = work / CHECKPOINT_NAME
@@ -122,8 +122,8 @@ class Progress:
 
 
 def recover(work: Path) -> dict[str, Any]:
-    """The newest sound checkpoint, which has `CHECKPOINT_NAME` from here on, so that the next one does not push it out
-    for a damaged one; empty before the first. TrainingError if all that there are, one or two, are damaged."""
+    """The newest sound checkpoint; empty before the first. It has `CHECKPOINT_NAME` from here on, so that the next one
+    does not push it out for a damaged one. TrainingError if every checkpoint (one or two) is damaged."""
     newest, previous = work / CHECKPOINT_NAME, work / PREVIOUS_NAME
     errors = []
     for path in (newest, previous):
@@ -160,14 +160,14 @@ def _reason(error: BaseException | None) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A damaged one is refused (TrainingError): torch writes checksums, and does not compare them when it reads."""
+    """Refuses a damaged one (TrainingError): torch writes checksums, but does not compare them when it reads."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu")
-    except Exception as error:  # of any kind: what damage makes of an archive
+    except Exception as error:  # a damaged archive may raise anything
         raise TrainingError(
             f"The checkpoint {path} is damaged ({_reason(error)}); restore it from a copy, or start the run again with "
             "--overwrite."
@@ -175,8 +175,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:
-    """Stage the finished drafter, then move it in. The configuration goes first and comes last: without it a folder
-    is no drafter, so that a crash in between leaves none rather than a mixture."""
+    """Stage the finished drafter, then move it in. The old configuration is removed first and the new one moves last:
+    without one a folder is no drafter, so a crash in between leaves none rather than a mixture."""
     staged = paths.work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""What one training run was asked to do: one dataclass, recorded beside the drafter and compared on every restart."""
+"""The settings of one training run: one dataclass, recorded beside the drafter and compared on every restart."""
 
 import dataclasses
 import functools
@@ -11,26 +11,26 @@ from vllm_ctc_spec.drafter.config import LATTICES
 from vllm_ctc_spec.errors import TrainingError
 
 SETTINGS_NAME = "train_config.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # and what torch and vLLM call them
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # our names, and those of torch and vLLM
 PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
 MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
 MAY_CHANGE = ("accumulate", "save_every", "eval_every")
-"""Settings that may differ when a run is resumed, because the weights of a step do not depend on them. How often they
-are measured decides only which of them are known to be the best."""
+"""Settings that may differ when a run is resumed, because the weights of a step do not depend on them. The interval of
+measurements decides only which weights are known to be the best."""
 
 
 def setting(text: str, default: Any = dataclasses.MISSING, choices: tuple = (), metavar: str | None = None) -> Any:
-    """A field of what was asked for, with all that the command line shows of it; text: its help."""
+    """A setting's field, with all that the command line shows of it; text: its help."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run; where the files lie and how many processes share the work are none.
+    """Every setting of a run. The place of its files and the number of its processes are not among them.
 
-    Fields whose default follows from others, or from the machine (`resolved`), are None in what a user gives, and never
-    in a run.
+    Fields whose default follows from others, or from the machine (`resolved`), may be None as a user gives them, and
+    are never None in a run.
     """
 
     target: str = setting("Hugging Face folder of the model to speed up")
@@ -147,7 +147,7 @@ class TrainConfig:
             "lattice": lattice,
             "markov_rank": 0 if self.loss == "ctc" else 64,
             "transition_rank": 64 if lattice == "transitions" else 0,
-            # What a uniform spread of U labels over T frames leaves.
+            # The share that a uniform spread of U labels over T frames leaves.
             "blank_share": max(self.num_frames - self.num_labels, 0.05) / max(self.num_frames, 1),
             "dtype": self.dtype or default_dtype(),
         }
@@ -173,7 +173,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
-    """Which processes do the work of a run; the drafter is the same."""
+    """The processes that do the work of a run. The drafter does not depend on them."""
 
     threads: int | None = setting("CPU threads of each worker (default: PyTorch's choice, shared)", None)
     num_workers: int = setting("processes that share each step, with Ray", 1)
@@ -199,7 +199,7 @@ class WorkerOptions:
 
 
 def default_dtype() -> str:
-    """A GPU computes several times faster in bf16, and a target takes half of the memory there."""
+    """bf16 on a GPU, which computes several times faster in it and holds a target in half of the memory; else fp32."""
     import torch  # not at the top: --help needs none
 
     return "bf16" if torch.cuda.is_available() else "fp32"
@@ -219,13 +219,13 @@ def check_choices(config: Any) -> None:
 
 
 def kind_of(field: dataclasses.Field) -> Any:
-    """What a field's values are, None apart: `int` of `int | None`."""
+    """The type of a field's values, None apart: `int` of `int | None`."""
     if not isinstance(field.type, types.UnionType):
         return field.type
     return functools.reduce(operator.or_, (kind for kind in typing.get_args(field.type) if kind is not type(None)))
 
 
 def as_in_training(name: str, **changes: Any) -> Any:
-    """A setting that another command shares with training; changes: its default, or what is shown of it."""
+    """A setting that another command shares with training; changes: another default, help text or the like."""
     field = TrainConfig.__dataclass_fields__[name]
     return dataclasses.field(default=changes.pop("default", field.default), metadata={**field.metadata, **changes})

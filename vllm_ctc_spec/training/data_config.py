@@ -1,4 +1,4 @@
-"""What `vllm-ctc data` was asked for. Kept free of torch, so that `--help` starts quickly."""
+"""The settings of `vllm-ctc data`. Kept free of torch, so that `--help` starts quickly."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ from vllm_ctc_spec.training.config import as_in_training, option, setting
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What `vllm-ctc data` was asked for, except where it runs and what it replaces."""
+    """Settings of `vllm-ctc data`, except the machines that it runs on and `--overwrite`."""
 
     target: str = as_in_training("target", metavar="DIR")
     prompts: str = setting("rows with question, prompt, turns or messages", metavar="FILE.jsonl")

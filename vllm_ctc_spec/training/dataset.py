@@ -65,12 +65,12 @@ class Shard:
 
 
 def responses_dtype(folder: Path) -> str:
-    """Of the target as it said what is in this dataset; "" where that is unknown."""
+    """The target's dtype while it answered for this dataset; "" where that is unknown."""
     return (recorded_settings(folder) or {}).get("dtype", "")
 
 
 def check_dtype(folder: Path, dtype: str) -> None:
-    """Say so if the target runs in another dtype than the one in which it said what is in this dataset."""
+    """Say so if the target now runs in another dtype than while it answered for this dataset."""
     recorded = responses_dtype(folder)
     if recorded and recorded != DTYPES[dtype]:
         print(
@@ -150,7 +150,7 @@ def open_dataset(
 
 
 def stored_layers(path: Path) -> tuple[int, ...] | None:
-    """Layers whose hidden states are in this file; None without a file, or with a damaged one."""
+    """Layers whose hidden states are in this file; None if the file is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             return tuple(json.loads(file.metadata()[LAYERS_NAME]))

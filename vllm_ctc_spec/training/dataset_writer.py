@@ -29,13 +29,13 @@ from vllm_ctc_spec.training.files import differing_settings, new_file
 from vllm_ctc_spec.training.prompts import Prompts
 
 PARTS = ("held-out", "train")
-SHARD_PROMPTS = 128  # generated and written together: what a kill can lose
+SHARD_PROMPTS = 128  # generated and written together: a kill can lose so many
 
 Responses = list[list[int]]
 Advance = Callable[[int], object]
 """Called with the number of prompts that have just been answered, before their shard is whole."""
 Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
-"""Generates shards, in any order, each as soon as it is there; one response per prompt."""
+"""Generates shards, in any order, and yields each as soon as it is complete; one response per prompt."""
 ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tensor]]]
 """The same for hidden states: `[tokens of the shard's examples, A * H]`."""
 
@@ -54,7 +54,7 @@ def plan_shards(prompts: Prompts, temperature: float) -> list[Shard]:
 def dataset_settings(
     target: str, prompts: Prompts, max_new_tokens: int, temperature: float, seed: int, dtype: str
 ) -> dict[str, Any]:
-    """What decides the responses, to be recorded with them."""
+    """Everything that decides the responses, to be recorded with them."""
     return {
         "prompts": hashlib.sha256(json.dumps([prompts.train, prompts.held_out]).encode()).hexdigest()[:16],
         "train_prompts": len(prompts.train),
@@ -72,11 +72,11 @@ def dataset_settings(
 def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Refuse a folder that holds something else or, without `overwrite`, a dataset of other settings.
 
-    Writes nothing; returns whether what is there is to be replaced.
+    Writes nothing; returns whether the folder's content is to be replaced.
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is a file; give a folder for the dataset.")
-    # A kill while the settings were written leaves a temporary file and the log, an engine that fails the log alone.
+    # A kill while the settings were written leaves a temporary file and the log. An engine that fails leaves the log.
     if not folder.exists() or all(path.suffix == ".tmp" or path.name == LOG_NAME for path in folder.iterdir()):
         return False
     if recorded_settings(folder) is None:
@@ -93,14 +93,14 @@ def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> boo
 def write_responses(
     folder: Path, settings: dict[str, Any], shards: Sequence[Shard], respond: Respond, overwrite: bool
 ) -> None:
-    """Generate the shards that the folder lacks, in which nothing changes before the first one is there."""
+    """Generate the shards that the folder lacks. The folder does not change before the first one is complete."""
     replace = check_folder(folder, settings, overwrite)
     missing = [shard for shard in shards if replace or not _is_whole(shard.path(folder), len(shard.prompts))]
     for shard, responses in _with_progress("responses", shards, missing, respond):
         if replace or not (folder / SETTINGS_NAME).is_file():
             _claim(folder, settings)
             replace = False
-        shard.path(folder, STATES_SUFFIX).unlink(missing_ok=True)  # those of responses that are gone
+        shard.path(folder, STATES_SUFFIX).unlink(missing_ok=True)  # states of responses that are gone
         rows = [{"prompt": p, "response": r} for p, r in zip(shard.prompts, responses, strict=True)]
         with new_file(shard.path(folder)) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -134,7 +134,7 @@ def _without_states(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int,
 
 
 def check_room(folder: Path, shards: Sequence[Shard], layer_ids: tuple[int, ...], hidden_size: int) -> str:
-    """What `write_states` will add, for the user to read; TrainingError if the disk has no room for it."""
+    """A sentence on the bytes that `write_states` will add; TrainingError if the disk has no room for them."""
     missing = _without_states(folder, shards, layer_ids)
     tokens = sum(len(example) for shard in missing for example in read_shard(shard.path(folder)))
     size = tokens * len(layer_ids) * hidden_size * 2  # bfloat16
@@ -155,11 +155,11 @@ def _with_progress(
     missing: Sequence[Shard],
     produce: Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Any]]],
 ) -> Iterator[tuple[Shard, Any]]:
-    """What `produce` makes of the missing shards; it is not even called when nothing is missing."""
+    """The results of `produce` for the missing shards. It is not even called when nothing is missing."""
     total, left = (sum(len(shard.prompts) for shard in some) for some in (shards, missing))
     whole = total - left
     with tqdm(total=total, initial=whole, desc=label, unit="prompt") as bar:
         for shard, content in produce(missing, bar.update) if missing else ():
             yield shard, content
             whole += len(shard.prompts)
-            bar.update(max(0, whole - bar.n))  # what the bar was not told of before
+            bar.update(max(0, whole - bar.n))  # answers that the bar was not told of before

@@ -1,4 +1,4 @@
-"""Which of the target's tokens become labels: those that it says most often."""
+"""The choice of labels: the tokens that the target says most often."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from vllm_ctc_spec.training.dataset import Example
 
 AUTO_SIZES = (4096, 8192, 16_384, 32_768)
 AUTO_SHARE = 0.99
-"""Of what the target says, how much the labels of an automatic size are to hold. A token that is no label ends a draft,
-and acceptance suffers by more than its share."""
+"""The share of the target's answers that the labels of an automatic size are to cover. A token that is no label ends a
+draft, so acceptance suffers by more than the share of such tokens."""
 
 
 def choose_tokens(size: int | str, vocab_size: int, examples: Sequence[Example]) -> tuple[list[int] | None, str]:

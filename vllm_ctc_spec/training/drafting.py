@@ -1,4 +1,4 @@
-"""What a drafter would propose at given anchors: chains, trees and exact probabilities, without a server."""
+"""A drafter's drafts at given anchors: chains, trees and exact probabilities, without a server."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from vllm_ctc_spec.training.vocabulary import label_scores
 
 @dataclasses.dataclass(frozen=True)
 class Drafting:
-    """A drafter at N anchors, ready for the kernels; labels and valid `[N, U]` are what the target says after them."""
+    """A drafter at N anchors, ready for the kernels. labels and valid `[N, U]`: the target's tokens after each."""
 
     drafter: CTCDrafter
     hidden: Tensor  # [N, 1 + T, H]
@@ -49,7 +49,7 @@ class Drafting:
         return labels if vocabulary is None else vocabulary.to_tokens(labels)
 
     def tree(self, num_nodes: int, search: str = "prefix", width: int | None = None) -> DraftTree:
-        """Of labels at most U deep, from `width` symbols of each frame, by default as many as are served."""
+        """Trees at most U deep, from `width` symbols of each frame, by default as many as in serving."""
         budget = Budget(num_nodes, width or default_width(num_nodes), self.labels.shape[1])
         tree = draft_tree(search, self._frames[0], budget)
         return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))

@@ -24,7 +24,8 @@ from vllm_ctc_spec.training.dataset import Shard
 from vllm_ctc_spec.training.dataset_writer import Advance, Responses
 from vllm_ctc_spec.training.files import writing
 
-# Measured with 135 M weights on two cores: 128 give 1.17 times as many tokens a second, and each four times as late.
+# Measured with 135 M weights on two cores: 128 give 1.17 times as many tokens a second, but each response four times
+# as late.
 CPU_PROMPTS_AT_ONCE = 32
 LOGGING_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 
@@ -67,7 +68,7 @@ class Engine:
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 tensor_parallel_size=config.tensor_parallel_size,
-                enforce_eager=on_cpu,  # where compiling takes longer than it saves
+                enforce_eager=on_cpu,  # compiling takes longer there than it saves
                 **options,
             )
         except Exception as error:  # as in `_generate`
@@ -80,8 +81,8 @@ class Engine:
         _report_death(self._llm.llm_engine.engine_core)
 
     def responses(self, shard: Shard, advance: Advance = lambda _: None) -> Responses:
-        """One response per prompt, end token included; `advance(1)` as each of them ends. Sampled ones depend on seed
-        and row alone."""
+        """One response per prompt, end token included; `advance(1)` as each of them ends. Sampled responses depend on
+        seed and row alone."""
         from vllm import SamplingParams
 
         config = self._config
@@ -109,7 +110,7 @@ class Engine:
         bar = functools.partial(UnseenBar, advance)
         try:
             return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=bar)
-        except Exception as error:  # of any kind: what vLLM cannot run fails in its own or the model's code
+        except Exception as error:  # of any kind: a model that vLLM cannot run fails in its own or vLLM's code
             raise TrainingError(
                 f"vLLM failed while {doing} of {self._config.target} ({_reason(error)}); the same command continues"
                 f"{f', and {self._config.log} says more' if self._config.log else ''}."
@@ -167,9 +168,9 @@ def log_is_chosen() -> bool:
 
 
 def engine_dtype(asked: str, config: PreTrainedConfig) -> str:
-    """What "auto" means: on a CPU float32, where vLLM's own choice is bf16, even for fp32 weights: slower on most, and
-    other tokens than in fp32. On a GPU vLLM's own (`_resolve_auto_dtype` in its vllm/config/model.py): the weights'
-    dtype, and bfloat16 for those in fp32."""
+    """The meaning of "auto". On a CPU float32: vLLM's own choice there is bf16 even for fp32 weights, slower on most
+    CPUs, with other tokens than in fp32. On a GPU vLLM's own choice (`_resolve_auto_dtype` in its
+    vllm/config/model.py): the weights' dtype, and bfloat16 for those in fp32."""
     if asked != "auto":
         return asked
     if not torch.cuda.is_available():
@@ -179,8 +180,8 @@ def engine_dtype(asked: str, config: PreTrainedConfig) -> str:
 
 
 def _report_death(client: Any) -> None:
-    """Let an engine that is killed end the waiting for its output with an error. vLLM's synchronous client sees that
-    the process is gone, and goes on waiting (vllm/v1/engine/core_client.py, `SyncMPClient.get_output`)."""
+    """End the wait for a killed engine's output with an error. vLLM's synchronous client sees that the process is gone,
+    but goes on waiting (vllm/v1/engine/core_client.py, `SyncMPClient.get_output`)."""
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 

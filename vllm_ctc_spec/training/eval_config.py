@@ -1,4 +1,4 @@
-"""What one evaluation was asked to measure. Kept free of torch, so that `--help` starts quickly."""
+"""The settings of one evaluation. Kept free of torch, so that `--help` starts quickly."""
 
 import dataclasses
 from pathlib import Path
@@ -13,8 +13,8 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Settings that are None follow from `data`: a file of prompts, or a dataset, whose responses are there already;
-    dtype follows from the machine."""
+    """Settings that are None follow from `data`: a file of prompts, or a dataset with its responses; dtype follows from
+    the machine."""
 
     target: str = setting("Hugging Face folder of the target", metavar="DIR")
     drafter: str = setting("folder that `vllm-ctc train` wrote", metavar="DIR")
@@ -64,7 +64,7 @@ class EvalConfig:
         return Path(self.data).is_dir()
 
     def _refuse_for_dataset(self) -> None:
-        """Held-out responses of a dataset are greedy, and as long as they are."""
+        """Refuse settings of new responses: the held-out ones of a dataset are greedy, and their lengths are given."""
         for name in ("max_new_tokens", "category", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 raise TrainingError(

@@ -92,7 +92,7 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
     if config.is_dataset:
         _, held_out = open_dataset(Path(config.data), target_fingerprint(config.target))
         check_dtype(Path(config.data), config.dtype)
-        # They lie in order of length.
+        # A dataset keeps its responses in order of length.
         held_out = random.Random(config.seed).sample(held_out, min(config.num_prompts, len(held_out)))
         report = f"{len(held_out)} held-out responses."
     else:

@@ -24,8 +24,8 @@ def compute_states(
     """The target's auxiliary hidden states by vLLM, bfloat16 `[tokens of a shard, A * H]`.
 
     vLLM's method `extract_hidden_states` keeps them beside the KV cache, and a connector writes those of each finished
-    request to a file. The last token of an example has zeros: it is never in a draft's context, and running the target
-    on it could need a position that the target does not have.
+    request to a file. The last token of an example gets zeros: no draft's context holds it, and running the target on
+    it could need a position that the target does not have.
     """
     from vllm import envs
     from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (

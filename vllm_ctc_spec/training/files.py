@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and those with settings: what a run records, what a user writes."""
+"""Files that appear whole or not at all, and files of settings: those that a run records, those that a user writes."""
 
 import contextlib
 import dataclasses
@@ -31,10 +31,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, or does not answer, is a TrainingError."""
+    """Turn the error of a disk that is full, or does not answer, into a TrainingError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # what safetensors makes of an OSError
+    except (OSError, SafetensorError) as error:  # safetensors turns an OSError into its own
         raise TrainingError(
             f"{path.name} cannot be written to {path.parent} ({error}); when there is room, the same command continues."
         ) from error
@@ -50,15 +50,15 @@ def record_settings(path: Path, settings: dict) -> None:
 
 
 def differing_settings(path: Path, settings: dict) -> list[str]:
-    """`--name then -> now` for each setting in which the recorded run at `path` differs and may not; empty if there is
-    none."""
+    """`--name then -> now` for each setting that differs from the recorded run at `path` and may not; empty if there
+    is none."""
     if not path.is_file():
         return []
     try:
         recorded = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); restore it from a copy, or use another folder.") from error
-    settings = json.loads(json.dumps(settings))  # as it would be read back: a tuple is a list there
+    settings = json.loads(json.dumps(settings))  # as read back from a file: a tuple is a list there
     names = [*settings, *(name for name in recorded if name not in settings)]
     return [
         f"{option(name)} {recorded.get(name)} -> {settings.get(name)}"

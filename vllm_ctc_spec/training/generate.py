@@ -1,4 +1,4 @@
-"""The target's responses in this process, by transformers' own `generate`: what an evaluation measures drafts on."""
+"""The target's responses in this process, by transformers' own `generate`, for an evaluation of drafts."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""Where the drafter's context comes from: the frozen target in this process, or states that were stored before."""
+"""The source of the drafter's context: the frozen target in this process, or states that were stored before."""
 
 from collections.abc import Callable, Sequence
 

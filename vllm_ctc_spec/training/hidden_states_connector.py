@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 
 
 class Done:
-    """In the place of the CUDA event behind a copy to the host."""
+    """Takes the place of the CUDA event behind a copy to the host."""
 
     def query(self) -> bool:
         return True
@@ -27,7 +27,7 @@ class Done:
 
 class HiddenStatesConnector(ExampleHiddenStatesConnector):
     def _submit_async_write(self, pending: PendingSave) -> None:
-        """On a device as vLLM does it; on a CPU there is nothing to copy to the host."""
+        """On a device vLLM's own way; on a CPU there is nothing to copy to the host."""
         if self._kv_cache is None or self._kv_cache.device.type != "cpu":
             super()._submit_async_write(pending)
         elif self._is_tp_rank_zero:

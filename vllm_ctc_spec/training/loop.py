@@ -52,7 +52,7 @@ def make_optimizers(drafter: CTCDrafter, config: TrainConfig) -> list[torch.opti
 
 
 class TrainingStep(nn.Module):
-    """Drafter and loss as one module, whose forward is all that takes part in a gradient."""
+    """Drafter and loss as one module. Its forward is all that takes part in a gradient."""
 
     def __init__(self, drafter: CTCDrafter, config: TrainConfig):
         super().__init__()
@@ -60,8 +60,8 @@ class TrainingStep(nn.Module):
         self.config = config
 
     def forward(self, hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [B, S, A * H]; returns the sum of the anchors' losses, how many labels counted, and how many
-        were in the draft vocabulary, as were those before them."""
+        """hidden_states [B, S, A * H]; returns the sum of the anchors' losses, the number of labels that counted, and
+        the number of labels that, with all labels before them, are in the draft vocabulary."""
         drafter, dtype = self.drafter, TORCH_DTYPES[self.config.dtype]
         kept = batch.valid[..., 0]
         with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -125,7 +125,7 @@ class Trainer:
             averaging = contextlib.nullcontext() if rows is parts[-1] else workers.without_averaging(self.module)
             with averaging:
                 loss, labels, in_vocabulary = self.module(hidden_states, part)
-                # The processes' gradients are averaged, and a mean over all of the batch is wanted.
+                # DDP and FSDP average the processes' gradients; the mean over the whole batch is wanted.
                 (loss * (workers.size / num_anchors)).backward()
             loss_sum, counted, inside = loss_sum + loss.item(), counted + int(labels), inside + int(in_vocabulary)
         loss_sum, counted, inside = workers.total([loss_sum, counted, inside], self.device)
@@ -164,8 +164,8 @@ class Trainer:
         }
 
     def drafter_of(self, weights: dict[str, Tensor]) -> CTCDrafter:
-        """A whole drafter with these weights, in this process alone: the trained one may be spread over several. During
-        a measurement it takes the room that the gradients left."""
+        """A whole drafter with these weights, in this process alone: the trained one may be spread over several. It
+        takes the room that the gradients leave during a measurement."""
         mine = self.drafter
         token_ids = None if mine.vocabulary is None else mine.vocabulary.token_ids
         with torch.device("meta"):
@@ -174,14 +174,14 @@ class Trainer:
         return drafter
 
     def acceptance(self, drafter: CTCDrafter, held_out: Sequence[Example]) -> Acceptance:
-        """Of what the drafter will be served as: greedy chains, or trees."""
+        """The acceptance of the drafts that will be served: greedy chains, or trees."""
         if not self.config.tree_nodes:
             return measure_chain(drafter, self.hidden_states, held_out)
         return measure_trees(drafter, self.hidden_states, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
 
     def run(self, examples: list[Example], held_out: list[Example], paths: RunPaths) -> None:
-        """Train to the last step, continuing from the last checkpoint in the work folder. Files, bar and measurements
-        are the main process's."""
+        """Train to the last step, continuing from the last checkpoint in the work folder. Only the main process writes
+        files, shows a bar and measures."""
         config, progress, is_main = self.config, self.progress, self.workers.is_main
         progress.restore(paths.work, self.workers, self.device)
         batches = epochs(examples, config.batch_size, config.seed, progress.step)

@@ -1,10 +1,10 @@
 """Training losses: the exact prefix conditionals of any lattice (default), and the paper's full-sequence CTC.
 
 Rows are anchors, `N` of them. A loss takes frames (without their logits), the vocabulary's scores at the labels
-(`LabelScores`), labels `[N, U]` (what the target says after the anchor) and valid `[N, U]` (a prefix of each row: false
-past the end of the response). Each returns the loss of every row and the labels that counted: those that are valid and
-feasible, because a repeat takes two frames and T of them may not hold the row. The cross-entropy twin is the prefix
-loss of the lattice "slots", in which frame k is label k.
+(`LabelScores`), labels `[N, U]` (the target's tokens after the anchor) and valid `[N, U]` (a prefix of each row: false
+past the end of the response). Each returns the loss of every row and the labels that counted: the valid and feasible
+ones. T frames may not hold every row, because a repeat takes two frames. The cross-entropy twin is the prefix loss of
+the lattice "slots", in which frame k is label k.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Loss = Callable[[Lattice, LabelScores, Tensor, Tensor, float], RowLoss]
 
 
 def position_weights(counted: Tensor, decay: float = DECAY) -> Tensor:
-    """omega_k ~ exp(-(k-1)/decay) over the counted labels: the first are reached most often. Rows sum to 1 or 0."""
+    """omega_k ~ exp(-(k-1)/decay) over the counted labels: drafts reach the first most often. Rows sum to 1 or 0."""
     factors = torch.exp(-torch.arange(counted.shape[1], device=counted.device) / decay)
     weights = counted * factors
     return weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
@@ -51,8 +51,8 @@ def forward_of(lattice: Lattice, scores: LabelScores, labels: Tensor) -> tuple[L
 
 
 class LogLabels(NamedTuple):
-    """The drafter's law at the labels: log q(y_k | y_<k) `[N, U]`, which a drafter that may stop gives, the same given
-    that it goes on, which is what is served, and the labels that are valid and feasible. 0 where not counted."""
+    """The drafter's law at the labels, each `[N, U]` and 0 where not counted: log q(y_k | y_<k) of a drafter that may
+    stop; the same given that it goes on, as it is served; and the labels that are valid and feasible."""
 
     log_q: Tensor
     given_going_on: Tensor
@@ -96,8 +96,8 @@ def log_continuation(lattice: Lattice, forward: LabelForward, log_before: Tensor
 def biased_log_mass(forward: LabelForward, holds_label: Tensor | None, scores: LabelScores, counted: Tensor) -> Tensor:
     """log sum_v P(y_<k, v) exp(bias_k(v)), `[N, U]`.
 
-    The sum over the vocabulary is in the scores already, sum_t w_k[t] (sum_v p_t(v) exp(bias_k(v))), without the
-    repeat v == y_{k-1}, which is added here with its own weights; subtracting the part that may not count would cancel.
+    The scores have the sum over the vocabulary, sum_t w_k[t] (sum_v p_t(v) exp(bias_k(v))), without the repeat
+    v == y_{k-1}. The repeat is added here with its own weights: subtracting the part that may not count would cancel.
     Without a blank there is no repeat rule, and nothing was left out.
     """
     terms = forward.log_fresh + scores.log_mass
@@ -106,7 +106,7 @@ def biased_log_mass(forward: LabelForward, holds_label: Tensor | None, scores: L
         repeat = forward.log_repeat + scores.log_last.mT + scores.last_bias[..., None] + holds_label[:, None]
         repeat = torch.cat([torch.full_like(repeat[:, :1], NEG), repeat[:, 1:]], 1)
         terms = torch.cat([terms, repeat], -1)
-    # What does not count may be log 0 throughout.
+    # Labels that do not count may be log 0 throughout.
     return torch.logsumexp(torch.where(counted[..., None], terms, 0.0).clamp_min(NEG), -1)
 
 

@@ -1,7 +1,7 @@
-"""Acceptance length without a server: what serving would get from this drafter on given responses of the target.
+"""Acceptance length without a server: the one that serving would get on given responses of the target.
 
-The responses are fixed, so that one pass of the target gives every hidden state, the drafts of all positions are made
-at once, and serving's walk over them is a lookup: at the anchor advance by the labels accepted and one. That is exact
+The responses are fixed. So one pass of the target gives every hidden state, the drafts of all positions are made at
+once, and serving's walk over them is a lookup: at the anchor advance by the labels accepted and one. That is exact
 at any temperature at which the responses were sampled, because verification leaves the output's law alone: given that
 the target says y, a greedy chain or a tree is accepted as far as it holds y, and a draft sampled from q up to each
 label with probability min(1, q(y) / p(y)).
@@ -28,8 +28,8 @@ Part = TypeVar("Part")
 def draft_everywhere(
     drafter: CTCDrafter, hidden_states: HiddenStates, examples: Sequence[Example], measure: Callable[[Drafting], Part]
 ) -> Iterator[tuple[Example, list[Part]]]:
-    """Each example that has anything to draft, and what `measure` makes of the drafter at all of its anchors, some at a
-    time: their logits are gone before the next ones come."""
+    """Each example that has anything to draft, with the results of `measure` at all of its anchors. `measure` gets some
+    anchors at a time: their logits are gone before the next ones come."""
     device, num_labels = drafter.target_head.device, drafter.config.num_labels
     for example in examples:
         positions = torch.tensor(anchor_positions(example), dtype=torch.long)[None]
@@ -59,8 +59,8 @@ def measure_chain(drafter: CTCDrafter, hidden_states: HiddenStates, examples: Se
 def measure_trees(
     drafter: CTCDrafter, hidden_states: HiddenStates, examples: Sequence[Example], sizes: Sequence[int]
 ) -> dict[int, Acceptance]:
-    """Trees of each size, at most U deep. Each is searched for: the first rows of a larger one, which has more
-    candidates, are better than the tree that is served.
+    """Trees of each size, at most U deep. Every size has its own search: a larger tree has more candidates, so its
+    first rows are better than the tree that is served.
     """
     measured: dict[int, Acceptance] = {size: Acceptance([], []) for size in sizes}
 

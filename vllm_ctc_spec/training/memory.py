@@ -14,5 +14,5 @@ def explain_out_of_memory(remedies: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).strip().split(". ")[:2]).rstrip(".")  # what was asked for; a paragraph follows
+        reason = ". ".join(str(error).strip().split(". ")[:2]).rstrip(".")  # the request; a paragraph follows
         raise TrainingError(f"The GPU's memory is too small ({reason}); {remedies}.") from error

@@ -1,5 +1,5 @@
 """The log of a run: one JSON object a step in `log.jsonl`, the same numbers for TensorBoard where it is installed, and
-what the user sees of them.
+their display to the user.
 
 Metrics are sums and totals, so that any stretch of the log can be averaged.
 """
@@ -17,7 +17,7 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 class MetricsLog:
-    """Continues behind `last_step`: later entries are of steps that a resumed run will repeat."""
+    """Continues behind `last_step`, without later entries: a resumed run will repeat their steps."""
 
     def __init__(self, work: Path, last_step: int):
         self._path = path = work / LOG_NAME
@@ -39,7 +39,7 @@ class MetricsLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-        with writing(self._path):  # what a full disk did not take is tried once more here
+        with writing(self._path):  # entries that a full disk did not take are tried once more here
             self._file.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -59,7 +59,7 @@ class LogFollower:
         self.last_step = entries[-1]["step"] if entries else 0
 
     def new_entries(self) -> list[dict[str, float]]:
-        """The entries since the last call; all, once more, after a restart has cut the log."""
+        """The entries since the last call; all of them once more after a restart has cut the log."""
         if not self._path.is_file():
             return []
         if self._path.stat().st_size < self._offset:
@@ -81,7 +81,7 @@ class StepBar(contextlib.AbstractContextManager):
         self._running = False
 
     def show(self, entry: dict[str, float]) -> None:
-        """A step at or before the last one shown is repeated after a restart: the bar goes back, lines stay."""
+        """After a restart, steps that were shown before come again: the bar goes back, lines stay."""
         step = entry["step"]
         if not self._running:
             self._bar.unpause()  # the clock starts with the first step, not with the processes
@@ -103,7 +103,7 @@ def read_log(work: Path) -> list[dict[str, float]]:
 
 
 def _step_of(line: str | bytes) -> float:
-    """A line that a kill cut short belongs to no step."""
+    """The line's step; a line that a kill cut short belongs to none."""
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) in a dtype that the machine computes in.
 
-`torch.optim.Muon` orthogonalises in bf16. A CPU without instructions for it emulates them: a step of a drafter for a
+`torch.optim.Muon` orthogonalises in bf16. A CPU without bf16 instructions emulates them: a step of a drafter for a
 target of hidden size 576 took 60 seconds, 4 of them outside of the optimizer.
 """
 
@@ -20,7 +20,7 @@ def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """`U V^T` of `matrix = U S V^T`, `[n, m]`, up to singular values between 0.5 and 1.5: Newton-Schulz iterations of
-    a quintic, `X <- a X + (b A + c A A) X` with `A = X X^T`, in `dtype`, which the result has."""
+    a quintic, `X <- a X + (b A + c A A) X` with `A = X X^T`. Computed and returned in `dtype`."""
     a, b, c = coefficients
     x = matrix.to(dtype, copy=True)
     is_tall = x.shape[0] > x.shape[1]
@@ -33,8 +33,8 @@ def orthogonalize(
 
 
 class Muon(torch.optim.Muon):
-    """torch's, its options and its state, with the orthogonalisation in `orthogonal_dtype`, and the learning rate of
-    `adjust_lr_fn="match_rms_adamw"`: an update has the size that AdamW's would have (arXiv 2502.16982)."""
+    """torch's Muon, with its options and state. The orthogonalisation is in `orthogonal_dtype`, the learning rate that
+    of `adjust_lr_fn="match_rms_adamw"`: an update has the size that AdamW's would have (arXiv 2502.16982)."""
 
     def __init__(self, params, lr: float, weight_decay: float):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

@@ -1,4 +1,4 @@
-"""Prompts from rows, as the target reads them: which can be used, and which are held out."""
+"""Prompts from rows, as the target reads them: the usable ones, and the held-out ones among them."""
 
 import dataclasses
 import datetime
@@ -12,7 +12,7 @@ from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.rows import FIELD_NAMES, Messages, Row, read_rows
 from vllm_ctc_spec.training.target import TargetText
 
-# The date for chat templates that print it, so that a run continues with the prompts that it began with.
+# The date for chat templates that print it: a run that is continued on another day has the same prompts.
 TODAY = datetime.datetime(2026, 1, 1)
 
 
@@ -52,7 +52,7 @@ class Prompts:
 
 
 class RefusedRow(ValueError):
-    """The target's chat template, or its tokenizer, cannot do anything with a dialogue; the message says why."""
+    """The target's chat template, or its tokenizer, refuses a dialogue; the message says why."""
 
 
 def token_ids(

@@ -20,7 +20,7 @@ def _first_turn(turns: Any) -> Messages | None:
 
 
 def _dialogue(messages: Any) -> Messages | None:
-    """Everything up to the last user turn: the target says what follows."""
+    """Everything up to the last user turn: the target answers that turn itself."""
     if not isinstance(messages, list):
         return None
     if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
@@ -29,14 +29,14 @@ def _dialogue(messages: Any) -> Messages | None:
     return messages[: users[-1] + 1] if users else None
 
 
-# The first that a row has is taken: a dialogue often lies beside a copy of its first turn.
+# The first field that a row has is taken: a dialogue often lies beside a copy of its first turn.
 PROMPT_FIELDS: dict[str, Callable[[Any], Messages | None]] = {
     "messages": _dialogue,
     "turns": _first_turn,
     "question": _user,
     "prompt": _user,
 }
-FIELD_NAMES = "question, prompt, turns, messages"  # for a reader: the simplest first
+FIELD_NAMES = "question, prompt, turns, messages"  # for messages to a user: the simplest first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,14 +40,14 @@ def drafter_shape(config: TrainConfig, target: PreTrainedConfig) -> DrafterConfi
         shape["draft_vocab_size"] = config.draft_vocab_size
     if config.aux_layers:
         shape["aux_hidden_state_layer_ids"] = config.aux_layers
-    if target.architectures:  # the whole model's, which the language model's own does not name
+    if target.architectures:  # of the whole model; the language model's own configuration does not name it
         shape["target_architecture"] = target.architectures[0]
     return DrafterConfig.for_target(target.get_text_config(), **shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What is checked and generated once for a run, before its processes work."""
+    """Everything that is checked and generated once for a run, before its processes work."""
 
     config: TrainConfig
     paths: RunPaths
@@ -138,7 +138,7 @@ def train(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Gener
 
 
 def share_of_labels(log: Sequence[dict], name: str) -> float:
-    """Runs of an earlier version logged no labels outside of a vocabulary."""
+    """Share of the labels that the count `name` makes; runs of an earlier version did not log it."""
     return sum(e.get(name, 0) for e in log) / max(1, sum(e["labels_total"] for e in log))
 
 

@@ -24,12 +24,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from vllm_ctc_spec.errors import TrainingError
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers raises for folders that it can make no model of."""
+"""Errors that transformers raises for folders that it can make no model of."""
 
 
 @contextlib.contextmanager
 def loading(folder: str) -> Iterator[None]:
-    """A folder that transformers can make no model of is a TrainingError."""
+    """Turn the error for a folder that transformers can make no model of into a TrainingError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -37,7 +37,7 @@ def loading(folder: str) -> Iterator[None]:
     except UNLOADABLE as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         remedy = "give the folder of a Hugging Face causal language model"
-        if isinstance(error, ImportError):  # as quantised weights do, whose kernels are packages of their own
+        if isinstance(error, ImportError):  # quantised weights raise it: their kernels are packages of their own
             remedy = (
                 "install what it names, or let vLLM run the target: train with --features stored on what "
                 "`vllm-ctc data --hidden-states` wrote"
@@ -49,7 +49,7 @@ def loading(folder: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class TargetText:
-    """What prompts are built with: no weights are loaded for it."""
+    """Everything that prompts are built with. No weights are loaded for it."""
 
     tokenizer: PreTrainedTokenizerBase
     config: PreTrainedConfig
@@ -83,7 +83,7 @@ class TargetText:
         _check_layers(folder, model)
 
     def refuse_quantised(self, folder: str, remedy: str) -> None:
-        """Transformers and vLLM do not compute the same with quantised weights, and what counts is what is served
+        """Transformers and vLLM do not compute the same with quantised weights, and only vLLM's results are served
         (TrainingError)."""
         if (quantised := getattr(self.config, "quantization_config", None)) is not None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -143,8 +143,8 @@ def _check_layers(folder: str, model: PreTrainedModel) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TargetTables:
-    """What a run on stored hidden states needs of a target: it may be too large for this machine, or one that only vLLM
-    can run."""
+    """The part of a target that a run on stored hidden states needs. The whole target may be too large for this
+    machine, or one that only vLLM can run."""
 
     config: PreTrainedConfig
     embedding: Tensor  # [V, H]
@@ -152,7 +152,7 @@ class TargetTables:
 
     @classmethod
     def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "TargetTables":
-        """The tables alone where the weights' files tell which they are, else out of the whole model."""
+        """The tables alone where the weights' files name them, else out of the whole model."""
         config = TargetText.load(folder).config
         names = _table_names(config)
         with loading(folder):
@@ -180,8 +180,8 @@ def _table_names(config: PreTrainedConfig) -> tuple[str, str] | None:
 
 
 def _read_table(folder: Path, name: str) -> Tensor | None:
-    """This weight out of safetensors files; None where they do not have it, or not as plain numbers. Files of
-    multimodal models may lead to the same module by another path."""
+    """This weight out of safetensors files; None if they do not have it, or not as plain numbers. Files of multimodal
+    models may name the same module by another path."""
     index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
     if index.is_file():
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -203,7 +203,7 @@ class AuxHiddenStates:
     """Runs the target and returns its hidden states after the layers that the drafter reads.
 
     Ids count layers already run. The states come from hooks on the decoder layers: Hugging Face's own list of hidden
-    states has the final norm in its last entry, so that the last layer's plain output is not in it.
+    states has the final norm in its last entry, so it lacks the last layer's plain output.
     """
 
     def __init__(self, target: Target, layer_ids: tuple[int, ...]):

@@ -1,4 +1,4 @@
-"""What the losses need of the vocabulary, in chunks: nothing of size `[anchors, T, V]` or `[anchors, U, V]` exists.
+"""The losses' sums over the vocabulary, in chunks: nothing of size `[anchors, T, V]` or `[anchors, U, V]` exists.
 
 For frames `h_t`, the labels' rows `W` of the target's head and the label-conditional head
 `bias_k(v) = W_out[v] . W_in[y_{k-1}]`:
@@ -6,7 +6,7 @@ For frames `h_t`, the labels' rows `W` of the target's head and the label-condit
     lse_t    = log sum_v exp(W[v] . h_t)
     mass_k,t = log sum_{v not excluded_k} exp(W[v] . h_t + bias_k(v))
 
-Both are sums over the vocabulary, so that chunks of it are enough, forward and, recomputed, backward. With 512 anchors,
+Both are sums over the vocabulary, so chunks of it are enough, forward and, recomputed, backward. With 512 anchors,
 T = 12, U = 8 and V = 152 k, the frames' logits alone would be 3.7 GB in fp32; here the largest buffers are
 `CHUNK_ELEMENTS` numbers each, six of them at a time.
 """
@@ -45,8 +45,8 @@ def label_scores(
 ) -> LabelScores:
     """exclude_repeats: False where a lattice has no repeat rule. dtype: of the matrix products, None for the inputs'.
 
-    The anchor is not in the frames, so that nothing is left out of the first label's sum. It may be no label of a draft
-    vocabulary, but a row of W_in behind those of the labels.
+    The anchor is not in the frames, so nothing is left out of the first label's sum. With a draft vocabulary the anchor
+    may be no label: it then has a row of W_in behind those of the labels.
     """
     last = torch.cat([anchors[:, None], labels[:, :-1]], 1)
     dtype = dtype or hidden.dtype
@@ -56,7 +56,7 @@ def label_scores(
         excluded = last if exclude_repeats else torch.full_like(last, -1)
         excluded = torch.cat([torch.full_like(excluded[:, :1], -1), excluded[:, 1:]], 1)
     lse, mass = _VocabularySums.apply(hidden, head, inner, outer, excluded, dtype)
-    last = last.clamp_max(len(head) - 1)  # what stands at the anchor is not read from here on
+    last = last.clamp_max(len(head) - 1)  # the anchor's own entry is not read from here on
     log_label = _logits_at(hidden, head, labels, dtype) - lse[..., None]
     log_last = _logits_at(hidden, head, last, dtype) - lse[..., None]
     if markov is None:

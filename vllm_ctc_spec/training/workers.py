@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-"""State that does not depend on how it is shared: whole tensors, on the main process; the others get nothing."""
+"""State in a form that any number of processes can load: whole tensors, on the main process; the others get nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Workers:
         if self.size == 1:
             return module
         if self.parallel == "ddp":
-            # The buffers are the target's tables, which nobody changes.
+            # The buffers are the target's tables. Nothing changes them, so they need no broadcast.
             return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
         mesh = init_device_mesh(next(module.parameters()).device.type, (self.size,))
         for layer in layers:

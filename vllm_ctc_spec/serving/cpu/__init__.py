@@ -1,9 +1,9 @@
 """vLLM's Model Runner V2 on a CPU without Triton: torch and numpy implementations of the kernels that it launches.
 
 For development, demo and CI only. vLLM has no Triton backend on a CPU, and Model Runner V2 (`vllm/v1/worker/gpu/`) is
-written in Triton kernels; vLLM's own dispatcher lets a platform replace them (`vllm.triton_utils.dispatcher`). Covered
-are the kernels of a target with or without a DFlash-based drafter, and of every sampling option; `table.py` lists them.
-They belong to one release of vLLM: another release, or another source of a kernel, is refused.
+written in Triton kernels. vLLM's own dispatcher lets a platform replace them (`vllm.triton_utils.dispatcher`). This
+package covers the kernels of a target with or without a DFlash-based drafter, and of every sampling option; `table.py`
+lists them. They belong to one release of vLLM: another release, or another source of a kernel, is refused.
 """
 
 import contextlib
@@ -63,8 +63,8 @@ def install() -> None:
 
 @contextlib.contextmanager
 def _llvmlite_out_of_sight() -> Iterator[None]:
-    """vLLM's registration looks into every object of every module and fails on the functions of llvmlite, which numba
-    loads (vllm/triton_utils/dispatcher.py, `vars(value).get`): their `__dict__` is no dictionary."""
+    """numba loads llvmlite. vLLM's registration looks into every object of every module and fails on the functions of
+    llvmlite (vllm/triton_utils/dispatcher.py, `vars(value).get`): their `__dict__` is no dictionary."""
     names = [name for name in sys.modules if name.partition(".")[0] == "llvmlite"]
     hidden = {name: sys.modules.pop(name) for name in names}
     try:

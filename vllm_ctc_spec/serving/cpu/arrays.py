@@ -1,4 +1,4 @@
-"""Numpy views of what a kernel launch hands over: tensors, and raw addresses of int32 tables."""
+"""Numpy views of a kernel launch's arguments: tensors, and raw addresses of int32 tables."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ def arrays(*tensors: torch.Tensor | None) -> list[np.ndarray | None]:
 
 
 def float_array(tensor: torch.Tensor) -> np.ndarray:
-    """Logits as float32: a view where they are, a copy of bfloat16 or float16, which numpy cannot read."""
+    """Logits as float32: a view of float32, a copy of other dtypes (numpy cannot read bfloat16)."""
     return tensor.float().numpy()
 
 

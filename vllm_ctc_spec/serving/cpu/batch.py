@@ -92,7 +92,7 @@ def prepare_prefill_inputs(
     query_start_loc_ptr, all_token_ids_ptr, all_token_ids_stride, prefill_lens_ptr, num_computed_tokens_ptr, BLOCK_SIZE,
     LOOKAHEAD_BLOCK,
 ):  # fmt: skip
-    """Of requests in prefill: scheduled tokens to the input, and the `num_lookahead` after them (0 past the end)."""
+    """For requests in prefill: write the scheduled tokens, and the `num_lookahead` after them (0 past the end)."""
     input_ids, following, starts, all_token_ids, prefill_lens, num_computed = arrays(
         input_ids_ptr, next_prefill_tokens_ptr, query_start_loc_ptr, all_token_ids_ptr, prefill_lens_ptr,
         num_computed_tokens_ptr,
@@ -167,8 +167,8 @@ def post_update(
     all_token_ids_ptr, all_token_ids_stride, total_len_ptr, draft_tokens_ptr=None, draft_tokens_out_ptr=None,
     num_draft_tokens=0,
 ):  # fmt: skip
-    """Append the sampled tokens to their requests and advance `num_computed_tokens` by what was not rejected; with
-    pipeline parallelism, keep the drafts that another stage made."""
+    """Append the sampled tokens to their requests and advance `num_computed_tokens` by the tokens that were not
+    rejected; with pipeline parallelism, keep the drafts that another stage made."""
     num_computed, last_sampled, counts, sampled, all_token_ids, total_lens = arrays(
         num_computed_tokens_ptr, last_sampled_tokens_ptr, output_bin_counts_ptr, sampled_tokens_ptr,
         all_token_ids_ptr, total_len_ptr,
@@ -217,7 +217,7 @@ def apply_prompt_embeds(
     inputs_embeds_ptr, inputs_embeds_stride, embeds_ptrs_ptr, mask_ptrs_ptr, embeds_lens_ptr, idx_mapping_ptr,
     query_start_loc_ptr, num_computed_tokens_ptr, hidden_size, TOKEN_BLOCK, BLOCK_SIZE,
 ):  # fmt: skip
-    """Rows of a prompt that the user gave as embeddings, at raw addresses, over those of its token ids; a mask, where
+    """Write the embeddings that a user gave as a prompt, at raw addresses, over those of its token ids. A mask, where
     there is one, marks rows that stay as they are."""
     row_bytes = hidden_size * inputs_embeds_ptr.itemsize
     starts, lengths, computed = arrays(query_start_loc_ptr, embeds_lens_ptr, num_computed_tokens_ptr)

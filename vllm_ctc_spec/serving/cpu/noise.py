@@ -15,7 +15,7 @@ UNIFORM_MIN = np.float32(4.6566127342e-10)  # smallest positive value of tl.rand
 
 
 def step_seed(seed: int, step: int) -> int:
-    """From vLLM 0.33 on, the random numbers of a draft's step depend on the step, and not on the position alone."""
+    """The seed of one step of a draft. From vLLM 0.33 on, random numbers depend on the step beside the position."""
     from vllm.v1.worker.gpu.sample import gumbel as kernels
 
     return seed ^ (step << 32) if hasattr(kernels, "spec_step_seed") else seed

@@ -14,7 +14,7 @@ from vllm_ctc_spec.serving.cpu.sampling import NEGATIVE_INFINITY, store_argmax
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
-# Impossible tokens are -inf: log(0), exp(inf) and -inf - -inf are in order.
+# Impossible tokens are -inf, so log(0), exp(inf) and -inf - -inf are no errors here.
 QUIET = np.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
@@ -64,7 +64,7 @@ def compute_local_logits_stats(
     draft_logits_stride_0, draft_logits_stride_1, expanded_idx_mapping_ptr, expanded_local_pos_ptr, temp_ptr,
     vocab_size, BLOCK_SIZE, HAS_DRAFT_LOGITS, num_speculative_steps=None, num_logits=None,
 ):  # fmt: skip
-    """Of each row that verifies a draft: the argmax (greedy), or maximum and sum of exponentials (sampled)."""
+    """For each row that verifies a draft: the argmax (greedy), or maximum and sum of exponentials (sampled)."""
     argmax, target_max, target_sumexp, draft_max, draft_sumexp, temperatures = arrays(
         target_local_argmax_ptr, target_local_max_ptr, target_local_sumexp_ptr, draft_local_max_ptr,
         draft_local_sumexp_ptr, temp_ptr,
@@ -116,7 +116,7 @@ def compute_cumulative_log_p(
         for step, row in enumerate(range(bounds[index], bounds[index + 1] - 1)):
             token = drafts[row + 1]
             if token >= 0:
-                # fmin, as Triton's minimum: a token that neither model can emit leaves NaN out.
+                # fmin drops NaN, as Triton's minimum does: the ratio is NaN if neither model can emit the token.
                 log_p = np.fmin(log_p + ratios.log_ratio(row, request, step, temperature, token), ZERO)
             cumulative[row] = log_p
 

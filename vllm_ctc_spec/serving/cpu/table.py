@@ -1,8 +1,8 @@
-"""Which function stands in for which Triton kernel of vLLM, and for which sources of that kernel it was written.
+"""Our functions, the Triton kernels of vLLM that they replace, and the sources for which they were written.
 
-A digest covers the kernel and every function of vLLM that it calls; where vLLM 0.33 has another source than 0.32, a
-function has both. Arguments that one release alone has are optional, and handed over by name. After reading what
-changed in vLLM, print the digests of the installed one with
+A digest covers the kernel and every function of vLLM that it calls. Where vLLM 0.33 has another source than 0.32, a
+function has both digests. Arguments of one release alone are optional, and handed over by name. After reading the
+changes in vLLM, print the digests of the installed one with
 
     python -c "from vllm_ctc_spec.serving.cpu.table import print_digests; print_digests()"
 """
@@ -92,7 +92,7 @@ LAYOUT_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDM
 
 
 def register() -> None:
-    """Put our functions in the place of vLLM's kernels, once per process."""
+    """Replace vLLM's kernels by our functions, once per process."""
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
 
     overrides = {}
@@ -183,8 +183,8 @@ def load(name: str) -> Any:
 
 
 def launcher(kernel: Callable, function: Callable) -> Callable:
-    """`function` as vLLM calls an override of `kernel`: it gets the arguments of the kernel, in the kernel's order, and
-    the launch option `num_warps` as if it were one."""
+    """`function` as vLLM calls an override of `kernel`: with the kernel's arguments, in their order, and with the
+    launch option `num_warps` as if it were one of them."""
     names = list(inspect.signature(kernel).parameters)
     if names == list(inspect.signature(function).parameters):
 

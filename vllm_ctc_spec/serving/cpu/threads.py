@@ -8,13 +8,13 @@ LARGE_TARGET = 200_000_000  # bytes of weights
 
 
 def is_large(target: str | Path) -> bool:
-    """Whether more than one thread has work: a step of a few million weights takes less time than threads that wait for
-    each other while vLLM's other processes use their cores."""
+    """Whether the target has work for more than one thread. With a few million weights a step is shorter than the waits
+    of threads for each other while vLLM's other processes use their cores."""
     return sum(file.stat().st_size for file in Path(target).glob("*.safetensors")) >= LARGE_TARGET
 
 
 def threads_of(target: str | Path) -> dict[str, str]:
-    """Environment of a vLLM that has this machine for itself. Its own choice leaves one core to its other processes,
-    which is half of a machine with two: a large target gets all that this process may use. What the user has set in the
-    same variable should win."""
+    """Environment of a vLLM that has this machine for itself. vLLM's own choice leaves one core to its other processes,
+    half of a machine with two: a large target gets all cores that this process may use. The user's own value of the
+    variable should win."""
     return {VARIABLE: ",".join(map(str, sorted(os.sched_getaffinity(0))))} if is_large(target) else {}

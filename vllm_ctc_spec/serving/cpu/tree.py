@@ -1,7 +1,7 @@
 """Tree attention and compaction on a CPU, where the paged cache has a layout of its own.
 
 vLLM's CPU kernels take no mask, and keep the keys of a block transposed: `[num_kv_heads, head_size, block_size]`
-(float32 on x86: instruction sets "vec" and "vec16"); values lie in rows. `check_layout` writes keys and looks.
+(float32 on x86: instruction sets "vec" and "vec16"); values lie in rows. `check_layout` writes keys to verify this.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 
 
 class Rows(NamedTuple):
-    """The tree rows of one request, and what all layers of a step share for them."""
+    """The tree rows of one request, with the values that all layers of a step share."""
 
     rows: slice
     blocks: list[tuple[int, int]]  # block of the cache, positions in it that hold something
@@ -34,8 +34,8 @@ def attend_tree_rows(
     attn_metadata: Any,
     output: torch.Tensor,
 ) -> None:
-    """As `serving.tree.attention.attend_tree_rows`, a request at a time and a block at a time: keys and values
-    are read where they lie. An operation of torch costs as much as its work here, so what can be shared is."""
+    """As `serving.tree.attention.attend_tree_rows`, a request at a time and a block at a time: keys and values are read
+    in place. The call of a torch operation costs as much as its work here, so layers share what they can."""
     keys, values = views(kv_cache)
     num_kv_heads, head_size, block_size = keys.shape[1:]
     group = implementation.num_queries_per_kv

@@ -21,7 +21,7 @@ from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 
 
 class Proposer(Protocol):
-    """What the proposer is told."""
+    """The two messages that the proposer gets."""
 
     def new_request(self, request: int) -> None:
         """A new request takes this slot."""

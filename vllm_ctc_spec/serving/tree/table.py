@@ -1,4 +1,4 @@
-"""What a request's tree is, from the draft to its verification."""
+"""The trees of all requests, each from its draft to its verification."""
 
 import torch
 from torch import Tensor

@@ -20,7 +20,7 @@ def ray_cluster(address: str | None, num_cpus: int | None = None) -> Iterator[Mo
     if address is not None:
         _check_address(address)
     else:
-        # The switch with which Ray itself keeps to the loopback interface on a Mac; read when Ray is imported.
+        # Keeps Ray on the loopback interface, as Ray itself does on a Mac; read when Ray is imported.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {
@@ -40,7 +40,7 @@ def ray_cluster(address: str | None, num_cpus: int | None = None) -> Iterator[Mo
         reason = str(error).strip().splitlines()[0]
         where = f"No Ray cluster answers at --ray-address {address}" if address else "Ray cannot start on this machine"
         raise TrainingError(f"{where} ({reason}).") from error
-    signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process, and not what it has started
+    signal.signal(signal.SIGTERM, handler)  # Ray's own would end this process, not the processes that it has started
     try:
         yield ray
     finally:
@@ -48,7 +48,7 @@ def ray_cluster(address: str | None, num_cpus: int | None = None) -> Iterator[Mo
 
 
 def _check_address(address: str) -> None:
-    """Ray itself tries for minutes."""
+    """Refuse an address that does not answer at once: Ray itself would try for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

@@ -45,7 +45,7 @@ class EngineActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row with `number` and `shard`, to one with `number`, `responses` and `error`.
 
-        An error is returned, not raised: of an exception Ray hands on the traceback's text only.
+        An error is returned, not raised: Ray hands on only the text of an exception's traceback.
         """
         shard, responses, error = Shard(**json.loads(batch["shard"][0])), "[]", ""
         try:
@@ -60,7 +60,7 @@ class EngineActor:
 
 
 def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int) -> tuple[int, dict[str, int]]:
-    """How many actors there are to be, and what each of them takes; each: GPUs or CPUs of an engine."""
+    """The number of actors, and the resources of each of them; each: GPUs or CPUs of an engine."""
     kind, name = ("GPU", "num_gpus") if resources.get("GPU") else ("CPU", "num_cpus")
     available = int(resources.get(kind, 0))
     count = options.num_workers or (max(1, available // each) if kind == "GPU" else 1)
@@ -75,7 +75,7 @@ def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int
 def generate_with_ray(
     config: EngineConfig, shards: Sequence[Shard], advance: Advance, options: RayOptions
 ) -> Iterator[tuple[Shard, Responses]]:
-    """Shards in the order in which the actors finish them; nothing is known of them before, so nobody is told."""
+    """Shards in the order in which the actors finish them. `advance` is not called: an actor reports whole shards."""
     with ray_cluster(options.address, options.num_workers) as ray:
         data = _ray_data()
         count, resources = workers_that_fit(options, ray.cluster_resources(), config.tensor_parallel_size)

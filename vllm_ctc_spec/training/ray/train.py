@@ -1,8 +1,8 @@
-"""The same run by several processes, on one machine or many: Ray Train starts them and replaces what dies.
+"""The same run by several processes, on one machine or many: Ray Train starts them and replaces those that die.
 
 Everything is checked and every response generated here, once, before a worker starts. All machines are assumed to see
-the same files under the same paths: the target, a dataset, and above all the run's work folder, from whose checkpoint
-new workers continue when one of them was lost.
+the same files under the same paths: the target, a dataset, and above all the run's work folder. New workers continue
+from the checkpoint there when one was lost.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from vllm_ctc_spec.training.run import OOM_REMEDIES, Prepared, load_target, prep
 from vllm_ctc_spec.training.workers import Workers
 
 MAX_FAILURES = 3  # of a run
-# For a worker that waits for another. The main one measures and writes checkpoints alone, which may take longer than
-# Ray's half hour with thousands of long responses; Ray sees a worker that died without it.
+# For a worker that waits for another. The main one measures and writes checkpoints alone: with thousands of long
+# responses that may take longer than Ray's half hour. Ray sees a worker that died without this limit.
 TIMEOUT_SECONDS = 4 * 3600
 POLL_SECONDS = 0.5
 TRANSIENT = (RuntimeError, OSError)  # a lost peer, or a storage that does not answer: workers start again
@@ -36,12 +36,12 @@ TRANSIENT = (RuntimeError, OSError)  # a lost peer, or a storage that does not a
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker is sent."""
+    """Everything that a worker is sent."""
 
     prepared: Prepared
     parallel: str
     threads: int
-    folder: str  # that relative paths start from
+    folder: str  # where relative paths start
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
         with explain_out_of_memory(OOM_REMEDIES):
             prepared = prepare(config, paths, overwrite, generate)
         paths.start(config, overwrite)
-        recover(paths.work)  # here too, where its message is seen
+        recover(paths.work)  # here too, where the user sees its message
         threads = options.threads or max(1, torch.get_num_threads() // options.num_workers)
         job = Job(prepared, options.parallel, threads, os.getcwd())
         print(f"Ray starts {options.num_workers} workers with a {kind} each.")
@@ -66,12 +66,12 @@ def train(
 
 
 def _ray_folder(paths: RunPaths) -> Path:
-    """Where Ray Train keeps its own state, in which nothing of ours is."""
+    """The folder of Ray Train's own state; nothing of ours is in it."""
     return (paths.work / "ray").resolve()
 
 
 def _device_kind(resources: dict[str, float], num_workers: int) -> str:
-    """What each worker takes one of: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
+    """Each worker takes one of these: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
     kind = "GPU" if resources.get("GPU") else "CPU"
     available = int(resources.get(kind, 0))
     if num_workers > available:
@@ -86,7 +86,7 @@ def _start(job: Job, num_workers: int, kind: str) -> Future:
     from ray.train.v2.api.callback import UserCallback
 
     class GiveUp(UserCallback):
-        """Workers are not started again for what they would meet again: bad input, or a fault in the code."""
+        """Does not start workers again after errors that would come again: bad input, or a fault in the code."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
@@ -143,7 +143,7 @@ def _follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """What a worker raised: Ray Train sends it inside an exception whose text is the traceback."""
+    """The exception of a worker: Ray Train sends it inside another one whose text is the traceback."""
     return getattr(error, "_base_exc", error)
 
 
