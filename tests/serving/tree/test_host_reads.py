@@ -184,7 +184,7 @@ def test_labels_become_tokens_without_the_host(launched):
 
 
 def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, meter, monkeypatch):
-    trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, NODES, META)
+    trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, [NODES], META)
     meter._timer = object()  # the thread that copies counters out is none of the step's business
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
     state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "layout": layout, "compaction": None}))
