@@ -32,6 +32,7 @@ VOCABULARY = 151_936
 BATCH = 64
 LARGE_VOCABULARY, LARGE_BATCH = 256_000, 1024
 TREE_NODES = (16, 64)  # a usual tree and the largest
+TREE_ROWS = (8, 16, 32, 65)  # of scheduled trees and of the largest: a tile of each size, and the rest of one
 
 
 class Launch(NamedTuple):
@@ -200,8 +201,9 @@ def default_shapes() -> None:
     transform(frames_of(12, torch.bfloat16, 0), 16)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
+    for max_rows in TREE_ROWS:
         for requests in (1, BATCH):
-            attention(128, torch.bfloat16, group=4, requests=requests, max_rows=1 + num_nodes)
+            attention(128, torch.bfloat16, group=4, requests=requests, max_rows=max_rows)
 
 
 def largest_shapes() -> None:

@@ -1,5 +1,7 @@
 """How much tree attention launches for the trees that are scheduled: tiles are full of queries that exist."""
 
+from math import prod
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,22 @@ def test_one_node_more_takes_another_tile_of_which_little_is_used(attend, merge)
     for nodes in TREE_SIZES:
         launch(num_requests=1, max_rows=2 + nodes, num_splits=1)
         assert (2 + nodes) * GROUP / (attend.grid[2] * attend.options["BLOCK_M"]) < 0.75
+
+
+@pytest.mark.parametrize("multiprocessors", [78, 132])
+@pytest.mark.parametrize("nodes", TREE_SIZES)
+def test_the_context_is_split_over_what_a_gpu_runs_at_once(nodes, multiprocessors, attend, merge, monkeypatch):
+    monkeypatch.setattr(gpu, "_num_multiprocessors", lambda device: multiprocessors)
+    for num_requests in (1, 2, 4):
+        launch(num_requests, max_rows=1 + nodes)
+        at_once = multiprocessors * (8 // attend.options["num_warps"])
+        most = 4096 // 256 * KV_HEADS * num_requests * (1 if nodes < 63 else 2)  # a part has some positions
+        assert min(at_once / 2, most) <= prod(attend.grid) <= at_once
+
+
+def test_more_requests_than_a_gpu_runs_at_once_are_not_split(attend, merge):
+    launch(num_requests=64, max_rows=64)
+    assert attend.grid == (64, KV_HEADS, 2) and not attend.options["SPLIT"] and not hasattr(merge, "grid")
 
 
 def test_what_is_merged_are_the_rows_that_a_request_has_at_most(attend, merge):

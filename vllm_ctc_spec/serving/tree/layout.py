@@ -69,7 +69,7 @@ class TreeLayout:
     def expect(self, attend: Attend, num_rows: int) -> None:
         """A batch in which no request has more than `num_rows` tree rows, at most 1 + N; known on the host.
 
-        Rounded up to the rows of a scheduled tree, because Triton compiles attention for each value.
+        Rounded up to the rows of a scheduled tree: tiles of attention follow from them, and Triton compiles each kind.
         """
         self.attend = attend
         self.max_rows = self.row_counts[bisect.bisect_left(self.row_counts, num_rows)]
