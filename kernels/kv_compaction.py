@@ -1,7 +1,7 @@
 """Compaction of the KV cache along an accepted path. Triton serves a GPU, the numpy reference a CPU."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -57,6 +57,15 @@ class CachePointers:
         if any(cache is None for cache in caches):
             raise RuntimeError("KV compaction would write into freed memory: a cache is gone, keep a reference to it.")
         return caches
+
+
+def group_equal(caches: Iterable[torch.Tensor]) -> list[CachePointers]:
+    """The caches of one block table by what a launch takes for all of them: shape, strides, dtype and device. Targets
+    whose layers differ in heads or sizes have several (`UniformTypeKVCacheSpecs` in vllm/v1/kv_cache_interface.py)."""
+    groups: dict[tuple, list[torch.Tensor]] = {}
+    for cache in caches:
+        groups.setdefault((cache.shape, cache.stride(), cache.dtype, cache.device), []).append(cache)
+    return [CachePointers(equal) for equal in groups.values()]
 
 
 def compact_kv(

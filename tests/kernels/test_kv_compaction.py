@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
+from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton, group_equal
 
 from ..oracle.trees import starts
 
@@ -95,6 +95,31 @@ def test_triton_on_dtypes(dtype: torch.dtype, triton_device: str) -> None:
 def test_triton_on_entries_of_several_blocks(triton_device: str) -> None:
     caches = random_caches(torch.bfloat16, "HND", 1, num_heads=5, size=512)
     assert_compaction(compact_kv_triton, "overlapping moves", caches, False, triton_device)
+
+
+def assert_unequal_caches_are_compacted(run, device: str) -> None:
+    """Layers of two head counts, and one that is stored in another order."""
+    kinds = random_caches(torch.bfloat16, "HND", 2), random_caches(torch.bfloat16, "HND", 3, num_heads=2)
+    caches = [layer.to(device) for layers in zip(*kinds) for layer in layers]  # in turns, as layers may come
+    caches += [layer.to(device) for layer in random_caches(torch.bfloat16, "NHD", 1)]
+    inputs = step(PATHS["several requests"], skipped=True)
+    expected = [cache.cpu().clone() for cache in caches]
+    for cache in expected:
+        move(cache, *inputs[:2], PATHS["several requests"])
+    groups = group_equal(caches)
+    assert [len(group.layers()) for group in groups] == [2, 2, 1]
+    for group in groups:
+        run(group, *(value.to(device) for value in inputs))
+    for cache, wanted in zip(caches, expected):
+        assert torch.equal(raw(cache), raw(wanted))
+
+
+def test_reference_on_unequal_caches() -> None:
+    assert_unequal_caches_are_compacted(compact_kv, "cpu")
+
+
+def test_triton_on_unequal_caches(triton_device: str) -> None:
+    assert_unequal_caches_are_compacted(compact_kv_triton, triton_device)
 
 
 @pytest.mark.parametrize(
