@@ -1,4 +1,5 @@
-"""Compaction of the KV cache along an accepted path. Triton serves a GPU, the numpy reference a CPU."""
+"""Compaction of the KV cache along an accepted path, and of all that is stored by slots like it. Triton serves a GPU,
+the numpy reference a CPU."""
 
 import weakref
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,9 @@ class CachePointers:
             )
         self.integer = _INTEGERS[first.element_size()]
         self.shape, self.strides = first.shape, first.stride()
-        self.addresses = torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=first.device)
+        # From pinned memory, because the host would wait for the GPU otherwise.
+        addresses = torch.tensor([cache.data_ptr() for cache in caches], pin_memory=first.is_cuda)
+        self.addresses = addresses.to(first.device, non_blocking=True)  # [L] int64
         self._caches = [weakref.ref(cache) for cache in caches]  # vLLM decides how long a cache lives
 
     def layers(self) -> list[torch.Tensor]:

@@ -164,6 +164,7 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
     tree_layout.tree_layout_triton(rows, starts, starts, requests, table, words, rows, out_rows)
     tree_walk.tree_walk_triton(rows, rows, table, requests, starts)
     compaction(torch.bfloat16, width, batch)
+    reordering(width, batch)
 
 
 def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
@@ -171,6 +172,15 @@ def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
     caches = kv_compaction.CachePointers([cache] * 32)
     of_requests = empty(batch, dtype=torch.int32)
     path = empty(batch, width, dtype=torch.int32)
+    kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), of_requests, path, of_requests)
+
+
+def reordering(width: int, batch: int) -> None:
+    """Hidden states, as `TreeLayout.put_path_first` moves their rows: blocks of one entry."""
+    states = empty(8192, 1, 1, 4096, dtype=torch.bfloat16)
+    of_requests = empty(batch, dtype=torch.int32)
+    path = empty(batch, width, dtype=torch.int32)
+    caches = kv_compaction.CachePointers([states] * 5)
     kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), of_requests, path, of_requests)
 
 

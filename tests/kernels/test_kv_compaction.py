@@ -159,3 +159,26 @@ def test_the_pointers_keep_no_cache_alive() -> None:
     for run in (compact_kv, compact_kv_triton):
         with pytest.raises(RuntimeError, match="would write into freed memory"):
             run(pointers, *one_move)
+
+
+def assert_rows_of_states_move(run, device: str) -> None:
+    """Hidden states [num_rows, H], as blocks of one entry whose slots are rows; H is no power of two."""
+    _, anchor_rows, path, num_sampled = step(PATHS["several requests"], skipped=False)
+    num_rows = 2 + NUM_ROWS * len(num_sampled)
+    states = torch.randn(5, num_rows, 24)
+    expected = states.clone()
+    for root, nodes in zip(anchor_rows.tolist(), PATHS["several requests"]):
+        for k, node in enumerate(nodes):
+            expected[:, root + k] = states[:, root + node]
+    moved = [rows[:, None, None] for rows in states.clone().to(device)]
+    (pointers,) = group_equal(moved)
+    run(pointers, *(value.to(device) for value in (torch.arange(num_rows), anchor_rows, path, num_sampled)))
+    assert torch.equal(torch.stack(moved).cpu().view(states.shape), expected) and not torch.equal(expected, states)
+
+
+def test_reference_on_rows_of_hidden_states() -> None:
+    assert_rows_of_states_move(compact_kv, "cpu")
+
+
+def test_triton_on_rows_of_hidden_states(triton_device: str) -> None:
+    assert_rows_of_states_move(compact_kv_triton, triton_device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.kernels.kv_compaction import path_moves
+from vllm_ctc_spec.kernels.kv_compaction import compact_kv, group_equal, path_moves
 
 
 class Attend(enum.Enum):
@@ -39,6 +39,7 @@ class TreeLayout:
     ancestors: Tensor  # [max_num_tokens] int64
     anchor_rows: Tensor  # [max_num_reqs] int32
     num_rows: Tensor  # [max_num_reqs] int32, tree rows, the anchor included; 0 for padding
+    row_numbers: Tensor  # [max_num_tokens] int64, 0, 1, 2, ..
     row_counts: tuple[int, ...]  # rows of a whole tree, for each size that is scheduled, ascending
 
     attend: Attend  # of this batch
@@ -60,6 +61,7 @@ class TreeLayout:
             ancestors=zeros(max_num_tokens, dtype=torch.int64),
             anchor_rows=zeros(max_num_reqs, dtype=torch.int32),
             num_rows=zeros(max_num_reqs, dtype=torch.int32),
+            row_numbers=torch.arange(max_num_tokens, device=device),
             row_counts=row_counts,
             attend=Attend.NO_ROWS,
             max_rows=row_counts[-1],
@@ -78,11 +80,12 @@ class TreeLayout:
         """Order the rows of each `[num_tokens, H]`, in place, so that a drafter that reads them sees a chain.
 
         Row `anchor_rows[r] + k` becomes row `anchor_rows[r] + path[r, k]` for the accepted k. Only these rows move: a
-        batch may carry thousands of a prefill beside them. Fixed shapes, nothing is read on the host.
+        batch may carry thousands of a prefill beside them. They move as the entries of a cache do whose slots are rows:
+        one launch for all states of one shape, and nothing is read on the host.
         """
-        to, source = path_moves(self.anchor_rows[: len(verdict.path)], *verdict)
-        for rows in states:
-            rows[to] = rows[source]
+        caches = [rows[:, None, None] for rows in states]  # blocks of one entry; kept until all have moved
+        for equal in group_equal(caches):
+            compact_kv(equal, self.row_numbers, self.anchor_rows[: len(verdict.path)], *verdict)
 
 
 def in_path_order(anchor_rows: Tensor, verdict: Verdict, num_rows: int) -> Tensor:
