@@ -78,8 +78,7 @@ def _tile(num_queries: int, block_d: int, element_size: int, capability: int) ->
 
 
 def _programs_at_once(device: torch.device, num_warps: int) -> int:
-    """How many programs the GPU holds. Registers let a multiprocessor hold one of 8 warps, with up to 231 a thread, or
-    two of 4 (benchmarks/results/ptx_resources.md)."""
+    """Registers let a multiprocessor hold one of 8 warps, or two of 4 (benchmarks/results/ptx_resources.md)."""
     return _num_multiprocessors(device) * (8 // num_warps)
 
 
