@@ -38,7 +38,7 @@ def tree_attention_triton(
     block_m, block_n, num_warps = _tile(max_rows * group, block_d, query.element_size(), capability)
     num_tiles = triton.cdiv(max_rows * group, block_m)
     if num_splits is None:
-        at_once = _programs_at_once(query.device, num_warps)
+        at_once = _num_multiprocessors(query.device) * (8 // num_warps)  # what their registers allow
         num_splits = _choose_splits(num_requests * num_kv_heads * num_tiles, max_blocks * block_size, at_once)
     partial, statistics = None, None
     if num_splits > 1:
@@ -77,11 +77,6 @@ def _tile(num_queries: int, block_d: int, element_size: int, capability: int) ->
     return queries, positions, 8 if queries == most else 4
 
 
-def _programs_at_once(device: torch.device, num_warps: int) -> int:
-    """Registers let a multiprocessor hold one of 8 warps, or two of 4 (benchmarks/results/ptx_resources.md)."""
-    return _num_multiprocessors(device) * (8 // num_warps)
-
-
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     """132, as on a Hopper GPU, where there is no device: for compilation ahead of time."""
@@ -89,8 +84,11 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def _choose_splits(num_programs: int, max_positions: int, at_once: int) -> int:
-    """One wave: a split more than the GPU holds at once only adds partial results."""
-    return max(1, min(at_once // num_programs, max_positions // _LEAST_POSITIONS))
+    """As many as run at once. Where that is one, and leaves a third of the GPU idle or more: three, in two waves."""
+    splits = at_once // num_programs
+    if splits == 1 and 3 * num_programs <= 2 * at_once:
+        splits = 3
+    return max(1, min(splits, max_positions // _LEAST_POSITIONS))
 
 
 @triton.jit

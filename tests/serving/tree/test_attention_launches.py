@@ -77,6 +77,13 @@ def test_the_context_is_split_over_what_a_gpu_runs_at_once(nodes, multiprocessor
         assert min(at_once / 2, most) <= prod(attend.grid) <= at_once
 
 
+@pytest.mark.parametrize(("num_requests", "splits"), [(8, 2), (9, 3), (11, 3), (12, 1), (16, 1), (17, 1)])
+def test_two_waves_of_thirds_are_shorter_than_one_that_leaves_half_of_the_gpu_idle(num_requests, splits, attend, merge):
+    """Eight programs a request, 132 at once: two waves of three splits take two thirds of the time of one without."""
+    launch(num_requests, max_rows=32)
+    assert attend.grid == (num_requests, KV_HEADS, splits)
+
+
 def test_more_requests_than_a_gpu_runs_at_once_are_not_split(attend, merge):
     launch(num_requests=64, max_rows=64)
     assert attend.grid == (64, KV_HEADS, 2) and not attend.options["SPLIT"] and not hasattr(merge, "grid")
