@@ -5,7 +5,7 @@
     python benchmarks/latency_model.py --steps RESULT.json --acceptance EVAL.json     # no measurement, other lengths
 
 A step costs the same whatever is accepted of its drafts, so that times of random weights are as good as others; with an
-acceptance length L (`vllm-ctc eval --json`),
+acceptance length L (`vllm-ctc eval --nodes 7,15,31,63 --json EVAL.json`),
 
     speedup = (L / step_time_spec) / (1 / step_time_none),    break-even L = step_time_spec / step_time_none
 
@@ -34,10 +34,10 @@ from server import on_cpu
 from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
 from tqdm import tqdm
 
-from vllm_ctc_spec.serving.options import SMALLEST_TREE, TREE_SIZES, tree_schedule
+from vllm_ctc_spec.serving.options import SMALLEST_TREE, TREE_SIZES, smaller_trees, tree_schedule
 
 NONE = "none"
-DRAFTS = ("chain:8", "tree:8", "tree:16", "tree:32", "tree:64")
+DRAFTS = ("chain:8", *(f"tree:{nodes}" for nodes in sorted(TREE_SIZES) if nodes >= SMALLEST_TREE))
 BATCH_SIZES = {True: (1, 2, 4, 8), False: (1, 2, 4, 8, 16, 32, 64, 128, 256)}  # on a CPU or not
 EXAMPLES = (2.0, 3.0, 4.0)  # acceptance lengths to plot where none are given
 ROOM = 128  # tokens a step and request: the largest tree must fit for all of them
@@ -83,7 +83,7 @@ def suggest_tree_rows(steps: Steps, lengths: Lengths) -> dict[int, tuple[int, fl
     measured = {int(draft.removeprefix("tree:")) for draft in lengths if draft.startswith("tree:")}
     suggested = {}
     for num_nodes in sorted(measured):
-        sizes = {num_nodes, *(size for size in TREE_SIZES if SMALLEST_TREE <= size < num_nodes)}
+        sizes = {num_nodes, *smaller_trees(num_nodes)}
         if not sizes <= measured:
             continue
         candidates = sorted({batch * (1 + nodes) for batch in steps for nodes in sizes} | {1})

@@ -1,7 +1,8 @@
-"""Compaction of the KV cache along an accepted path. Triton serves a GPU, the numpy reference a CPU."""
+"""Compaction of the KV cache along an accepted path, and of all that is stored by slots like it. Triton serves a GPU,
+the numpy reference a CPU."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ class CachePointers:
             )
         self.integer = _INTEGERS[first.element_size()]
         self.shape, self.strides = first.shape, first.stride()
-        self.addresses = torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=first.device)
+        # From pinned memory, because the host would wait for the GPU otherwise.
+        addresses = torch.tensor([cache.data_ptr() for cache in caches], pin_memory=first.is_cuda)
+        self.addresses = addresses.to(first.device, non_blocking=True)  # [L] int64
         self._caches = [weakref.ref(cache) for cache in caches]  # vLLM decides how long a cache lives
 
     def layers(self) -> list[torch.Tensor]:
@@ -57,6 +60,15 @@ class CachePointers:
         if any(cache is None for cache in caches):
             raise RuntimeError("KV compaction would write into freed memory: a cache is gone, keep a reference to it.")
         return caches
+
+
+def group_equal(caches: Iterable[torch.Tensor]) -> list[CachePointers]:
+    """The caches of one block table by what a launch takes for all of them: shape, strides, dtype and device. Targets
+    whose layers differ in heads or sizes have several (`UniformTypeKVCacheSpecs` in vllm/v1/kv_cache_interface.py)."""
+    groups: dict[tuple, list[torch.Tensor]] = {}
+    for cache in caches:
+        groups.setdefault((cache.shape, cache.stride(), cache.dtype, cache.device), []).append(cache)
+    return [CachePointers(equal) for equal in groups.values()]
 
 
 def compact_kv(

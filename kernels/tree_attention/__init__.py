@@ -35,7 +35,7 @@ def tree_attention(
         block_table: [R, max_blocks] int32, contiguous in max_blocks.
         seq_lens: [R] int32.
         rows: `TreeRows`. A request with num_rows = 0 is skipped.
-        max_rows: at most 65; no request has more rows.
+        max_rows: at most 65; no request has more rows. How much is launched follows from it: a tight one is fast.
 
     Why custom: attention of vLLM knows one causal order for the rows of a request. Here siblings must not see each
     other, and every request has its own tree, in one 64-bit word for each row. A tree is short and its context long:

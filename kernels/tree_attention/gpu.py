@@ -1,13 +1,13 @@
 """Serves a GPU, in Triton: attention over a part of the context, and the merge of the parts."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_ctc_spec.kernels.contract import TreeRows
 
-# Enough programs for two on each multiprocessor of a Hopper GPU. More splits only add partial results.
-_PROGRAMS = 264
 _LEAST_POSITIONS = 256  # of the longest possible context, for each split
 # The maximum before the first position. Finite, so that a part in which a row sees nothing gives exp2(0) and not NaN.
 _NOTHING_SEEN = tl.constexpr(-1e30)
@@ -38,7 +38,8 @@ def tree_attention_triton(
     block_m, block_n, num_warps = _tile(max_rows * group, block_d, query.element_size(), capability)
     num_tiles = triton.cdiv(max_rows * group, block_m)
     if num_splits is None:
-        num_splits = _choose_splits(num_requests * num_kv_heads * num_tiles, max_blocks * block_size)
+        at_once = _num_multiprocessors(query.device) * (8 // num_warps)  # what their registers allow
+        num_splits = _choose_splits(num_requests * num_kv_heads * num_tiles, max_blocks * block_size, at_once)
     partial, statistics = None, None
     if num_splits > 1:
         scratch = (num_requests, max_rows, num_heads, num_splits)
@@ -47,15 +48,15 @@ def tree_attention_triton(
     attend_kernel[(num_requests, num_kv_heads, num_tiles * num_splits)](
         query, *query.stride()[:2], key_cache, *key_cache.stride()[:3], value_cache, *value_cache.stride()[:3],
         output, *output.stride()[:2], partial, statistics, block_table, block_table.stride(0),
-        seq_lens, *rows, scale, num_splits,
-        MAX_ROWS=max_rows, GROUP=group, BLOCK_SIZE=block_size, D=head_size, BLOCK_D=block_d,
+        seq_lens, *rows, scale, max_rows, num_splits,
+        GROUP=group, BLOCK_SIZE=block_size, D=head_size, BLOCK_D=block_d,
         BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=num_splits > 1, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     if num_splits > 1:
         block_s = triton.next_power_of_2(num_splits)
         merge_kernel[(num_requests, max_rows, num_heads)](
             partial, statistics, output, *output.stride()[:2], rows.anchor_rows, rows.num_rows, num_splits,
-            MAX_ROWS=max_rows, D=head_size, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_C=min(block_s, 16), num_warps=1,
+            D=head_size, BLOCK_D=block_d, BLOCK_S=block_s, BLOCK_C=min(block_s, 16), num_warps=1,
         )  # fmt: skip
 
 
@@ -76,8 +77,18 @@ def _tile(num_queries: int, block_d: int, element_size: int, capability: int) ->
     return queries, positions, 8 if queries == most else 4
 
 
-def _choose_splits(num_programs: int, max_positions: int) -> int:
-    return max(1, min(_PROGRAMS // num_programs, max_positions // _LEAST_POSITIONS))
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """132, as on a Hopper GPU, where there is no device: for compilation ahead of time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _choose_splits(num_programs: int, max_positions: int, at_once: int) -> int:
+    """As many as run at once. Where that is one, and leaves a third of the GPU idle or more: three, in two waves."""
+    splits = at_once // num_programs
+    if splits == 1 and 3 * num_programs <= 2 * at_once:
+        splits = 3
+    return max(1, min(splits, max_positions // _LEAST_POSITIONS))
 
 
 @triton.jit
@@ -151,7 +162,7 @@ def _attend(
     return new_best, total, weighted
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["max_rows", "num_splits"])
 def attend_kernel(
     query_ptr,  # [num_tokens, Hq, D]
     query_stride_row,
@@ -167,8 +178,8 @@ def attend_kernel(
     output_ptr,  # [num_tokens, Hq, D]
     output_stride_row,
     output_stride_head,
-    partial_ptr,  # [R, MAX_ROWS, Hq, num_splits, D] fp32, the weighted sum of the values of a part
-    statistics_ptr,  # [R, MAX_ROWS, Hq, num_splits, 2] fp32, its largest score and its sum of weights
+    partial_ptr,  # [R, max_rows, Hq, num_splits, D] fp32, the weighted sum of the values of a part
+    statistics_ptr,  # [R, max_rows, Hq, num_splits, 2] fp32, its largest score and its sum of weights
     block_table_ptr,  # [R, max_blocks] int32
     block_table_stride,
     seq_lens_ptr,  # [R] int32
@@ -176,8 +187,8 @@ def attend_kernel(
     num_rows_ptr,  # [R] int32
     ancestors_ptr,  # [num_tokens] int64
     scale,
+    max_rows,
     num_splits,
-    MAX_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
@@ -235,7 +246,7 @@ def attend_kernel(
 
     if SPLIT:
         num_heads = tl.num_programs(1) * GROUP
-        part = ((request * MAX_ROWS + pair // GROUP).to(tl.int64) * num_heads + head) * num_splits + split
+        part = ((request * max_rows + pair // GROUP).to(tl.int64) * num_heads + head) * num_splits + split
         tl.store(statistics_ptr + part * 2, best, mask=used)
         tl.store(statistics_ptr + part * 2 + 1, total, mask=used)
         tl.store(partial_ptr + part[:, None] * D + column[None, :], weighted, mask=query_mask)
@@ -246,28 +257,27 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    partial_ptr,  # [R, MAX_ROWS, Hq, num_splits, D] fp32
-    statistics_ptr,  # [R, MAX_ROWS, Hq, num_splits, 2] fp32
+    partial_ptr,  # [R, max_rows, Hq, num_splits, D] fp32
+    statistics_ptr,  # [R, max_rows, Hq, num_splits, 2] fp32
     output_ptr,  # [num_tokens, Hq, D]
     output_stride_row,
     output_stride_head,
     anchor_rows_ptr,  # [R] int32
     num_rows_ptr,  # [R] int32
     num_splits,
-    MAX_ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`sum_s 2^(best_s - best) weighted_s / sum_s 2^(best_s - best) total_s`. Grid (R, MAX_ROWS, Hq).
+    """`sum_s 2^(best_s - best) weighted_s / sum_s 2^(best_s - best) total_s`. Grid (R, max_rows, Hq).
 
     The parts are read BLOCK_C at a time, to have that many loads under way.
     """
     request, node, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if node >= tl.load(num_rows_ptr + request):
         return
-    part = ((request * MAX_ROWS + node).to(tl.int64) * tl.num_programs(2) + head) * num_splits
+    part = ((request * tl.num_programs(1) + node).to(tl.int64) * tl.num_programs(2) + head) * num_splits
     split = tl.arange(0, BLOCK_S)
     statistics = statistics_ptr + (part + split) * 2
     best = tl.load(statistics, mask=split < num_splits, other=_NOTHING_SEEN)

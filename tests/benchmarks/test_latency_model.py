@@ -11,17 +11,17 @@ import pytest
 from latency_model import NONE
 
 SCRIPT = Path(latency_model.__file__)
-# Trees of 8 nodes cost half a step more for one request, of 16 a whole step; for four requests two and five.
+# Trees of 7 nodes cost half a step more for one request, of 16 a whole step; for four requests two and five.
 STEPS = {
-    1: {NONE: 10.0, "chain:8": 14.0, "tree:8": 15.0, "tree:16": 20.0},
-    2: {NONE: 10.0, "chain:8": 15.0, "tree:8": 20.0, "tree:16": 32.0},
-    4: {NONE: 10.0, "chain:8": 25.0, "tree:8": 30.0, "tree:16": 60.0},
+    1: {NONE: 10.0, "chain:8": 14.0, "tree:7": 15.0, "tree:16": 20.0},
+    2: {NONE: 10.0, "chain:8": 15.0, "tree:7": 20.0, "tree:16": 32.0},
+    4: {NONE: 10.0, "chain:8": 25.0, "tree:7": 30.0, "tree:16": 60.0},
 }
-LENGTHS = {"chain:8": 2.4, "tree:8": 2.7, "tree:16": 3.6}
+LENGTHS = {"chain:8": 2.4, "tree:7": 2.7, "tree:16": 3.6}
 
 
 def evaluation(path: Path) -> Path:
-    rows = [("chain of 8", 0.0, 2.4), ("tree of 8 nodes", 0.0, 2.7), ("tree of 16 nodes", 0.0, 3.6)]
+    rows = [("chain of 8", 0.0, 2.4), ("tree of 7 nodes", 0.0, 2.7), ("tree of 16 nodes", 0.0, 3.6)]
     rows += [("chain of 8", 1.0, 1.5), ("sampled chain of 8", 1.0, 1.9)]
     results = [{"drafts": drafts, "temperature": t, "acceptance_length": length} for drafts, t, length in rows]
     path.write_text(json.dumps({"results": results}))
@@ -45,26 +45,26 @@ def test_largest_paying_batch_is_before_the_first_that_does_not() -> None:
 
 
 def test_suggested_rows_give_every_batch_its_fastest_tree() -> None:
-    """One request: a tree of 16 (1.8 x against 1.8 x of 8: the request alone gets what was asked for). Two: a tree of 8
-    (1.35 x) and not one of 16 (1.13 x), so 18 rows but fewer than 34. Four: none (0.9 x), so fewer than 36."""
+    """One request: a tree of 16 (1.8 x against 1.8 x of 7: the request alone gets what was asked for). Two: a tree of 7
+    (1.35 x) and not one of 16 (1.13 x), so 16 rows but fewer than 34. Four: none (0.9 x), so fewer than 32."""
     suggested = latency_model.suggest_tree_rows(STEPS, LENGTHS)
-    assert {nodes: rows for nodes, (rows, _) in suggested.items()} == {8: 18, 16: 18}
+    assert {nodes: rows for nodes, (rows, _) in suggested.items()} == {7: 16, 16: 16}
     mean = (1.8 * 1.35 * 1.0) ** (1 / 3)
     assert [speedup for _, speedup in suggested.values()] == pytest.approx([mean, mean])
 
 
 def test_rows_are_not_suggested_where_a_smaller_tree_was_not_measured() -> None:
-    lengths = {name: length for name, length in LENGTHS.items() if name != "tree:8"}
+    lengths = {name: length for name, length in LENGTHS.items() if name != "tree:7"}
     assert latency_model.suggest_tree_rows(STEPS, lengths) == {}
 
 
 def test_a_draft_keeps_its_ratio_to_the_engine_that_it_took_turns_with() -> None:
     pairs = {
         "chain:8": {1: {NONE: 10.0, "chain:8": 15.0}},
-        "tree:8": {1: {NONE: 20.0, "tree:8": 40.0}},  # measured while the machine was slow
+        "tree:7": {1: {NONE: 20.0, "tree:7": 40.0}},  # measured while the machine was slow
         "tree:16": {1: {NONE: 12.0, "tree:16": 36.0}},
     }
-    assert latency_model.combine(pairs) == {1: {NONE: 12.0, "chain:8": 18.0, "tree:8": 24.0, "tree:16": 36.0}}
+    assert latency_model.combine(pairs) == {1: {NONE: 12.0, "chain:8": 18.0, "tree:7": 24.0, "tree:16": 36.0}}
 
 
 def test_acceptance_lengths_of_an_evaluation(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_report_with_and_without_acceptance_lengths(tmp_path: Path, monkeypatch:
     text = again.with_suffix(".md").read_text()
     assert "| 1 | 1.71 | 1.80 | 1.80 |" in text
     assert "| pays up to a batch of | 2 | 2 | 2 |" in text
-    assert "| 16 | 18 | 1.34 |" in text
-    assert json.loads(again.with_suffix(".json").read_text())["suggested_tree_rows"]["16"][0] == 18
+    assert "| 16 | 16 | 1.34 |" in text
+    assert json.loads(again.with_suffix(".json").read_text())["suggested_tree_rows"]["16"][0] == 16
     assert all(path.with_suffix(".png").stat().st_size > 0 for path in (output, again))
 
 
@@ -126,7 +126,7 @@ class SameProcess:
 @pytest.mark.slow
 def test_tiny_dummy_engines(tmp_path: Path) -> None:
     output = tmp_path / "tiny"
-    options = ["--shape", "tiny", "--drafts", "chain:8", "tree:8", "--batch-sizes", "1", "2", "--repeats", "1"]
+    options = ["--shape", "tiny", "--drafts", "chain:8", "tree:7", "--batch-sizes", "1", "2", "--repeats", "1"]
     options += ["--max-tokens", "16", "--context", "16", "--output", str(output)]
     child = subprocess.run(
         [sys.executable, str(SCRIPT), *options], env=dict(os.environ), capture_output=True, text=True, check=False
@@ -134,5 +134,5 @@ def test_tiny_dummy_engines(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     record = json.loads(output.with_suffix(".json").read_text())
     for times in record["step_ms"].values():
-        assert list(times) == [NONE, "chain:8", "tree:8"] and min(times.values()) > 0
-        assert times["tree:8"] > times[NONE]  # a drafter's forward more
+        assert list(times) == [NONE, "chain:8", "tree:7"] and min(times.values()) > 0
+        assert times["tree:7"] > times[NONE]  # a drafter's forward more

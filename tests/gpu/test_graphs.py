@@ -19,6 +19,7 @@ from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.kernels.tree_mask import tree_mask
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
+from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
@@ -182,3 +183,21 @@ def test_verification_is_one_graph(batch: int, input_seed: int, device: torch.de
     torch.manual_seed(input_seed)
     inputs = verify_inputs(batch, device)
     assert_graph_equals_eager(verify_step(inputs), inputs, verify_inputs(batch, device))
+
+
+def test_hidden_states_are_reordered_without_synchronisation(input_seed: int, device: torch.device) -> None:
+    """Between two graphs: the addresses of the states, which may be new in every step, go to the GPU without a wait."""
+    torch.manual_seed(input_seed)
+    layout = TreeLayout.allocate(2, 64, [4], device)
+    layout.anchor_rows[:] = torch.tensor([3, 20])
+    path = torch.tensor([[0, 2, 4, 4, 4], [0, 1, 3, 4, 4]], dtype=torch.int32, device=device)
+    verdict = Verdict(path, torch.tensor([3, 4], dtype=torch.int32, device=device))
+    before = torch.randn(5, 40, SIZE.hidden, device=device)
+    layout.put_path_first(verdict, list(before.clone()))  # compiles
+    states = before.clone()
+    with without_synchronisation(device):
+        layout.put_path_first(verdict, list(states))
+    expected = before.clone()
+    for to, source in ((4, 5), (5, 7), (22, 23), (23, 24)):
+        expected[:, to] = before[:, source]
+    assert torch.equal(states, expected)

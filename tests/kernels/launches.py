@@ -32,6 +32,7 @@ VOCABULARY = 151_936
 BATCH = 64
 LARGE_VOCABULARY, LARGE_BATCH = 256_000, 1024
 TREE_NODES = (16, 64)  # a usual tree and the largest
+TREE_ROWS = (8, 16, 32, 65)  # of scheduled trees and of the largest: a tile of each size, and the rest of one
 
 
 class Launch(NamedTuple):
@@ -163,6 +164,7 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
     tree_layout.tree_layout_triton(rows, starts, starts, requests, table, words, rows, out_rows)
     tree_walk.tree_walk_triton(rows, rows, table, requests, starts)
     compaction(torch.bfloat16, width, batch)
+    reordering(width, batch)
 
 
 def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
@@ -170,6 +172,15 @@ def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
     caches = kv_compaction.CachePointers([cache] * 32)
     of_requests = empty(batch, dtype=torch.int32)
     path = empty(batch, width, dtype=torch.int32)
+    kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), of_requests, path, of_requests)
+
+
+def reordering(width: int, batch: int) -> None:
+    """Hidden states, as `TreeLayout.put_path_first` moves their rows: blocks of one entry."""
+    states = empty(8192, 1, 1, 4096, dtype=torch.bfloat16)
+    of_requests = empty(batch, dtype=torch.int32)
+    path = empty(batch, width, dtype=torch.int32)
+    caches = kv_compaction.CachePointers([states] * 5)
     kv_compaction.compact_kv_triton(caches, empty(8192, dtype=torch.int64), of_requests, path, of_requests)
 
 
@@ -200,8 +211,9 @@ def default_shapes() -> None:
     transform(frames_of(12, torch.bfloat16, 0), 16)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
+    for max_rows in TREE_ROWS:
         for requests in (1, BATCH):
-            attention(128, torch.bfloat16, group=4, requests=requests, max_rows=1 + num_nodes)
+            attention(128, torch.bfloat16, group=4, requests=requests, max_rows=max_rows)
 
 
 def largest_shapes() -> None:

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton
+from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv, compact_kv_triton, group_equal
 
 from ..oracle.trees import starts
 
@@ -97,6 +97,31 @@ def test_triton_on_entries_of_several_blocks(triton_device: str) -> None:
     assert_compaction(compact_kv_triton, "overlapping moves", caches, False, triton_device)
 
 
+def assert_unequal_caches_are_compacted(run, device: str) -> None:
+    """Layers of two head counts, and one that is stored in another order."""
+    kinds = random_caches(torch.bfloat16, "HND", 2), random_caches(torch.bfloat16, "HND", 3, num_heads=2)
+    caches = [layer.to(device) for layers in zip(*kinds) for layer in layers]  # in turns, as layers may come
+    caches += [layer.to(device) for layer in random_caches(torch.bfloat16, "NHD", 1)]
+    inputs = step(PATHS["several requests"], skipped=True)
+    expected = [cache.cpu().clone() for cache in caches]
+    for cache in expected:
+        move(cache, *inputs[:2], PATHS["several requests"])
+    groups = group_equal(caches)
+    assert [len(group.layers()) for group in groups] == [2, 2, 1]
+    for group in groups:
+        run(group, *(value.to(device) for value in inputs))
+    for cache, wanted in zip(caches, expected):
+        assert torch.equal(raw(cache), raw(wanted))
+
+
+def test_reference_on_unequal_caches() -> None:
+    assert_unequal_caches_are_compacted(compact_kv, "cpu")
+
+
+def test_triton_on_unequal_caches(triton_device: str) -> None:
+    assert_unequal_caches_are_compacted(compact_kv_triton, triton_device)
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [
@@ -134,3 +159,26 @@ def test_the_pointers_keep_no_cache_alive() -> None:
     for run in (compact_kv, compact_kv_triton):
         with pytest.raises(RuntimeError, match="would write into freed memory"):
             run(pointers, *one_move)
+
+
+def assert_rows_of_states_move(run, device: str) -> None:
+    """Hidden states [num_rows, H], as blocks of one entry whose slots are rows; H is no power of two."""
+    _, anchor_rows, path, num_sampled = step(PATHS["several requests"], skipped=False)
+    num_rows = 2 + NUM_ROWS * len(num_sampled)
+    states = torch.randn(5, num_rows, 24)
+    expected = states.clone()
+    for root, nodes in zip(anchor_rows.tolist(), PATHS["several requests"]):
+        for k, node in enumerate(nodes):
+            expected[:, root + k] = states[:, root + node]
+    moved = [rows[:, None, None] for rows in states.clone().to(device)]
+    (pointers,) = group_equal(moved)
+    run(pointers, *(value.to(device) for value in (torch.arange(num_rows), anchor_rows, path, num_sampled)))
+    assert torch.equal(torch.stack(moved).cpu().view(states.shape), expected) and not torch.equal(expected, states)
+
+
+def test_reference_on_rows_of_hidden_states() -> None:
+    assert_rows_of_states_move(compact_kv, "cpu")
+
+
+def test_triton_on_rows_of_hidden_states(triton_device: str) -> None:
+    assert_rows_of_states_move(compact_kv_triton, triton_device)

@@ -139,6 +139,18 @@ def test_triton_on_mixed_steps(heads: tuple[int, int], num_splits: int, triton_d
     assert_attention(tree_attention_triton, step, num_splits=num_splits)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("max_rows", [5, 8, 17, 65])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-6), (torch.float16, 3e-3)], ids=str)
+def test_triton_gives_the_same_for_any_number_of_rows_that_holds_all(
+    dtype: torch.dtype, atol: float, max_rows: int, num_splits: int, triton_device: str
+) -> None:
+    """The tiles follow from it: one to nine of 32 queries in fp32, one of 32 to three of 128 in fp16."""
+    step = make_step([(37, 5), (90, 3), (3, 1)], dtype=dtype, heads=(4, 1), device=triton_device)
+    step.arguments["max_rows"] = max_rows
+    assert_attention(tree_attention_triton, step, atol, num_splits=num_splits)
+
+
 def test_triton_merges_more_splits_than_tiles(triton_device: str) -> None:
     step = make_step([(37, 5), (90, 2)], device=triton_device)
     assert_attention(tree_attention_triton, step, num_splits=18)

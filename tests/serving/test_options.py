@@ -9,6 +9,7 @@ import pytest
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving.options import (
+    DEFAULT_TREE_NODES,
     MAX_CANDIDATES,
     SCHEDULE,
     TREE_SIZES,
@@ -111,7 +112,7 @@ def test_a_tree_has_no_more_candidates_than_a_gpu_program_holds():
         (0, {}, "chain", 4),
         (24, {}, "tree", 24),
         (24, {"ctc_draft": "chain"}, "chain", 4),
-        (0, TREE, "tree", 32),
+        (0, TREE, "tree", 31),
     ],
 )
 def test_defaults_come_from_the_checkpoint(tree_nodes, given, draft, budget):
@@ -131,8 +132,10 @@ def test_budgets_are_checked(draft, largest):
             options.check_budget(budget, drafter)
 
 
-@pytest.mark.parametrize("smallest", [8, 4])
-@pytest.mark.parametrize(("nodes", "rows"), [(16, 36), (64, 256), (5, 7), (64, 10), (1, 1), (5, 16)])
+@pytest.mark.parametrize("smallest", [7, 3])
+@pytest.mark.parametrize(
+    ("nodes", "rows"), [(16, 36), (64, 256), (32, 256), (31, 256), (8, 36), (5, 7), (64, 10), (1, 1), (5, 16)]
+)
 def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes, rows, smallest):
     schedule = tree_schedule(nodes, rows, smallest)
     by_batch = {batch: size for first, last, size in schedule for batch in range(first, min(last, 2 * rows) + 1)}
@@ -140,5 +143,18 @@ def test_no_batch_verifies_more_rows_than_it_may_and_none_could_have_more(nodes,
     assert by_batch.pop(1) == nodes  # what was asked for
     for batch, size in by_batch.items():
         sizes = [n for n in TREE_SIZES if n >= smallest]
-        allowed = [n for n in (*sizes, nodes, 0) if n <= nodes and (n == 0 or batch * (1 + n) <= rows)]
-        assert size == max(allowed)
+        allowed = [n for n in (*sizes, nodes, 0) if n in (nodes, 0) or n < nodes - 1]
+        assert size == max(n for n in allowed if n == 0 or batch * (1 + n) <= rows)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sizes"),
+    [(64, [64, 31, 15, 7, 0]), (63, [63, 31, 15, 7, 0]), (32, [32, 15, 7, 0]), (16, [16, 7, 0]), (8, [8, 0])],
+)
+def test_a_tree_of_any_size_is_followed_by_trees_that_are_a_power_of_two_with_their_anchor(nodes, sizes):
+    assert [size for _, _, size in tree_schedule(nodes, 256)] == sizes
+
+
+def test_the_default_tree_fills_what_a_step_may_verify():
+    """On a GPU; 256 rows for 8, 16 and 32 requests."""
+    assert tree_schedule(DEFAULT_TREE_NODES, 256)[:3] == [(1, 8, 31), (9, 16, 15), (17, 32, 7)]

@@ -28,8 +28,8 @@ def test_the_draft_graph_stores_as_many_rows_as_up_to_so_many_requests_verify(sc
 
 
 def test_larger_batches_store_no_more_rows_than_trees_may_have():
-    assert most_verified_rows(config(32, 1000, tree_schedule(32, 256)))[1000] == 1000  # anchors alone
-    assert most_verified_rows(config(32, 28, tree_schedule(32, 256)))[28] == 255
+    assert most_verified_rows(config(31, 1000, tree_schedule(31, 256)))[1000] == 1000  # anchors alone
+    assert most_verified_rows(config(31, 32, tree_schedule(31, 256)))[32] == 256
 
 
 def test_a_captured_draft_always_drafts_and_the_warm_up_counts_nothing(monkeypatch):

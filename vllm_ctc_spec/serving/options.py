@@ -17,13 +17,14 @@ from vllm_ctc_spec.serving.folder import find_drafter
 PREFIX = "ctc_"  # of our own keys
 DRAFTS = ("chain", "tree")
 SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}
-DEFAULT_TREE_NODES = 32
+DEFAULT_TREE_NODES = 31
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-TREE_SIZES = (64, 32, 16, 8, 4)
-"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each."""
-SMALLEST_TREE = 8
+TREE_SIZES = (63, 31, 15, 7, 3)
+"""Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each. With the anchor a tree has 64, 32, 16,
+8 or 4 rows: tiles of attention and of matrix products are full, and one node more takes another tile."""
+SMALLEST_TREE = 7
 """Of a schedule, because the drafter's forward costs the same for less (measured: benchmarks/results/tree_rows.md)."""
 
 
@@ -146,7 +147,7 @@ def parse(speculative: Mapping[str, Any], target: Any) -> Resolved:
 # beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
 # and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
 # 295 (3.35 TB/s, H100).
-TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 4)}
+TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 3)}
 
 
 def default_tree_rows(target: str | Path) -> tuple[int, int]:
@@ -158,6 +159,11 @@ def default_tree_rows(target: str | Path) -> tuple[int, int]:
     return TREE_ROWS["cpu, large target" if is_large(target) else "cpu"]
 
 
+def smaller_trees(num_nodes: int, smallest: int = SMALLEST_TREE) -> list[int]:
+    """What larger batches may get instead of `num_nodes`, largest first. One node less is worth no CUDA graphs."""
+    return [size for size in TREE_SIZES if smallest <= size < num_nodes - 1]
+
+
 def tree_schedule(num_nodes: int, rows: int, smallest: int = SMALLEST_TREE) -> list[tuple[int, int, int]]:
     """Value of vLLM's option SCHEDULE: (first batch size, last, nodes).
 
@@ -166,7 +172,7 @@ def tree_schedule(num_nodes: int, rows: int, smallest: int = SMALLEST_TREE) -> l
     tree of K nodes.
     """
     schedule, first = [], 1
-    for nodes in (num_nodes, *(size for size in TREE_SIZES if smallest <= size < num_nodes)):
+    for nodes in (num_nodes, *smaller_trees(num_nodes, smallest)):
         last = max(rows // (1 + nodes), 1)
         if last >= first:
             schedule.append((first, last, nodes))

@@ -29,15 +29,19 @@ from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
-def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
-    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
-    where larger batches verify less."""
+def scheduled_drafts(vllm_config: VllmConfig) -> list[int]:
+    """`[R]` is how many draft tokens a request of R has at most: N, or fewer where larger batches verify less."""
     speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
-    num_drafted = [speculative.num_speculative_tokens] * (1 + max_num_reqs)
-    if speculative.num_speculative_tokens_per_batch_size is not None:
-        num_drafted = build_dynamic_sd_schedule_lookup(
-            speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
-        )
+    if speculative.num_speculative_tokens_per_batch_size is None:
+        return [speculative.num_speculative_tokens] * (1 + max_num_reqs)
+    return build_dynamic_sd_schedule_lookup(
+        speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
+    )
+
+
+def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
+    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests."""
+    num_drafted = scheduled_drafts(vllm_config)
     return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
 
 
@@ -57,7 +61,8 @@ class CTCProposer(DFlashSpeculator):
         self.layout: TreeLayout | None = None
         if self.options.draft == "tree":  # not with the weights: a sleeping engine gives back their memory
             self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
-            self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, self.num_drafted, device)
+            sizes = {self.num_drafted, *scheduled_drafts(vllm_config)}
+            self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, sizes, device)
         width = self.options.tree_width or default_width(self.num_drafted)
         self.budget = Budget(self.num_drafted, width, self.options.tree_depth)  # of a tree
         self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary

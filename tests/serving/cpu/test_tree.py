@@ -48,7 +48,7 @@ class Batch:
         self.block_table = torch.zeros(len(REQUESTS), max(lengths) // block_size + 1, dtype=torch.int32)
         total = sum(rows for _, rows in REQUESTS)
         self.query = torch.randn(total, num_heads, head_size, generator=generator)
-        self.layout = TreeLayout.allocate(len(REQUESTS), total, MAX_ROWS - 1, torch.device("cpu"))
+        self.layout = TreeLayout.allocate(len(REQUESTS), total, [MAX_ROWS - 1], torch.device("cpu"))
         self.dense = torch.zeros(2, NUM_BLOCKS, block_size, num_kv_heads, head_size)
         self.slots, root = [], 0
         for r, (before, rows) in enumerate(REQUESTS):

@@ -25,7 +25,7 @@ from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftStep
 from vllm_ctc_spec.drafter.lattice import FrameOutputs, TransitionHead, read_lattice
 from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
-from vllm_ctc_spec.kernels import prefix_search
+from vllm_ctc_spec.kernels import kv_compaction, prefix_search
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.serving.metrics import CounterFile, DraftMeter
@@ -95,6 +95,7 @@ def launched(monkeypatch) -> list[str]:
         module = importlib.import_module(f"vllm_ctc_spec.kernels.{function}")
         if function != "prefix_search":
             monkeypatch.setattr(module, f"{function}_reference", getattr(module, f"{function}_triton"))
+    monkeypatch.setattr(kv_compaction, "compact_kv_reference", kv_compaction.compact_kv_triton)
     monkeypatch.setattr(prefix_search.cpu, "prefix_search_cpu", prefix_search.gpu.prefix_search_triton)
     return names
 
@@ -184,7 +185,7 @@ def test_labels_become_tokens_without_the_host(launched):
 
 
 def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, meter, monkeypatch):
-    trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, NODES, META)
+    trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, [NODES], META)
     meter._timer = object()  # the thread that copies counters out is none of the step's business
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
     state = object.__new__(type("State", (TreeModelState,), {"trees": trees, "layout": layout, "compaction": None}))
@@ -212,7 +213,8 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, mete
         expanded_local_pos=tokens.int(), seq_lens_upper_bound_np=rows[1:], verify_draft_sampled=tokens,
     )  # fmt: skip
     assert sampled.shape == (REQUESTS, 1 + NODES)
-    layout.put_path_first(Verdict(sampler._paths[-1], num_sampled), [empty(num_tokens, HIDDEN)])
+    layout.put_path_first(Verdict(sampler._paths[-1], num_sampled), [empty(num_tokens, HIDDEN)] * 5)
+    assert launched.count("_compact_kv_kernel") == 1  # for all states
     meter._host = empty(*meter.totals.shape, dtype=torch.int64)  # a copy that nobody waits for
     meter.observe(slots.long(), num_sampled)
     assert {"_tree_layout_kernel", "_tree_walk_kernel"} <= set(launched)

@@ -17,7 +17,7 @@ def test_accepted_rows_come_first_and_no_other_row_moves():
 
 
 def test_a_drafter_reads_the_accepted_rows_first():
-    layout = TreeLayout.allocate(max_num_reqs=4, max_num_tokens=20, num_nodes=3, device=torch.device("cpu"))
+    layout = TreeLayout.allocate(max_num_reqs=4, max_num_tokens=20, tree_sizes=[3], device=torch.device("cpu"))
     layout.anchor_rows[:3] = ANCHOR_ROWS
     states = [torch.randn(NUM_ROWS, 2), torch.randn(NUM_ROWS + 5, 2)]  # the second with padding
     before = [rows.clone() for rows in states]

@@ -1,4 +1,4 @@
-"""Which attention a step takes: decided on the host, and for a CUDA graph when it is captured."""
+"""Which attention a step takes, for how many rows: decided on the host, and for a CUDA graph when it is captured."""
 
 from types import SimpleNamespace
 
@@ -9,19 +9,20 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_ctc_spec.serving.tree import attention
 from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout
 from vllm_ctc_spec.serving.tree.model_state import TreeModelState
 from vllm_ctc_spec.serving.tree.table import TreeTable
 
-NODES, CPU = 4, torch.device("cpu")
+NODES, SMALLER, CPU = 4, 2, torch.device("cpu")
 
 
 @pytest.fixture
 def state(monkeypatch) -> TreeModelState:
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
     kind = type("State", (TreeModelState,), {
-        "trees": TreeTable(8, NODES, CPU), "layout": TreeLayout.allocate(8, 64, NODES, CPU), "compaction": None,
-        "proposer": None,
+        "trees": TreeTable(8, NODES, CPU), "layout": TreeLayout.allocate(8, 64, [NODES, SMALLER, 0], CPU),
+        "compaction": None, "proposer": None,
     })  # fmt: skip
     return object.__new__(kind)
 
@@ -48,6 +49,30 @@ def test_a_step_takes_what_its_rows_need(state):
     assert prepare(state, batch([30, 1], [1, 1])) is Attend.NO_ROWS
 
 
+@pytest.mark.parametrize(
+    ("tree_rows", "max_rows"),
+    [([5, 5, 2], 5), ([3, 3], 3), ([3, 1], 3), ([2, 2], 3), ([4, 1], 5), ([1, 5], 5), ([2, 1], 3)],
+)
+@pytest.mark.parametrize("prompt", [0, 30])
+def test_attention_is_launched_for_the_rows_of_a_scheduled_tree_that_hold_all_of_the_batch(
+    state, tree_rows, max_rows, prompt
+):
+    prepare(state, batch([prompt + tree_rows[0], *tree_rows[1:]], tree_rows))
+    assert state.layout.max_rows == max_rows >= state.layout.num_rows.max()
+
+
+def test_attention_is_launched_for_what_a_request_has_and_not_for_1_plus_n(state, monkeypatch):
+    """Through the attention layer's own way, with vLLM's metadata."""
+    launched = []
+    monkeypatch.setattr(attention, "tree_attention", lambda *args: launched.append(args[-1]))
+    layer, query, cache = SimpleNamespace(head_size=8, scale=1.0), torch.zeros(10, 1, 8), torch.zeros(1, 1, 16, 16)
+    metadata = SimpleNamespace(seq_lens=torch.zeros(2, dtype=torch.int32), block_table=None)
+    for tree_rows in ([5, 5], [3, 3], [2, 1]):
+        prepare(state, batch(tree_rows, tree_rows))
+        attention.attend_tree_rows(layer, state.layout, query, cache, metadata, query)
+    assert launched == [5, 3, 3]
+
+
 @pytest.mark.parametrize(("rows", "attend"), [(1 + NODES, Attend.ALL_ROWS), (3, Attend.ALL_ROWS), (1, Attend.NO_ROWS)])
 def test_a_graph_of_verifications_captures_our_attention(state, rows, attend):
     """vLLM captures full graphs with a dummy batch that has no drafts, and says that no graph runs
@@ -56,6 +81,7 @@ def test_a_graph_of_verifications_captures_our_attention(state, rows, attend):
     dummy = InputBatch.make_dummy(4, 4 * rows, buffers)
     assert dummy.num_draft_tokens == 0
     assert prepare(state, dummy, for_capture=True) is attend
+    assert state.layout.max_rows == rows
     address = state.layout.positions.data_ptr()
     prepare(state, batch([5, 5], [5, 5]), CUDAGraphMode.FULL)
     assert state.layout.positions.data_ptr() == address

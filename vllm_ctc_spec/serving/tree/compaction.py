@@ -4,12 +4,12 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
+from vllm_ctc_spec.kernels.kv_compaction import compact_kv, group_equal
 from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 
 
 class PathCompaction:
-    """One launch over all of the target's layers that share a block table (a KV cache group).
+    """One launch over all of the target's layers that share a block table (a KV cache group) and have equal caches.
 
     Until it has run, the rows behind the anchor hold the tree. Nothing reads or hashes them before: vLLM's scheduler
     commits a request's blocks up to the tokens that it knows of, the anchor at most, and the next forward and the
@@ -21,8 +21,11 @@ class PathCompaction:
 
     def bind(self, kv_cache_config: KVCacheConfig) -> None:
         """The cache tensors exist now."""
-        caches = self.caches_by_group(kv_cache_config)
-        self._groups = {group_id: CachePointers(tensors) for group_id, tensors in caches.items()}
+        self._launches = [
+            (group_id, equal)
+            for group_id, caches in self.caches_by_group(kv_cache_config).items()
+            for equal in group_equal(caches)
+        ]
 
     def caches_by_group(self, kv_cache_config: KVCacheConfig) -> dict[int, list[torch.Tensor]]:
         """The caches of the target's layers by KV cache group; layers that share a cache count once."""
@@ -36,5 +39,5 @@ class PathCompaction:
 
     def run(self, layout: TreeLayout, verdict: Verdict) -> None:
         anchor_rows = layout.anchor_rows[: len(verdict.path)]
-        for group_id, caches in self._groups.items():
+        for group_id, caches in self._launches:
             compact_kv(caches, layout.slot_mappings[group_id], anchor_rows, *verdict)

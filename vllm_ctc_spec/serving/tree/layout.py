@@ -1,13 +1,15 @@
 """Where trees lie in the batch that verifies them (`TreeLayout`), and what the verification says (`Verdict`)."""
 
+import bisect
 import dataclasses
 import enum
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.kernels.kv_compaction import path_moves
+from vllm_ctc_spec.kernels.kv_compaction import compact_kv, group_equal, path_moves
 
 
 class Attend(enum.Enum):
@@ -37,14 +39,19 @@ class TreeLayout:
     ancestors: Tensor  # [max_num_tokens] int64
     anchor_rows: Tensor  # [max_num_reqs] int32
     num_rows: Tensor  # [max_num_reqs] int32, tree rows, the anchor included; 0 for padding
-    max_rows: int  # 1 + N
+    row_numbers: Tensor  # [max_num_tokens] int64, 0, 1, 2, ..
+    row_counts: tuple[int, ...]  # rows of a whole tree, for each size that is scheduled, ascending
 
     attend: Attend  # of this batch
+    max_rows: int  # one of row_counts; no request of this batch has more tree rows
     slot_mappings: Tensor  # [num_kv_cache_groups, num_tokens] int64, vLLM's own for this batch
 
     @classmethod
-    def allocate(cls, max_num_reqs: int, max_num_tokens: int, num_nodes: int, device: torch.device) -> "TreeLayout":
-        """The layout of a batch without rows."""
+    def allocate(
+        cls, max_num_reqs: int, max_num_tokens: int, tree_sizes: Iterable[int], device: torch.device
+    ) -> "TreeLayout":
+        """The layout of a batch without rows. tree_sizes: how many nodes are scheduled for a request, N among them."""
+        row_counts = tuple(sorted({1 + nodes for nodes in tree_sizes}))
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -54,20 +61,31 @@ class TreeLayout:
             ancestors=zeros(max_num_tokens, dtype=torch.int64),
             anchor_rows=zeros(max_num_reqs, dtype=torch.int32),
             num_rows=zeros(max_num_reqs, dtype=torch.int32),
-            max_rows=1 + num_nodes,
+            row_numbers=torch.arange(max_num_tokens, device=device),
+            row_counts=row_counts,
             attend=Attend.NO_ROWS,
+            max_rows=row_counts[-1],
             slot_mappings=zeros(0, 0, dtype=torch.int64),
         )
+
+    def expect(self, attend: Attend, num_rows: int) -> None:
+        """A batch in which no request has more than `num_rows` tree rows, at most 1 + N; known on the host.
+
+        Rounded up to the rows of a scheduled tree: tiles of attention follow from them, and Triton compiles each kind.
+        """
+        self.attend = attend
+        self.max_rows = self.row_counts[bisect.bisect_left(self.row_counts, num_rows)]
 
     def put_path_first(self, verdict: Verdict, states: list[Tensor]) -> None:
         """Order the rows of each `[num_tokens, H]`, in place, so that a drafter that reads them sees a chain.
 
         Row `anchor_rows[r] + k` becomes row `anchor_rows[r] + path[r, k]` for the accepted k. Only these rows move: a
-        batch may carry thousands of a prefill beside them. Fixed shapes, nothing is read on the host.
+        batch may carry thousands of a prefill beside them. They move as the entries of a cache do whose slots are rows:
+        one launch for all states of one shape, and nothing is read on the host.
         """
-        to, source = path_moves(self.anchor_rows[: len(verdict.path)], *verdict)
-        for rows in states:
-            rows[to] = rows[source]
+        caches = [rows[:, None, None] for rows in states]  # blocks of one entry; kept until all have moved
+        for equal in group_equal(caches):
+            compact_kv(equal, self.row_numbers, self.anchor_rows[: len(verdict.path)], *verdict)
 
 
 def in_path_order(anchor_rows: Tensor, verdict: Verdict, num_rows: int) -> Tensor:

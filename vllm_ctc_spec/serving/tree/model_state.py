@@ -63,7 +63,7 @@ class TreeModelState(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         layout = self.layout
-        layout.attend = _attend(input_batch, for_capture)
+        layout.expect(*_tree_rows(input_batch, for_capture))
         layout.slot_mappings = slot_mappings
         tree_layout(
             input_batch.positions,
@@ -92,19 +92,19 @@ class TreeModelState(DefaultModelState):
         return sampler, TreeRejectionSampler(self, sampler)
 
 
-def _attend(input_batch: InputBatch, for_capture: bool) -> Attend:
-    """Computed on the host. While a CUDA graph is replayed, the captured choice wins and this value is ignored.
+def _tree_rows(input_batch: InputBatch, for_capture: bool) -> tuple[Attend, int]:
+    """Which rows our attention takes, and how many of them a request has at most. Computed on the host. While a CUDA
+    graph is replayed, the captured values win and these are ignored.
 
     Full graphs are captured with a dummy batch, which has no drafts, and replayed for verifications of that many rows a
     request (UNIFORM_BATCH); with one row a request there is nothing to verify, and the stock attention is right.
     """
-    if for_capture:
-        return Attend.ALL_ROWS if input_batch.num_tokens > input_batch.num_reqs else Attend.NO_ROWS
-    if input_batch.num_draft_tokens == 0:
-        return Attend.NO_ROWS
     rows = np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
-    tree_rows = np.diff(input_batch.cu_num_logits_np)
-    return Attend.ALL_ROWS if np.array_equal(rows, tree_rows) else Attend.TREE_ROWS
+    tree_rows = rows if for_capture else np.diff(input_batch.cu_num_logits_np)
+    most = int(tree_rows.max())
+    if most == 1:
+        return Attend.NO_ROWS, most
+    return Attend.ALL_ROWS if np.array_equal(rows, tree_rows) else Attend.TREE_ROWS, most
 
 
 def _depends_on_history(params: SamplingParams | None) -> bool:
