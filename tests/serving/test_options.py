@@ -11,7 +11,9 @@ from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving.options import (
     DEFAULT_TREE_NODES,
     MAX_CANDIDATES,
+    MAX_TREE_ROWS,
     SCHEDULE,
+    TREE_ROWS,
     TREE_SIZES,
     ServingOptions,
     default_tree_rows,
@@ -158,3 +160,9 @@ def test_a_tree_of_any_size_is_followed_by_trees_that_are_a_power_of_two_with_th
 def test_the_default_tree_fills_what_a_step_may_verify():
     """On a GPU; 256 rows for 8, 16 and 32 requests."""
     assert tree_schedule(DEFAULT_TREE_NODES, 256)[:3] == [(1, 8, 31), (9, 16, 15), (17, 32, 7)]
+
+
+def test_three_requests_of_a_large_target_on_a_cpu_draft_nothing():
+    """Their rows cost more there than they bring."""
+    schedule = tree_schedule(5, *TREE_ROWS["cpu, large target"])
+    assert schedule == [(1, 1, 5), (2, 2, 3), (3, MAX_TREE_ROWS, 0)]

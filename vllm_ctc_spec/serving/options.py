@@ -147,7 +147,7 @@ def parse(speculative: Mapping[str, Any], target: Any) -> Resolved:
 # beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
 # and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
 # 295 (3.35 TB/s, H100).
-TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (12, 3)}
+TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (11, 3)}
 
 
 def default_tree_rows(target: str | Path) -> tuple[int, int]:
