@@ -22,7 +22,11 @@ from vllm_ctc_spec.serving import plugin, release
 ASSETS = Path(__file__).parents[2] / "assets"
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-HOOKS = ((EngineArgs, "create_speculative_config"), (EngineArgs, "create_engine_config"))
+HOOKS = (
+    (EngineArgs, "create_speculative_config"),
+    (EngineArgs, "create_engine_config"),
+    (VllmConfig, "_set_cudagraph_sizes"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,7 @@ def test_a_vllm_without_the_modules_of_this_one_still_starts(unregistered, targe
     [
         (spec_decode, "init_speculator", lambda vllm_config, device: None),
         (VllmConfig, "num_lookahead_tokens", 3),
+        (VllmConfig, "_set_cudagraph_sizes", lambda self, sizes: None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -19,6 +19,7 @@ VARIABLES = {
     "serving.plugin.create_engine_config.self": "vllm.engine.arg_utils.EngineArgs",
     "serving.plugin.create_engine_config.config": "vllm.config.VllmConfig",
     "serving.plugin.num_lookahead_tokens.self": "vllm.config.VllmConfig",
+    "serving.plugin._set_cudagraph_sizes.self": "vllm.config.VllmConfig",
     "serving.cpu.install.platform": "type:vllm.platforms.cpu.CpuPlatform",
     "serving.cpu.tree.attend_tree_rows.implementation": f"{BACKENDS}.cpu_attn.CPUAttentionBackendImpl",
     "serving.cpu.tree.attend_tree_rows.attn_metadata": f"{BACKENDS}.cpu_attn.CPUAttentionMetadata",

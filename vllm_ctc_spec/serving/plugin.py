@@ -10,12 +10,14 @@ hashing, async scheduling) then hold unpatched. The complete list:
 4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
-7. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
+7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
+8. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -67,6 +69,7 @@ def register() -> None:
     EngineArgs.create_speculative_config = _resolving(EngineArgs.create_speculative_config)
     EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
     VllmConfig.num_lookahead_tokens = _looking_ahead(VllmConfig.num_lookahead_tokens)
+    VllmConfig._set_cudagraph_sizes = _sizing_graphs(VllmConfig._set_cudagraph_sizes)
     _replace_init_speculator(spec_decode)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
@@ -200,6 +203,26 @@ def _looking_ahead(original: property) -> property:
         return original.fget(self)
 
     return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _sizing_graphs(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _set_cudagraph_sizes(self):
+        """Where the configuration is made; the engine core and the workers get it with its sizes."""
+        compilation = self.compilation_config
+        chosen = (compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size) != (None, None)
+        if not chosen and _is_ctc(self.speculative_config):
+            from vllm_ctc_spec.serving.graphs import capture_sizes
+
+            by_default = copy.copy(self)
+            by_default.compilation_config = copy.copy(compilation)
+            original(by_default)
+            default = by_default.compilation_config.cudagraph_capture_sizes
+            if default:
+                compilation.cudagraph_capture_sizes = capture_sizes(self, default)
+        original(self)
+
+    return _set_cudagraph_sizes
 
 
 def _replace_init_speculator(spec_decode: Any) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
@@ -23,6 +22,7 @@ from vllm_ctc_spec.draft.ctc import default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftSource, DraftStep, source_class
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
 from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
@@ -32,12 +32,7 @@ from vllm_ctc_spec.serving.tree.table import TreeTable
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
     """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
     where larger batches verify less."""
-    speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
-    num_drafted = [speculative.num_speculative_tokens] * (1 + max_num_reqs)
-    if speculative.num_speculative_tokens_per_batch_size is not None:
-        num_drafted = build_dynamic_sd_schedule_lookup(
-            speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
-        )
+    num_drafted = num_drafted_by_batch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
     return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
 
 
