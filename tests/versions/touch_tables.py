@@ -86,6 +86,10 @@ RELIED_ON = {
         "target_hidden_size", "dflash_config", "mask_token_id", "draft_vocab_size",
     ),
     f"{GPU}.spec_decode.eagle.eagle3_utils": ("eagle_aux_hidden_state_layer_ids",),
+    "vllm.platforms.cuda._get_backend_priorities": (
+        "device_capability.major == 10 and not use_non_causal", "AttentionBackendEnum.FLASHINFER,",
+        "AttentionBackendEnum.FLASH_ATTN,",
+    ),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self.create_speculative_config(",),
     "vllm.config.speculative.SpeculativeConfig": ("extract_hidden_states",),
     "vllm.config.kv_transfer.KVTransferConfig": ("kv_connector_module_path", "kv_connector_extra_config"),

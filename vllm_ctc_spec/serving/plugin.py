@@ -7,7 +7,8 @@ hashing, async scheduling) then hold unpatched. The complete list:
 1. `ModelRegistry.register_model` for `CTCDraftModel` (public API).
 2. `register_speculator("ctc")`: vLLM reads the drafter's speculators-format `config.json` (public registry).
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
-4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; where metrics go.
+4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; the attention backend
+   of trees; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
 7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
@@ -171,7 +172,12 @@ def _checking(original: Callable) -> Callable:
         if not _is_ctc(config.speculative_config):
             return config
         limits.check(config)
-        _fit_requests(config.scheduler_config, config.speculative_config.draft_model_config.hf_config.num_frames)
+        drafter = config.speculative_config.draft_model_config.hf_config
+        if drafter.ctc_options.draft == "tree":
+            from vllm_ctc_spec.serving.attention_backend import select_for_trees
+
+            select_for_trees(config)
+        _fit_requests(config.scheduler_config, drafter.num_frames)
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
             setattr(config.observability_config, metrics.FOLDER, metrics.folder())
