@@ -101,6 +101,17 @@ def test_slots_beyond_the_scheduled_rows_are_those_that_the_drafter_writes(nodes
     assert (scheduler.max_num_active_seqs or scheduler.max_num_seqs) == min(600, 8192 // (1 + num_frames))
 
 
+@pytest.mark.parametrize(("engines", "nodes", "scheduled"), [(1, 16, True), (2, 7, False)])
+def test_data_parallel_engines_have_no_schedule_and_draft_small_trees(engines, nodes, scheduled):
+    speculative = {"method": "ctc", "model": str(ASSETS / "drafter"), "ctc_draft": "tree"}
+    config = EngineArgs(
+        str(ASSETS / "target"), dtype="float32", max_model_len=512, data_parallel_size=engines,
+        speculative_config=speculative,
+    ).create_engine_config().speculative_config  # fmt: skip
+    assert config.num_speculative_tokens == nodes
+    assert (config.num_speculative_tokens_per_batch_size is not None) == scheduled
+
+
 def test_vllm_finds_the_entry_point():
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="ctc")
     assert entry.load() is plugin.register

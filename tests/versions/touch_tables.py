@@ -13,6 +13,7 @@ VARIABLES = {
     "serving.plugin.init_speculator.vllm_config": "vllm.config.VllmConfig",
     "serving.plugin.create_speculative_config.self": "vllm.engine.arg_utils.EngineArgs",
     "serving.plugin.create_speculative_config.target_model_config": "vllm.config.ModelConfig",
+    "serving.plugin.create_speculative_config.target_parallel_config": "vllm.config.ParallelConfig",
     "serving.plugin.create_speculative_config.config": "vllm.config.SpeculativeConfig",
     "serving.options.parse.target": "vllm.config.ModelConfig",
     "serving.plugin._fit_requests.scheduler": "vllm.config.SchedulerConfig",
@@ -89,6 +90,9 @@ RELIED_ON = {
     "vllm.platforms.cuda._get_backend_priorities": (
         "device_capability.major == 10 and not use_non_causal", "AttentionBackendEnum.FLASHINFER,",
         "AttentionBackendEnum.FLASH_ATTN,",
+    ),
+    "vllm.config.VllmConfig._maybe_disable_dynamic_sd_for_data_parallel": (
+        "self.parallel_config.data_parallel_size <= 1", "speculative_config.num_speculative_tokens_per_batch_size = None",
     ),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self.create_speculative_config(",),
     "vllm.config.speculative.SpeculativeConfig": ("extract_hidden_states",),
