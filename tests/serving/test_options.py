@@ -146,8 +146,8 @@ def test_data_parallel_engines_draft_small_trees_by_default(
     caplog.set_level("INFO", "vllm.ctc_spec")
     resolved = parse({"model": str(folder), **options}, target, is_data_parallel=True)
     assert resolved.for_vllm["num_speculative_tokens"] == budget
-    assert [r.message for r in caplog.records if "Trees of 7 nodes by default" in r.message] == caplog.messages
-    assert len(caplog.messages) == (budget == 7)
+    said = {record.message.partition(":")[0] for record in caplog.records}
+    assert said == ({"Trees of 7 nodes by default"} if budget == 7 else set())
 
 
 @pytest.mark.parametrize(("draft", "largest"), [("chain", 6), ("tree", 64)])
