@@ -1,5 +1,8 @@
 """Sizes of CUDA graphs: vLLM has one list of them, in rows, for the target's passes and the draft's alike."""
 
+import copy
+from collections.abc import Callable
+
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -16,6 +19,19 @@ def num_drafted_by_batch(config: VllmConfig, max_num_reqs: int) -> list[int]:
     if schedule is None:
         return [most] * (1 + max_num_reqs)
     return build_dynamic_sd_schedule_lookup(schedule, max_num_reqs, most)
+
+
+def choose_sizes(config: VllmConfig, set_default_sizes: Callable[[VllmConfig], None]) -> None:
+    """Choose `cudagraph_capture_sizes` where nobody has, before vLLM does by `set_default_sizes`, its own method."""
+    compilation = config.compilation_config
+    if compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None:
+        return
+    by_default = copy.copy(config)
+    by_default.compilation_config = copy.copy(compilation)
+    set_default_sizes(by_default)
+    default = by_default.compilation_config.cudagraph_capture_sizes
+    if default:
+        compilation.cudagraph_capture_sizes = capture_sizes(config, default)
 
 
 def capture_sizes(config: VllmConfig, default: list[int]) -> list[int]:

@@ -18,7 +18,6 @@ It runs in the API server, the engine core and every worker, and may run more th
 """
 
 import contextlib
-import copy
 import functools
 import logging
 import os
@@ -215,17 +214,10 @@ def _sizing_graphs(original: Callable) -> Callable:
     @functools.wraps(original)
     def _set_cudagraph_sizes(self):
         """Where the configuration is made; the engine core and the workers get it with its sizes."""
-        compilation = self.compilation_config
-        chosen = (compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size) != (None, None)
-        if not chosen and _is_ctc(self.speculative_config):
-            from vllm_ctc_spec.serving.graphs import capture_sizes
+        if _is_ctc(self.speculative_config):
+            from vllm_ctc_spec.serving.graphs import choose_sizes
 
-            by_default = copy.copy(self)
-            by_default.compilation_config = copy.copy(compilation)
-            original(by_default)
-            default = by_default.compilation_config.cudagraph_capture_sizes
-            if default:
-                compilation.cudagraph_capture_sizes = capture_sizes(self, default)
+            choose_sizes(self, original)
         original(self)
 
     return _set_cudagraph_sizes
