@@ -40,6 +40,7 @@ def configuration(draft: str = "tree", **changes) -> SimpleNamespace:
             draft_model_config=SimpleNamespace(hf_config=hf_config),
         ),
         "aux_output_config": dict(enabled=False),
+        "attention_config": dict(backend=None, backend_per_kind={}),
     }  # fmt: skip
     whole = {"kv_transfer_config": None}
     for name, value in changes.items():

@@ -1,12 +1,15 @@
 """The options of `--speculative-config`: what they mean for a drafter, and one sentence for what is refused."""
 
 import copy
+import json
+import logging
+import shutil
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
-from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.config import CONFIG_NAME, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving.options import (
     DEFAULT_TREE_NODES,
@@ -122,6 +125,32 @@ def test_defaults_come_from_the_checkpoint(tree_nodes, given, draft, budget):
     options = ServingOptions.given_in(given).for_drafter(drafter, {})
     assert (options.draft, options.tree_depth, options.tree_width) == (draft, 4, None)
     assert options.check_budget(None, drafter) == budget
+
+
+@pytest.mark.parametrize(
+    ("tree_nodes", "options", "budget"),
+    [
+        (24, {}, 7),
+        (5, {}, 5),
+        (0, TREE, 7),
+        (24, {"ctc_tree_rows": 64}, 7),
+        (24, {"num_speculative_tokens": 24}, 24),
+        (24, {SCHEDULE: [(1, 8, 24)]}, 24),
+        (24, {"ctc_draft": "chain"}, 8),
+    ],
+)
+def test_data_parallel_engines_draft_small_trees_by_default(
+    target, tmp_path, caplog, monkeypatch, tree_nodes, options, budget
+):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    folder = shutil.copytree(ASSETS / "drafter", tmp_path / "drafter")
+    described = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**described, "tree_nodes": tree_nodes}))
+    caplog.set_level("INFO", "vllm.ctc_spec")
+    resolved = parse({"model": str(folder), **options}, target, is_data_parallel=True)
+    assert resolved.for_vllm["num_speculative_tokens"] == budget
+    said = {record.message.partition(":")[0] for record in caplog.records}
+    assert said == ({"Trees of 7 nodes by default"} if budget == 7 else set())
 
 
 @pytest.mark.parametrize(("draft", "largest"), [("chain", 6), ("tree", 64)])

@@ -22,7 +22,11 @@ from vllm_ctc_spec.serving import plugin, release
 ASSETS = Path(__file__).parents[2] / "assets"
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-HOOKS = ((EngineArgs, "create_speculative_config"), (EngineArgs, "create_engine_config"))
+HOOKS = (
+    (EngineArgs, "create_speculative_config"),
+    (EngineArgs, "create_engine_config"),
+    (VllmConfig, "_set_cudagraph_sizes"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,17 @@ def test_slots_beyond_the_scheduled_rows_are_those_that_the_drafter_writes(nodes
     assert (scheduler.max_num_active_seqs or scheduler.max_num_seqs) == min(600, 8192 // (1 + num_frames))
 
 
+@pytest.mark.parametrize(("engines", "nodes", "scheduled"), [(1, 16, True), (2, 7, False)])
+def test_data_parallel_engines_have_no_schedule_and_draft_small_trees(engines, nodes, scheduled):
+    speculative = {"method": "ctc", "model": str(ASSETS / "drafter"), "ctc_draft": "tree"}
+    config = EngineArgs(
+        str(ASSETS / "target"), dtype="float32", max_model_len=512, data_parallel_size=engines,
+        speculative_config=speculative,
+    ).create_engine_config().speculative_config  # fmt: skip
+    assert config.num_speculative_tokens == nodes
+    assert (config.num_speculative_tokens_per_batch_size is not None) == scheduled
+
+
 def test_vllm_finds_the_entry_point():
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="ctc")
     assert entry.load() is plugin.register
@@ -166,6 +181,7 @@ def test_a_vllm_without_the_modules_of_this_one_still_starts(unregistered, targe
     [
         (spec_decode, "init_speculator", lambda vllm_config, device: None),
         (VllmConfig, "num_lookahead_tokens", 3),
+        (VllmConfig, "_set_cudagraph_sizes", lambda self, sizes: None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

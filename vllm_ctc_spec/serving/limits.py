@@ -38,8 +38,9 @@ def check(config: Any) -> None:
             raise DrafterConfigError(sentence.format(found=found, config=config))
     if _drafter(config).ctc_options.draft == "tree":
         for feature, test in TREES:
-            if test(config):
-                raise refused_with_trees(feature)
+            found = test(config)
+            if found:
+                raise refused_with_trees(feature.format(found=found))
     if cpu.is_needed():
         for feature, test in ON_CPU:
             if test(config):
@@ -171,6 +172,12 @@ def _is_batch_invariant(_: Any) -> bool:
     return envs.VLLM_BATCH_INVARIANT
 
 
+def _named_backend(config: Any) -> str | None:
+    from vllm_ctc_spec.serving.attention_backend import named_without_trees
+
+    return named_without_trees(config)
+
+
 SERVED_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 # Between the forward and the sampling, rows of a tree are no sequence. Recurrent state, layer-wise saves and the
@@ -193,6 +200,7 @@ TREES: tuple[tuple[str, Test], ...] = (
     ("targets with multimodal rotary positions", lambda config: config.model_config.uses_mrope),
     ("sliding-window targets", _has_window),
     ("targets with ALiBi", lambda config: config.model_config.uses_alibi),
+    ("the attention backend {found} (use FLASH_ATTN or TRITON_ATTN)", _named_backend),
     ("batch invariance (VLLM_BATCH_INVARIANT)", _is_batch_invariant),
     (
         "sampled drafts (draft_sample_method 'probabilistic')",

@@ -1,6 +1,7 @@
 """What `--speculative-config` says about drafting: our own keys, checked against the drafter, and what vLLM is told."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,15 @@ from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.cpu.threads import is_large
 from vllm_ctc_spec.serving.folder import find_drafter
 
+logger = logging.getLogger("vllm.ctc_spec")
+
 PREFIX = "ctc_"  # of our own keys
 DRAFTS = ("chain", "tree")
 SEARCHES = {"chain": ("prefix", "argmax"), "tree": ("prefix", "transform")}
 DEFAULT_TREE_NODES = 31
+DATA_PARALLEL_TREE_NODES = 7
+"""At most, by default: 8 rows a request. With data parallelism vLLM drops SCHEDULE, so that large batches verify as
+many rows a request as small ones (vllm/config/vllm.py:_maybe_disable_dynamic_sd_for_data_parallel)."""
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
@@ -95,10 +101,21 @@ class ServingOptions:
                 raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {shown(value)}.")
         return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
 
-    def check_budget(self, budget: Any, drafter: DrafterConfig) -> int:
-        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError)."""
+    def check_budget(self, budget: Any, drafter: DrafterConfig, is_data_parallel: bool = False) -> int:
+        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError).
+
+        is_data_parallel: several engines serve the target, without a schedule of smaller trees.
+        """
         if self.draft == "tree":
             default, largest, what = drafter.tree_nodes or DEFAULT_TREE_NODES, MAX_NODES, "trees have 1 to {} nodes"
+            if is_data_parallel and default > DATA_PARALLEL_TREE_NODES:
+                default = DATA_PARALLEL_TREE_NODES
+                if budget is None:
+                    logger.info(
+                        "Trees of %d nodes by default: with data parallelism vLLM verifies as many for large batches "
+                        "as for small ones; set num_speculative_tokens for another number.",
+                        default,
+                    )
         else:
             default, largest = drafter.num_labels, drafter.num_frames
             what = "this drafter's {0} frames hold 1 to {0} labels"
@@ -120,11 +137,11 @@ class Resolved(NamedTuple):
     for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
 
 
-def parse(speculative: Mapping[str, Any], target: Any) -> Resolved:
+def parse(speculative: Mapping[str, Any], target: Any, is_data_parallel: bool = False) -> Resolved:
     """Everything that is wrong with the options or the drafter is found here, before weights load (DrafterConfigError).
 
     speculative: the keys of `--speculative-config` with underscores; left as it is. target: vLLM's ModelConfig of the
-    served model.
+    served model. is_data_parallel: several engines serve it.
     """
     given = ServingOptions.given_in(speculative)
     folder = find_drafter(speculative.get("model"), speculative.get("revision"), target.model)
@@ -132,7 +149,8 @@ def parse(speculative: Mapping[str, Any], target: Any) -> Resolved:
     drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
     check_weights(folder, drafter, expected_shapes(drafter))
     options = given.for_drafter(drafter, speculative)
-    budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter)
+    is_data_parallel = is_data_parallel and SCHEDULE not in speculative
+    budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter, is_data_parallel)
     limits.check_options(speculative, options.draft)
     for_vllm = {key: value for key, value in speculative.items() if not key.startswith(PREFIX)}
     if options.draft == "tree" and SCHEDULE not in speculative:

@@ -7,10 +7,12 @@ hashing, async scheduling) then hold unpatched. The complete list:
 1. `ModelRegistry.register_model` for `CTCDraftModel` (public API).
 2. `register_speculator("ctc")`: vLLM reads the drafter's speculators-format `config.json` (public registry).
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
-4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; where metrics go.
+4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; the attention backend
+   of trees; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
-7. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
+7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
+8. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
@@ -67,6 +69,7 @@ def register() -> None:
     EngineArgs.create_speculative_config = _resolving(EngineArgs.create_speculative_config)
     EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
     VllmConfig.num_lookahead_tokens = _looking_ahead(VllmConfig.num_lookahead_tokens)
+    VllmConfig._set_cudagraph_sizes = _sizing_graphs(VllmConfig._set_cudagraph_sizes)
     _replace_init_speculator(spec_decode)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
@@ -105,7 +108,7 @@ def _resolving(original: Callable) -> Callable:
         for name, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
             if short[name] is not None and key not in speculative:
                 speculative[key], short[name] = short[name], None
-        resolved = parse(speculative, target_model_config)
+        resolved = parse(speculative, target_model_config, target_parallel_config.data_parallel_size > 1)
         _select_v2_runner()
         with _attributes(self, speculative_config=resolved.for_vllm, **short):
             config = original(self, target_model_config, target_parallel_config)
@@ -168,7 +171,12 @@ def _checking(original: Callable) -> Callable:
         if not _is_ctc(config.speculative_config):
             return config
         limits.check(config)
-        _fit_requests(config.scheduler_config, config.speculative_config.draft_model_config.hf_config.num_frames)
+        drafter = config.speculative_config.draft_model_config.hf_config
+        if drafter.ctc_options.draft == "tree":
+            from vllm_ctc_spec.serving.attention_backend import select_for_trees
+
+            select_for_trees(config)
+        _fit_requests(config.scheduler_config, drafter.num_frames)
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
             setattr(config.observability_config, metrics.FOLDER, metrics.folder())
@@ -200,6 +208,19 @@ def _looking_ahead(original: property) -> property:
         return original.fget(self)
 
     return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _sizing_graphs(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _set_cudagraph_sizes(self):
+        """Where the configuration is made; the engine core and the workers get it with its sizes."""
+        if _is_ctc(self.speculative_config):
+            from vllm_ctc_spec.serving.graphs import choose_sizes
+
+            choose_sizes(self, original)
+        original(self)
+
+    return _set_cudagraph_sizes
 
 
 def _replace_init_speculator(spec_decode: Any) -> None:

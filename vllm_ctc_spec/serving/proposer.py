@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
@@ -23,25 +22,17 @@ from vllm_ctc_spec.draft.ctc import default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftSource, DraftStep, source_class
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
 from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
-def scheduled_drafts(vllm_config: VllmConfig) -> list[int]:
-    """`[R]` is how many draft tokens a request of R has at most: N, or fewer where larger batches verify less."""
-    speculative, max_num_reqs = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
-    if speculative.num_speculative_tokens_per_batch_size is None:
-        return [speculative.num_speculative_tokens] * (1 + max_num_reqs)
-    return build_dynamic_sd_schedule_lookup(
-        speculative.num_speculative_tokens_per_batch_size, max_num_reqs, speculative.num_speculative_tokens
-    )
-
-
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
-    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests."""
-    num_drafted = scheduled_drafts(vllm_config)
+    """`[R]` is the most rows, anchors and drafts, that the target verifies for up to R requests: fewer than 1 + N each
+    where larger batches verify less."""
+    num_drafted = num_drafted_by_batch(vllm_config, vllm_config.scheduler_config.max_num_seqs)
     return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
 
 
@@ -61,7 +52,7 @@ class CTCProposer(DFlashSpeculator):
         self.layout: TreeLayout | None = None
         if self.options.draft == "tree":  # not with the weights: a sleeping engine gives back their memory
             self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
-            sizes = {self.num_drafted, *scheduled_drafts(vllm_config)}
+            sizes = {self.num_drafted, *num_drafted_by_batch(vllm_config, self.max_num_reqs)}
             self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, sizes, device)
         width = self.options.tree_width or default_width(self.num_drafted)
         self.budget = Budget(self.num_drafted, width, self.options.tree_depth)  # of a tree

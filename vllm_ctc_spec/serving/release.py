@@ -34,6 +34,7 @@ def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str
             getattr(getattr(vllm_config, "num_lookahead_tokens", None), "fget", None),
             ["self"],
         ),
+        "VllmConfig._set_cudagraph_sizes": (getattr(vllm_config, "_set_cudagraph_sizes", None), ["self"]),
     }
     for name, (function, parameters) in expected.items():
         if function is None or list(inspect.signature(function).parameters) != parameters:
