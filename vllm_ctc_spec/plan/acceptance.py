@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.plan.solve import Draft
+from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import OOM_REMEDIES, check_responses, load_pair
 from vllm_ctc_spec.training.generate import respond
@@ -16,12 +17,9 @@ from vllm_ctc_spec.training.memory import explain_out_of_memory
 
 def acceptance_lengths(
     config: EvalConfig, prompts: Sequence[list[int]], drafts: Sequence[Draft]
-) -> dict[str, dict[str, float]]:
-    """By draft: {"length": of all prompts together, "half_width": of its 95% confidence interval}.
-
-    The target answers the prompts once. Chains are cut out of one, trees are searched for by size. Drafts are greedy,
-    which is exact at any temperature of the responses.
-    """
+) -> dict[str, Acceptance]:
+    """By draft. The target answers the prompts once; chains are cut out of one, trees are searched for by size. Drafts
+    are greedy, which is exact at any temperature of the responses."""
     sizes = {kind: [draft.size for draft in drafts if draft.kind == kind] for kind in ("chain", "tree")}
     with explain_out_of_memory(OOM_REMEDIES):
         drafter_config = DrafterConfig.load(config.drafter)
@@ -34,10 +32,4 @@ def acceptance_lengths(
             if sizes[kind]:
                 bar = tqdm(examples, desc=f"{kind}s", unit="prompt")
                 measured[kind] = measure(drafter, hidden_states, bar, sizes[kind])
-    return {
-        str(draft): {
-            "length": measured[draft.kind][draft.size].length,
-            "half_width": measured[draft.kind][draft.size].half_width,
-        }
-        for draft in drafts
-    }
+    return {str(draft): measured[draft.kind][draft.size] for draft in drafts}

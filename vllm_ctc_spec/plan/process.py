@@ -27,8 +27,10 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
             f"A process that measures ended with exit code {process.exitcode} before it was done; if the machine ran "
             "out of memory, give smaller --batch-sizes."
         ) from error
-    finally:
+    except BaseException:  # an interrupt, above all: what it measures takes minutes
         process.terminate()
+        raise
+    finally:
         process.join()
     if not succeeded:
         raise outcome

@@ -99,7 +99,7 @@ def measure_pair(settings: StepSettings, draft: str, speculative: Mapping[str, A
         name: LLM(
             settings.target, speculative_config=config, max_num_seqs=max(settings.batch_sizes),
             max_model_len=settings.max_model_len, max_num_batched_tokens=max(2048, ROOM * max(settings.batch_sizes)),
-            enable_prefix_caching=False, skip_tokenizer_init=True, **options, **settings.engine,
+            enable_prefix_caching=False, skip_tokenizer_init=True, use_tqdm_on_load=False, **options, **settings.engine,
         )
         for name, config in ((NONE, None), (draft, dict(speculative)))
     }  # fmt: skip
