@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ STEP_TOKENS = 64  # of every request whose steps are timed, at most
 REPEATS = 3
 
 
-def make_plan(config: PlanConfig) -> str:
-    """Write the plan and return the table."""
+def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process) -> str:
+    """Write the plan and return the table.
+
+    elsewhere: f(function, *arguments), where what measures runs.
+    """
     check_vllm()
     drafter = DrafterConfig.load(config.drafter)
     check_weights(config.drafter, drafter, expected_shapes(drafter))
@@ -62,16 +65,16 @@ def make_plan(config: PlanConfig) -> str:
     settings = step_settings(config, text.max_length)
     print(f"{prompts.report()} Drafts: {', '.join(map(str, drafts))}; batch sizes: "
           f"{', '.join(map(str, settings.batch_sizes))}.", flush=True)  # fmt: skip
-    accepted = in_own_process(acceptance_lengths, evaluation, prompts.prompts, drafts)
+    accepted = elsewhere(acceptance_lengths, evaluation, prompts.prompts, drafts)
     pairs = {
-        str(draft): in_own_process(measure_pair, settings, str(draft), speculative_config(config.drafter, draft))
+        str(draft): elsewhere(measure_pair, settings, str(draft), speculative_config(config.drafter, draft))
         for draft in tqdm(drafts, desc="step times", unit="draft")
     }
     steps = combine(pairs)
     lengths = {draft: acceptance.length for draft, acceptance in accepted.items()}
     by_kind = {kind: choose(steps, lengths, kind, config.min_speedup) for kind in KINDS}
     kind = better_kind(by_kind)
-    by_kind[kind], as_served = confirm(config, settings, kind, by_kind[kind])
+    by_kind[kind], as_served = confirm(config, settings, kind, by_kind[kind], elsewhere)
     plan = Plan(
         draft=kind if any(choice.size for choice in by_kind[kind]) else NONE,
         schedule=schedule(by_kind[kind]),
@@ -127,17 +130,16 @@ def speculative_config(drafter: str, draft: Draft, sizes: Schedule | None = None
 
 
 def confirm(
-    config: PlanConfig, settings: StepSettings, kind: str, choices: tuple[Choice, ...]
+    config: PlanConfig, settings: StepSettings, kind: str, choices: tuple[Choice, ...], elsewhere: Callable[..., Any]
 ) -> tuple[tuple[Choice, ...], dict[str, Steps]]:
     """The choices after a server that follows them was measured, and what was."""
     if not needs_confirmation(choices):
         return choices, {}
     largest = Draft(kind, max(choice.size for choice in choices))
     served = speculative_config(config.drafter, largest, schedule(choices))
-    bar = tqdm(total=1, desc="step times of the plan", unit="plan")
-    steps = in_own_process(measure_pair, settings, SERVED, served)
-    bar.update()
-    bar.close()
+    with tqdm(total=1, desc="step times of the plan", unit="plan") as bar:
+        steps = elsewhere(measure_pair, settings, SERVED, served)
+        bar.update()
     return confirmed(choices, steps, config.min_speedup), {SERVED: steps}
 
 

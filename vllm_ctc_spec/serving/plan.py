@@ -82,7 +82,7 @@ def served_here(
     import vllm
     from vllm.platforms import current_platform
 
-    found: dict[str, Any] = {"vllm": vllm.__version__, "torch": torch.__version__}
+    found: dict[str, Any] = {"vllm": vllm.__version__, "torch": str(torch.__version__)}
     if current_platform.is_cpu():
         found |= {"device": processor(), "cores": len(os.sched_getaffinity(0))}
         if (threads := threads_asked_for()) is not None:
