@@ -62,29 +62,29 @@ class Plan:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else content
             raise _broken(path, f"has the format {shown(found)}, and this release reads {FORMAT}")
-        draft, schedule, made_for = (content.get(name) for name in ("draft", "schedule", "made_for"))
+        draft, made_for, schedule = content.get("draft"), content.get("made_for"), _schedule(content.get("schedule"))
         if draft not in (*KINDS, NONE):
             raise _broken(path, f"drafts {shown(draft)}, which is none of {', '.join(KINDS)} and {NONE}")
-        if not _is_schedule(schedule) or (draft == NONE) != all(size == 0 for _, _, size in schedule):
-            raise _broken(path, f"has the schedule {shown(schedule)}, which is none for {draft!r}")
+        if schedule is None or (draft == NONE) != all(size == 0 for _, _, size in schedule):
+            raise _broken(path, f"has the schedule {shown(content.get('schedule'))}, which is none for {draft!r}")
         if not isinstance(made_for, dict) or made_for.keys() != FIELDS.keys():
             raise _broken(path, f"does not say what it was measured for: made_for is {shown(made_for)}")
-        return cls(draft, [tuple(entry) for entry in schedule], made_for, content.get("measured", {}))
+        return cls(draft, schedule, made_for, content.get("measured", {}))
 
 
-def _is_schedule(value: Any) -> bool:
-    """Ranges of batch sizes from 1 on without gaps, and the tokens that each drafts."""
+def _schedule(value: Any) -> Schedule | None:
+    """Ranges of batch sizes from 1 on without gaps, and the tokens that each drafts; None for anything else."""
     if not isinstance(value, list) or not value:
-        return False
-    next_first = 1
+        return None
+    ranges: Schedule = []
     for entry in value:
         if not isinstance(entry, list) or [type(number) for number in entry] != [int, int, int]:
-            return False
+            return None
         first, last, size = entry
-        if first != next_first or last < first or not 0 <= size <= MAX_NODES:
-            return False
-        next_first = last + 1
-    return True
+        if first != (ranges[-1][1] + 1 if ranges else 1) or last < first or not 0 <= size <= MAX_NODES:
+            return None
+        ranges.append((first, last, size))
+    return ranges
 
 
 def _broken(path: Path, why: str) -> DrafterConfigError:

@@ -64,14 +64,17 @@ def choose(steps: StepTimes, lengths: Lengths, kind: str, min_speedup: float) ->
     choices = []
     for batch, times in sorted(steps.items()):
         expected = [_expected(batch, str(draft), times, lengths) for draft in drafts]
-        best = max(expected, key=lambda choice: choice.speedup, default=None)
-        pays = best is not None and best.speedup >= min_speedup
-        choices.append(best if pays else Choice(batch, NONE, times[NONE], 1.0, 1.0))
+        paying = [choice for choice in expected if choice.speedup >= min_speedup]
+        choices.append(max(paying, key=lambda choice: choice.speedup, default=_nothing(batch, times)))
     return tuple(choices)
 
 
 def _expected(batch: int, draft: str, times: Mapping[str, float], lengths: Lengths) -> Choice:
     return Choice(batch, draft, times[draft], lengths[draft], lengths[draft] * times[NONE] / times[draft])
+
+
+def _nothing(batch: int, times: Mapping[str, float]) -> Choice:
+    return Choice(batch, NONE, times[NONE], 1.0, 1.0)
 
 
 def mean_speed(choices: Sequence[Choice]) -> float:
@@ -101,7 +104,7 @@ def confirmed(choices: Sequence[Choice], steps: StepTimes, min_speedup: float) -
         times = steps[choice.batch_size]
         speedup = choice.acceptance_length * times[NONE] / times[SERVED]
         if choice.size and speedup < min_speedup:
-            kept.append(Choice(choice.batch_size, NONE, times[NONE], 1.0, 1.0))
+            kept.append(_nothing(choice.batch_size, times))
         else:
             kept.append(choice._replace(step_ms=times[SERVED], speedup=speedup))
     return tuple(kept)
