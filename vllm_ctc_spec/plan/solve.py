@@ -53,6 +53,11 @@ class Choice(NamedTuple):
         return draft.size if draft else 0
 
     @property
+    def none_ms(self) -> float:
+        """Milliseconds of a step without speculation."""
+        return self.step_ms * self.speedup / self.acceptance_length
+
+    @property
     def tokens_a_second(self) -> float:
         return 1e3 * self.batch_size * self.acceptance_length / self.step_ms
 
@@ -104,9 +109,10 @@ def confirmed(choices: Sequence[Choice], steps: StepTimes, min_speedup: float) -
         times = steps[choice.batch_size]
         speedup = choice.acceptance_length * times[NONE] / times[SERVED]
         if choice.size and speedup < min_speedup:
-            kept.append(_nothing(choice.batch_size, times))
+            kept.append(_nothing(choice.batch_size, {NONE: choice.none_ms}))
         else:
-            kept.append(choice._replace(step_ms=times[SERVED], speedup=speedup))
+            step_ms = choice.none_ms * times[SERVED] / times[NONE]  # the machine may be slower or faster by now
+            kept.append(choice._replace(step_ms=step_ms, speedup=speedup))
     return tuple(kept)
 
 
