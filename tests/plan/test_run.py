@@ -130,6 +130,8 @@ def test_more_threads_for_a_large_target_unless_the_user_says(config, monkeypatc
     assert run.step_settings(config(), 1024).threads == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert run.step_settings(config(), 1024).threads == 3
+    monkeypatch.setenv(VARIABLE, "0-3")
+    assert run.step_settings(config(), 1024).threads == 4
 
 
 def test_requests_fit_into_a_short_target(config):

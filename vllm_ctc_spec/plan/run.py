@@ -35,7 +35,7 @@ from vllm_ctc_spec.plan.solve import (
     schedule,
 )
 from vllm_ctc_spec.plan.step_times import ROOM, Steps, StepSettings, combine, measure_pair
-from vllm_ctc_spec.serving.cpu.threads import is_large, threads_unbound
+from vllm_ctc_spec.serving.cpu.threads import is_large, threads_asked_for, threads_unbound
 from vllm_ctc_spec.serving.options import SCHEDULE, TREE_SIZES
 from vllm_ctc_spec.serving.plan import served_here
 from vllm_ctc_spec.training.acceptance import Acceptance
@@ -105,7 +105,8 @@ def step_settings(config: PlanConfig, max_length: int) -> StepSettings:
     context = min(config.context, max_length // 2)
     threads = None
     if not on_gpu:
-        threads = threads_unbound(len(os.sched_getaffinity(0)) if is_large(config.target) else 1)
+        default = len(os.sched_getaffinity(0)) if is_large(config.target) else 1
+        threads = threads_asked_for() or threads_unbound(default)
     return StepSettings(
         target=config.target,
         batch_sizes=tuple(sorted(config.batch_sizes or (GPU_BATCH_SIZES if on_gpu else CPU_BATCH_SIZES))),
