@@ -40,6 +40,8 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
 def _run(sender: Connection, function: Callable[..., Any], arguments: tuple) -> None:
     try:
         outcome = True, function(*arguments)
+    except KeyboardInterrupt:  # Ctrl-C reaches both processes, and the other one says so
+        return
     except UserError as error:
         outcome = False, error
     except Exception as error:  # of any kind: vLLM and the model fail in their own code
