@@ -15,13 +15,11 @@ steps in which all requests of the batch are decoding; medians. Writes OUTPUT.js
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 
 # vLLM warms up its chat template and warns, with a traceback, that there is no tokenizer.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -31,19 +29,18 @@ from pair import RESULTS, add_pair_arguments, choose_pair, ready
 from random_pair import LOAD_FORMAT, SHAPES, make_pair, register_load_format
 from record import describe_run, machine_line, write_record
 from server import on_cpu
-from step_time import BUSY_SECONDS, STEP, Stopwatch, speculative_config, synchronizer
+from step_time import BUSY_SECONDS, speculative_config
 from tqdm import tqdm
 
+from vllm_ctc_spec.plan.process import in_own_process
+from vllm_ctc_spec.plan.solve import NONE
+from vllm_ctc_spec.plan.step_times import ROOM, Steps, StepSettings, combine, measure_pair
 from vllm_ctc_spec.serving.options import SMALLEST_TREE, TREE_SIZES, smaller_trees, tree_schedule
 
-NONE = "none"
 DRAFTS = ("chain:8", *(f"tree:{nodes}" for nodes in sorted(TREE_SIZES) if nodes >= SMALLEST_TREE))
 BATCH_SIZES = {True: (1, 2, 4, 8), False: (1, 2, 4, 8, 16, 32, 64, 128, 256)}  # on a CPU or not
 EXAMPLES = (2.0, 3.0, 4.0)  # acceptance lengths to plot where none are given
-ROOM = 128  # tokens a step and request: the largest tree must fit for all of them
-GPU_MEMORY = 0.45  # of the device, for each of two engines
 
-Steps = dict[int, dict[str, float]]  # milliseconds by batch size and draft
 Lengths = dict[str, float]  # acceptance length by draft
 
 
@@ -110,89 +107,24 @@ def read_acceptance(path: Path, temperature: float) -> Lengths:
 
 
 def measure_draft(settings: argparse.Namespace, draft: str) -> Steps:
-    """In a process of its own, whose end gives back the memory of both engines."""
-    from vllm import LLM
-
-    options = {"dtype": "float32"} if on_cpu() else {"gpu_memory_utilization": GPU_MEMORY}
-    if on_cpu():
-        options["enforce_eager"] = True
+    """In a process of its own."""
+    engine = {"dtype": "float32"} if on_cpu() else {}
     if settings.shape:
         register_load_format()
-        options["load_format"] = LOAD_FORMAT
-    llms = {
-        kind: LLM(
-            str(settings.target), speculative_config=speculative_config(settings.drafter, kind),
-            max_num_seqs=max(settings.batch_sizes), max_model_len=settings.context + 2 * settings.max_tokens + 128,
-            max_num_batched_tokens=max(2048, ROOM * max(settings.batch_sizes)),
-            enable_prefix_caching=False, skip_tokenizer_init=True, **options,
-        )
-        for kind in (NONE, draft)
-    }  # fmt: skip
-    stopwatch = Stopwatch(synchronizer())
-    running: dict[str, list[int]] = {kind: [] for kind in llms}
-    for kind, llm in llms.items():
-        core = llm.llm_engine.engine_core.engine_core
-        stopwatch.wrap(core, "step_fn", STEP)
-        count_running(core, running[kind])
-    return {batch: measure_batch(llms, batch, settings, stopwatch, running) for batch in settings.batch_sizes}
-
-
-def count_running(core, counts: list[int]) -> None:
-    """Note before every step how many requests are past their first step."""
-    inner = core.step_fn
-
-    def counted():
-        counts.append(len(core.scheduler.running))
-        return inner()
-
-    core.step_fn = counted
-
-
-def measure_batch(
-    llms: dict, batch: int, settings: argparse.Namespace, stopwatch: Stopwatch, running: dict[str, list[int]]
-) -> dict[str, float]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=settings.max_tokens, ignore_eos=True, detokenize=False)
-    vocabulary = llms[NONE].llm_engine.model_config.get_vocab_size()
-    prompts = [
-        {"prompt_token_ids": [(7 * row + 3 * place) % vocabulary for place in range(settings.context)]}
-        for row in range(batch)
-    ]
-    for llm in llms.values():
-        llm.generate(prompts, sampling, use_tqdm=False)
-    stopwatch.steps.clear()
-    for counts in running.values():
-        counts.clear()
-    for _ in range(settings.repeats):
-        for stopwatch.draft, llm in llms.items():
-            llm.generate(prompts, sampling, use_tqdm=False)
-    return {
-        kind: median(
-            step[STEP] for step, count in zip(stopwatch.steps[kind], running[kind], strict=True) if count == batch
-        )
-        for kind in llms
-    }
+        engine["load_format"] = LOAD_FORMAT
+    steps = StepSettings(
+        target=str(settings.target), batch_sizes=tuple(settings.batch_sizes), context=settings.context,
+        max_tokens=settings.max_tokens, repeats=settings.repeats,
+        max_model_len=settings.context + 2 * settings.max_tokens + ROOM, engine=engine,
+    )  # fmt: skip
+    return measure_pair(steps, draft, speculative_config(settings.drafter, draft))
 
 
 def measure(settings: argparse.Namespace) -> tuple[Steps, dict[str, Steps]]:
     """The times of all drafts as if beside one engine without: no speculation is the median over the processes, and a
     draft keeps its ratio to the one that it took turns with. Also what was measured."""
-    pairs = {}
-    spawn = multiprocessing.get_context("spawn")
-    for draft in tqdm(settings.drafts, desc="drafts"):
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            pairs[draft] = pool.submit(measure_draft, settings, draft).result()
+    pairs = {draft: in_own_process(measure_draft, settings, draft) for draft in tqdm(settings.drafts, desc="drafts")}
     return combine(pairs), pairs
-
-
-def combine(pairs: dict[str, Steps]) -> Steps:
-    steps: Steps = {}
-    for batch in next(iter(pairs.values())):
-        none = median(pair[batch][NONE] for pair in pairs.values())
-        steps[batch] = {NONE: none}
-        steps[batch] |= {draft: none * break_even(pair[batch], draft) for draft, pair in pairs.items()}
-    return steps
 
 
 def table(title: str, steps: Steps, drafts: list[str], cell) -> list[str]:

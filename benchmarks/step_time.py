@@ -11,9 +11,6 @@ import argparse
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +25,7 @@ from record import describe_run, machine_line, write_record
 from server import on_cpu
 from tqdm import tqdm
 
+from vllm_ctc_spec.plan.step_times import STEP, Stopwatch, synchronizer
 from vllm_ctc_spec.serving.cpu.threads import is_large
 
 if on_cpu():
@@ -37,7 +35,7 @@ if on_cpu():
 
 BUSY_SECONDS = 3.0  # how busy the machine is with other things is measured first
 DRAFTS = ("none", "chain", "tree:8", "tree:16", "tree:32", "tree:64")
-STEP, TOKENS, SPEED = "whole step", "tokens a step and request", "tokens/s"
+TOKENS, SPEED = "tokens a step and request", "tokens/s"
 # Parts, and how deep each lies in the ones above it. The parts of a part need not add up to it.
 PARTS = {
     "target forward": 0,
@@ -52,39 +50,6 @@ PARTS = {
     "frame statistics": 1,
     "chain or tree search, masks included": 1,
 }
-
-
-class Stopwatch:
-    """Milliseconds by part, summed over each step of the draft whose turn it is."""
-
-    def __init__(self, synchronize: Callable[[], None]):
-        self.synchronize = synchronize
-        self.draft = ""
-        self.steps: dict[str, list[dict[str, float]]] = defaultdict(list)
-        self._step: dict[str, float] = defaultdict(float)
-
-    def wrap(self, owner: object, attribute: str, name: str) -> None:
-        inner = getattr(owner, attribute)
-
-        @wraps(inner)
-        def timed(*args, **kwargs):
-            self.synchronize()
-            started = time.perf_counter()
-            result = inner(*args, **kwargs)
-            self.synchronize()
-            self._step[name] += (time.perf_counter() - started) * 1e3
-            if name == STEP:
-                self.steps[self.draft].append(dict(self._step))
-                self._step.clear()
-            return result
-
-        setattr(owner, attribute, timed)
-
-
-def synchronizer() -> Callable[[], None]:
-    import torch
-
-    return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
 def speculative_config(drafter: Path, draft: str) -> dict | None:

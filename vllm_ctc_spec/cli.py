@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.errors import TrainingError, UserError
+from vllm_ctc_spec.plan.config import PlanConfig
 from vllm_ctc_spec.training.config import TrainConfig, WorkerOptions, kind_of, option
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.eval_config import EvalConfig
@@ -24,6 +25,10 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -41,7 +46,8 @@ def number_or_word(text: str) -> int | str:
 
 
 ARGUMENT_TYPES = {
-    int | str: number_or_word, tuple[int, ...]: whole_numbers, tuple[float, ...]: numbers, dict: json_object,
+    int | str: number_or_word, tuple[int, ...]: whole_numbers, tuple[float, ...]: numbers, tuple[str, ...]: words,
+    dict: json_object,
 }  # fmt: skip
 
 
@@ -180,6 +186,24 @@ def run_eval(args: argparse.Namespace) -> None:
     print(evaluate(config, args.json))
 
 
+def add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="choose what to draft at each batch size on this machine",
+        description="Measure what drafts bring and cost on this machine, and write what to draft at each batch size.",
+    )
+    for field in dataclasses.fields(PlanConfig):
+        add_setting(parser, field)
+    parser.set_defaults(run=run_plan, after_interrupt="nothing was written")
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    config = asked(PlanConfig, args)
+    from vllm_ctc_spec.plan.run import make_plan  # as in run_train: --help needs no torch
+
+    print(make_plan(config))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM. It unwinds the stack as Ctrl-C does, or vLLM's and Ray's processes would outlive this one."""
 
@@ -198,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train(commands)
     add_data(commands)
     add_eval(commands)
+    add_plan(commands)
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, terminate)
     try:

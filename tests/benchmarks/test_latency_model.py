@@ -81,7 +81,7 @@ def test_acceptance_lengths_of_an_evaluation(tmp_path: Path) -> None:
 def test_report_with_and_without_acceptance_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair) -> None:
     measured = {draft: {batch: {NONE: t[NONE], draft: t[draft]} for batch, t in STEPS.items()} for draft in LENGTHS}
     monkeypatch.setattr(latency_model, "measure_draft", lambda settings, draft: measured[draft])
-    monkeypatch.setattr(latency_model, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(latency_model, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(latency_model, "BUSY_SECONDS", 0.0)
     target, drafter = pair
     output = tmp_path / "first"
@@ -101,26 +101,6 @@ def test_report_with_and_without_acceptance_lengths(tmp_path: Path, monkeypatch:
     assert "| 16 | 16 | 1.34 |" in text
     assert json.loads(again.with_suffix(".json").read_text())["suggested_tree_rows"]["16"][0] == 16
     assert all(path.with_suffix(".png").stat().st_size > 0 for path in (output, again))
-
-
-class SameProcess:
-    """A pool that is none."""
-
-    def __init__(self, *args, **options):
-        pass
-
-    def __enter__(self) -> "SameProcess":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def submit(self, function, *args) -> "SameProcess":
-        self.value = function(*args)
-        return self
-
-    def result(self):
-        return self.value
 
 
 @pytest.mark.slow

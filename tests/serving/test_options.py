@@ -147,7 +147,7 @@ def test_data_parallel_engines_draft_small_trees_by_default(
     described = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps({**described, "tree_nodes": tree_nodes}))
     caplog.set_level("INFO", "vllm.ctc_spec")
-    resolved = parse({"model": str(folder), **options}, target, is_data_parallel=True)
+    resolved = parse({"model": str(folder), **options}, target, SimpleNamespace(data_parallel_size=2))
     assert resolved.for_vllm["num_speculative_tokens"] == budget
     said = {record.message.partition(":")[0] for record in caplog.records}
     assert said == ({"Trees of 7 nodes by default"} if budget == 7 else set())

@@ -14,14 +14,22 @@ import vllm_ctc_spec
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
+from vllm_ctc_spec.plan.acceptance import acceptance_lengths
+from vllm_ctc_spec.plan.solve import Draft
 from vllm_ctc_spec.training import evaluate as module
-from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training.acceptance import Acceptance, walk
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, response_log_probs
 from vllm_ctc_spec.training.generate import respond
 from vllm_ctc_spec.training.hidden_states import in_process
-from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
+from vllm_ctc_spec.training.measure import (
+    draft_everywhere,
+    measure_chain,
+    measure_chains,
+    measure_sampled_chain,
+    measure_trees,
+)
 
 LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
 
@@ -235,3 +243,53 @@ def test_what_cannot_be_measured_is_refused(config, save_drafter, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match="cannot be written"):
         evaluate(config(temperature=(0.0,)), tmp_path / "file" / "eval.json")
+
+
+def agreeing(drafter, hidden_states, prompt: list[int]) -> Example:
+    """A response that is what the drafter drafts, in parts: 4, 2 and 3 labels, with another token after each."""
+    response = [5]
+    for number in (4, 2, 3):
+        unfinished = [Example(prompt, [*response, 0])]  # drafts are measured where something follows
+        with torch.no_grad():
+            ((_, parts),) = draft_everywhere(drafter, hidden_states, unfinished, lambda part: part.chain())
+        labels = parts[-1][-1].tolist()
+        response += [*labels[:number], 7]
+    return Example(prompt, response)
+
+
+def test_chains_of_all_sizes_are_cut_out_of_one(target, config):
+    settings = config(temperature=(0.0,))
+    drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
+    hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    prompts = read_eval_prompts(settings, target).prompts
+    examples = [agreeing(drafter, hidden_states, prompt) for prompt in prompts]
+    measured = measure_chains(drafter, hidden_states, examples, [1, 3, 4])
+    assert measured[1].length < measured[3].length < measured[4].length
+    for size, acceptance in measured.items():
+
+        def first_labels(part, size=size):
+            right = (part.chain()[:, :size] == part.labels[:, :size]) & part.valid[:, :size]
+            return right.int().cumprod(1).sum(1)
+
+        with torch.no_grad():
+            steps = [
+                walk(torch.cat(parts).tolist())
+                for _, parts in draft_everywhere(drafter, hidden_states, examples, first_labels)
+            ]
+        assert acceptance.steps == steps
+    assert measured[4] == measure_chain(drafter, hidden_states, examples)
+    assert measured[1].length < measured[4].length
+
+
+def test_a_plan_compares_what_an_evaluation_measures(target, config):
+    settings = config(temperature=(0.0,))
+    drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
+    hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    prompts = read_eval_prompts(settings, target).prompts
+    examples = respond(target, prompts, settings.max_new_tokens)
+    chains = measure_chains(drafter, hidden_states, examples, [1, 3])
+    trees = measure_trees(drafter, hidden_states, examples, [4])
+    expected = {"chain:3": chains[3], "tree:4": trees[4], "chain:1": chains[1]}
+    drafts = [Draft("chain", 3), Draft("tree", 4), Draft("chain", 1)]
+    assert acceptance_lengths(settings, prompts, drafts) == expected
+    assert list(acceptance_lengths(settings, prompts, drafts[1:2])) == ["tree:4"]

@@ -11,9 +11,11 @@ from vllm_ctc_spec.drafter.module import expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
+from vllm_ctc_spec.plan.solve import NONE
 from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.cpu.threads import is_large
 from vllm_ctc_spec.serving.folder import find_drafter
+from vllm_ctc_spec.serving.plan import plan_to_follow
 
 logger = logging.getLogger("vllm.ctc_spec")
 
@@ -27,6 +29,11 @@ many rows a request as small ones (vllm/config/vllm.py:_maybe_disable_dynamic_sd
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
+IN_A_PLAN = (
+    "ctc_draft", "num_speculative_tokens", "ctc_tree_rows", SCHEDULE, "ctc_search", "ctc_tree_width", "ctc_tree_depth",
+    "draft_sample_method", "rejection_sample_method",
+)  # fmt: skip
+"""Keys that contradict a plan: it says them, or was measured with their defaults."""
 TREE_SIZES = (63, 31, 15, 7, 3)
 """Trees of a schedule. Few sizes, because a GPU captures a CUDA graph for each. With the anchor a tree has 64, 32, 16,
 8 or 4 rows: tiles of attention and of matrix products are full, and one node more takes another tile."""
@@ -46,6 +53,7 @@ class ServingOptions:
     tree_depth: labels on a tree's longest path; None: the checkpoint's label horizon U.
     tree_rows: how many rows, anchors and nodes of all requests together, a step may verify: larger batches draft
         smaller trees. None: a default for the device.
+    plan: file that says what is drafted at which batch size, in place of all of these (`serving/plan.py`).
     """
 
     draft: str | None = None
@@ -53,6 +61,7 @@ class ServingOptions:
     tree_width: int | None = None
     tree_depth: int | None = None
     tree_rows: int | None = None
+    plan: str | None = None
 
     @classmethod
     def given_in(cls, speculative: Mapping[str, Any]) -> "ServingOptions":
@@ -137,19 +146,26 @@ class Resolved(NamedTuple):
     for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
 
 
-def parse(speculative: Mapping[str, Any], target: Any, is_data_parallel: bool = False) -> Resolved:
+def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> Resolved:
     """Everything that is wrong with the options or the drafter is found here, before weights load (DrafterConfigError).
 
     speculative: the keys of `--speculative-config` with underscores; left as it is. target: vLLM's ModelConfig of the
-    served model. is_data_parallel: several engines serve it.
+    served model. parallel: its ParallelConfig; None: one device.
     """
     given = ServingOptions.given_in(speculative)
     folder = find_drafter(speculative.get("model"), speculative.get("revision"), target.model)
     drafter = DrafterConfig.load(folder)
     drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
     check_weights(folder, drafter, expected_shapes(drafter))
+    contradicting = [key for key in IN_A_PLAN if speculative.get(key) is not None]
+    plan = plan_to_follow(given.plan, contradicting, folder, target, parallel)
+    if plan is not None:
+        given = dataclasses.replace(given, draft="chain" if plan.draft == NONE else plan.draft)
+        speculative = {
+            **speculative, "num_speculative_tokens": plan.num_speculative_tokens, SCHEDULE: plan.schedule,
+        }  # fmt: skip
     options = given.for_drafter(drafter, speculative)
-    is_data_parallel = is_data_parallel and SCHEDULE not in speculative
+    is_data_parallel = parallel is not None and parallel.data_parallel_size > 1 and SCHEDULE not in speculative
     budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter, is_data_parallel)
     limits.check_options(speculative, options.draft)
     for_vllm = {key: value for key, value in speculative.items() if not key.startswith(PREFIX)}

@@ -108,7 +108,7 @@ def _resolving(original: Callable) -> Callable:
         for name, key in (("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
             if short[name] is not None and key not in speculative:
                 speculative[key], short[name] = short[name], None
-        resolved = parse(speculative, target_model_config, target_parallel_config.data_parallel_size > 1)
+        resolved = parse(speculative, target_model_config, target_parallel_config)
         _select_v2_runner()
         with _attributes(self, speculative_config=resolved.for_vllm, **short):
             config = original(self, target_model_config, target_parallel_config)

@@ -9,7 +9,6 @@ Every file appears whole or not at all, so that a killed run is continued by mak
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_ctc_spec.drafter.weights import weights_fingerprint
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.config import DTYPES
 from vllm_ctc_spec.training.target import loading
@@ -80,20 +80,9 @@ def check_dtype(folder: Path, dtype: str) -> None:
 
 
 def target_fingerprint(folder: str) -> str:
-    """Tells a target retrained in the same folder: the first values of every parameter in its files."""
-    digest = hashlib.sha256()
-    paths = sorted(Path(folder).glob("*.safetensors"))
+    """Tells a target retrained in the same folder."""
     with loading(folder):
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                for name in sorted(file.keys()):
-                    values = file.get_slice(name)
-                    first = values[:1] if values.get_shape() else file.get_tensor(name)
-                    digest.update(name.encode() + first.flatten()[:64].float().numpy().tobytes())
-        for path in () if paths else sorted(Path(folder).glob("*.bin")):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+        return weights_fingerprint(folder)
 
 
 def recorded_settings(folder: Path) -> dict[str, Any] | None:

@@ -110,11 +110,7 @@ def _measure_all(
     config: EvalConfig, drafter_config: DrafterConfig, given: Sequence[Example] | Sequence[list[int]]
 ) -> list[Result]:
     """given: a dataset's responses, or prompts that the target answers first, once per temperature."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
-    shape = target.config.get_text_config()
-    drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
-    drafter = CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
+    target, drafter = load_pair(config, drafter_config)
     hidden_states = in_process(target, drafter_config.aux_hidden_state_layer_ids)
     results = []
     for temperature in config.temperature:
@@ -123,6 +119,15 @@ def _measure_all(
             examples = respond(target, given, config.max_new_tokens, temperature, config.seed)
         results += measure(config, target, drafter, hidden_states, examples, temperature)
     return results
+
+
+def load_pair(config: EvalConfig, drafter_config: DrafterConfig) -> tuple[Target, CTCDrafter]:
+    """On this machine's device; DrafterConfigError if they are no pair."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+    shape = target.config.get_text_config()
+    drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
+    return target, CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
 
 
 def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
@@ -152,6 +157,15 @@ def _in_category(rows: Sequence[Row], config: EvalConfig) -> list[Row]:
     return found[config.category]
 
 
+def check_responses(target: str, examples: Sequence[Example]) -> None:
+    """TrainingError if there is nothing to draft."""
+    if not any(anchor_positions(example) for example in examples):
+        raise TrainingError(
+            f"The responses of {target} are one token long, so there is nothing to draft; "
+            "use prompts that it answers at length."
+        )
+
+
 def measure(
     config: EvalConfig,
     target: Target,
@@ -161,11 +175,7 @@ def measure(
     temperature: float,
 ) -> list[Result]:
     """Every kind of drafts that can be served at this temperature."""
-    if not any(anchor_positions(example) for example in examples):
-        raise TrainingError(
-            f"The responses of {config.target} are one token long, so there is nothing to draft; "
-            "use prompts that it answers at length."
-        )
+    check_responses(config.target, examples)
 
     def bar(what: str) -> tqdm:
         return tqdm(examples, desc=f"{what} at temperature {temperature:g}", unit="prompt")

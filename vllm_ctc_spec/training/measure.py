@@ -44,15 +44,25 @@ def draft_everywhere(
         yield example, parts
 
 
-@torch.no_grad()
 def measure_chain(drafter: CTCDrafter, hidden_states: HiddenStates, examples: Sequence[Example]) -> Acceptance:
     """Greedy chains of U labels."""
-    tokens, steps = [], []
+    num_labels = drafter.config.num_labels
+    return measure_chains(drafter, hidden_states, examples, [num_labels])[num_labels]
+
+
+@torch.no_grad()
+def measure_chains(
+    drafter: CTCDrafter, hidden_states: HiddenStates, examples: Sequence[Example], sizes: Sequence[int]
+) -> dict[int, Acceptance]:
+    """Greedy chains of each size, at most U labels: the first labels of the longest chain, of which no more than these
+    can be accepted."""
+    measured: dict[int, Acceptance] = {size: Acceptance([], []) for size in sizes}
     for _, parts in draft_everywhere(drafter, hidden_states, examples, lambda part: part.accepted(part.chain())):
-        accepted = torch.cat(parts).tolist()
-        tokens.append(len(accepted))
-        steps.append(walk(accepted))
-    return Acceptance(tokens, steps)
+        accepted = torch.cat(parts)
+        for size in sizes:
+            measured[size].tokens.append(len(accepted))
+            measured[size].steps.append(walk(accepted.clamp_max(size).tolist()))
+    return measured
 
 
 @torch.no_grad()

@@ -1,0 +1,93 @@
+"""`vllm-ctc plan` as a whole, and servers that follow plans: the same tokens, and as many drafted as the plan says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+from vllm import LLM, SamplingParams
+
+from vllm_ctc_spec import cli
+from vllm_ctc_spec.plan.file import PLAN_NAME, Plan
+from vllm_ctc_spec.plan.solve import UNBOUNDED
+from vllm_ctc_spec.serving.plan import served_here
+
+from .ties import differences
+
+PROMPTS = ["Tom has 3 apples.", "?", "12 + 30 =", "Once there were seven dwarfs", "abcabcabcabcabc", "The end of"]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)  # without drafts all requests end together
+
+
+@pytest.fixture(scope="module")
+def served(engine, plain, tiny_pair):
+    """served(plan): answers(number of requests), the drafted tokens of each while all of them are running, after the
+    answers were compared with those of no speculation; 0 where nothing was drafted for any."""
+
+    def start(plan: Path) -> Callable[[int], float]:
+        llm = engine(tiny_pair.target, {"method": "ctc", "model": str(tiny_pair.drafter), "ctc_plan": str(plan)})
+        steps = verified_drafts(llm)
+
+        def answers(batch: int) -> float:
+            steps.clear()
+            expected = plain.generate(PROMPTS[:batch], GREEDY, use_tqdm=False)
+            given = llm.generate(PROMPTS[:batch], GREEDY, use_tqdm=False)
+            assert differences(plain, [GREEDY] * batch, expected, given) == []
+            return median(tokens / drafts for drafts, tokens in steps if drafts == batch) if steps else 0
+
+        return answers
+
+    return start
+
+
+def verified_drafts(llm: LLM) -> list[tuple[int, int]]:
+    """Grows by the drafts, one a request, and their tokens of each step from now on."""
+    steps, manager = [], llm.llm_engine.logger_manager
+    inner = manager.record
+
+    def record(scheduler_stats, **others) -> None:
+        drafting = scheduler_stats.spec_decoding_stats
+        if drafting is not None and drafting.num_drafts:
+            steps.append((drafting.num_drafts, drafting.num_draft_tokens))
+        inner(scheduler_stats=scheduler_stats, **others)
+
+    manager.record = record
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("draft", "schedule", "drafted"),
+    [
+        ("chain", [(1, 1, 6), (2, 3, 2), (4, UNBOUNDED, 0)], {1: 6, 2: 2, 3: 2, 4: 0, 6: 0}),
+        ("tree", [(1, 1, 16), (2, 3, 5), (4, UNBOUNDED, 0)], {1: 16, 2: 5, 3: 5, 4: 0, 6: 0}),
+        ("none", [(1, UNBOUNDED, 0)], {1: 0, 3: 0}),
+    ],
+)
+def test_a_server_drafts_what_its_plan_says(draft, schedule, drafted, served, tiny_pair, tmp_path):
+    made_for = {"threads": 1, **served_here(tiny_pair.target, tiny_pair.drafter, "float32")}
+    path = tmp_path / PLAN_NAME
+    path.write_text(Plan(draft, schedule, made_for).to_json())
+    answers = served(path)
+    assert {batch: answers(batch) for batch in drafted} == drafted
+
+
+def test_a_plan_from_the_command_line_is_served(served, tiny_pair, tmp_path, capsys):
+    """Any draft is taken, whatever the machine does meanwhile."""
+    path, prompts = tmp_path / "out" / PLAN_NAME, tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    settings = {
+        "target": tiny_pair.target, "drafter": tiny_pair.drafter, "prompts": prompts, "output": path,
+        "drafts": "chain:3,tree:7", "batch-sizes": "1,2", "max-new-tokens": 12, "num-prompts": 3, "context": 16,
+        "min-speedup": 0.01,
+    }  # fmt: skip
+    assert cli.main(["plan", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]) == 0
+    plan = Plan.load(path)
+    size = {"chain": 3, "tree": 7}[plan.draft]
+    assert plan.schedule == [(1, 2, size), (3, UNBOUNDED, 0)]
+    for times in plan.measured["step_ms"].values():
+        assert times.keys() == {"none", "chain:3", "tree:7"} and min(times.values()) > 0
+    lengths = {draft: row["length"] for draft, row in plan.measured["acceptance"].items()}
+    assert 1 <= lengths["chain:3"] and 1 <= lengths["tree:7"]
+    assert f"Written to {path}" in capsys.readouterr().out
+    answers = served(path)
+    assert {batch: answers(batch) for batch in (2, 3)} == {2: size, 3: 0}
