@@ -113,9 +113,9 @@ def test_frames_of_any_kind(spoiled, drafting, plain, expected, monkeypatch):
     steps = []
 
     def compute_frames(slots: torch.Tensor) -> FrameOutputs:
-        dice = torch.Generator().manual_seed(len(steps))
-        logits = torch.randn(slots.shape[0], slots.shape[1] - 1, 98, generator=dice)
-        odds = torch.randn(logits.shape[:2], generator=dice)
+        generator = torch.Generator().manual_seed(len(steps))
+        logits = torch.randn(slots.shape[0], slots.shape[1] - 1, 98, generator=generator)
+        odds = torch.randn(logits.shape[:2], generator=generator)
         SPOILED[spoiled](logits)
         if len(steps) % 2:
             SPOILED[spoiled](odds[..., None])

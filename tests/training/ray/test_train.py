@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_where_the_run_is_started(
     """And not in a log of Ray's."""
     finished = Future()
     finished.set_result("report")
-    monkeypatch.setattr(ray_train, "_start", lambda *_: finished)
+    monkeypatch.setattr(ray_train, "start_workers", lambda *_: finished)
     assert train(damaged, "--num-workers", "2", "--ray-address", cluster) == 0
     assert_loss_is_named(damaged, capsys)
     assert torch.load(damaged / "work" / CHECKPOINT_NAME)["step"] == 30
@@ -189,7 +189,7 @@ def test_a_cluster_with_too_few_places_is_named(train, cluster, tmp_path, capsys
 def test_workers_get_the_threads_asked_for_or_an_equal_share(ray_train, train, cluster, tmp_path, monkeypatch):
     jobs, finished = [], Future()
     finished.set_result("report")
-    monkeypatch.setattr(ray_train, "_start", lambda job, num_workers, kind: jobs.append(job) or finished)
+    monkeypatch.setattr(ray_train, "start_workers", lambda job, num_workers, kind: jobs.append(job) or finished)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     workers = ["--num-workers", "2", "--ray-address", cluster]
@@ -234,15 +234,15 @@ def test_workers_wait_for_hours_while_the_main_one_measures(ray_train, tmp_path,
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Asked)
     prepared = Prepared(None, RunPaths(tmp_path, tmp_path, tmp_path), None, [], [])
-    assert ray_train._start(ray_train.Job(prepared, "ddp", 1, str(tmp_path)), 2, "CPU").result(60) == "report"
+    assert ray_train.start_workers(ray_train.Job(prepared, "ddp", 1, str(tmp_path)), 2, "CPU").result(60) == "report"
     assert asked[0]["torch_config"].timeout_s == 4 * 3600
 
 
 def test_every_worker_takes_a_gpu_where_there_are_any(ray_train):
-    assert ray_train._device_kind({"CPU": 8.0}, 2) == "CPU"
-    assert ray_train._device_kind({"CPU": 8.0, "GPU": 2.0}, 2) == "GPU"
+    assert ray_train.device_kind({"CPU": 8.0}, 2) == "CPU"
+    assert ray_train.device_kind({"CPU": 8.0, "GPU": 2.0}, 2) == "GPU"
     with pytest.raises(TrainingError, match="--num-workers 4 needs as many GPUs, and the Ray cluster has 2"):
-        ray_train._device_kind({"CPU": 8.0, "GPU": 2.0}, 4)
+        ray_train.device_kind({"CPU": 8.0, "GPU": 2.0}, 4)
 
 
 def test_a_worker_that_does_not_see_the_work_folder_says_so(ray_train, monkeypatch, tmp_path):
@@ -282,4 +282,4 @@ def test_workers_that_are_lost_again_and_again_end_in_a_sentence(ray_train, tmp_
     outcome.set_exception(WorkerGroupError("long", {0: lost, 1: lost}))
     config = TrainConfig(target="target", data="data")
     with pytest.raises(TrainingError, match=r"after 3 restarts \(RuntimeError: closed\); the same command continues"):
-        ray_train._follow(outcome, config, RunPaths(tmp_path, tmp_path, tmp_path))
+        ray_train.follow(outcome, config, RunPaths(tmp_path, tmp_path, tmp_path))

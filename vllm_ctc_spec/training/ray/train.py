@@ -51,7 +51,7 @@ def train(
     options.check(config)
     paths.check(config, overwrite)
     with ray_cluster(options.ray_address, options.num_workers) as ray:
-        kind = _device_kind(ray.cluster_resources(), options.num_workers)
+        kind = device_kind(ray.cluster_resources(), options.num_workers)
         with explain_out_of_memory(OOM_REMEDIES):
             prepared = prepare(config, paths, overwrite, generate)
         paths.start(config, overwrite)
@@ -60,7 +60,7 @@ def train(
         job = Job(prepared, options.parallel, threads, os.getcwd())
         print(f"Ray starts {options.num_workers} workers with a {kind} each.")
         try:
-            return _follow(_start(job, options.num_workers, kind), config, paths)
+            return follow(start_workers(job, options.num_workers, kind), config, paths)
         finally:
             shutil.rmtree(_ray_folder(paths), ignore_errors=True)
 
@@ -70,7 +70,7 @@ def _ray_folder(paths: RunPaths) -> Path:
     return (paths.work / "ray").resolve()
 
 
-def _device_kind(resources: dict[str, float], num_workers: int) -> str:
+def device_kind(resources: dict[str, float], num_workers: int) -> str:
     """Each worker takes one of these: a GPU where there are any, else a CPU (TrainingError if they are too few)."""
     kind = "GPU" if resources.get("GPU") else "CPU"
     available = int(resources.get(kind, 0))
@@ -79,8 +79,9 @@ def _device_kind(resources: dict[str, float], num_workers: int) -> str:
     return kind
 
 
-def _start(job: Job, num_workers: int, kind: str) -> Future:
-    """The report, once the run is through. A thread of its own leaves Ctrl-C to the main one."""
+def start_workers(job: Job, num_workers: int, kind: str) -> Future:
+    """Workers with a device of this `kind` each; the report, once the run is through. A thread of its own leaves Ctrl-C
+    to the main one."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.callback import UserCallback
@@ -119,7 +120,7 @@ def _start(job: Job, num_workers: int, kind: str) -> Future:
     return outcome
 
 
-def _follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
+def follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
     """Show what the main worker logs until the outcome is there."""
     from ray.train import ControllerError, TrainingFailedError
 
