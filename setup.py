@@ -21,11 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        *find_packages(include=["vllm_ctc_spec", "vllm_ctc_spec.*"]),
-        "vllm_ctc_spec.kernels",
-        *(f"vllm_ctc_spec.kernels.{name}" for name in find_packages("kernels")),
-    ],
+    packages=find_packages(include=["vllm_ctc_spec", "vllm_ctc_spec.*"]),  # the link vllm_ctc_spec/kernels among them
     # `kernels/` must never be importable under its bare name: transformers imports any package called `kernels`.
     package_dir={"vllm_ctc_spec.kernels": "kernels"},
     package_data={"vllm_ctc_spec": ["py.typed"]},

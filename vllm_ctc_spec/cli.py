@@ -66,6 +66,12 @@ def add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> No
     parser.add_argument(option(field.name), metavar=field.metadata["metavar"], **options)
 
 
+def add_settings(parser: argparse.ArgumentParser, kind: type) -> None:
+    """The options of all settings of this dataclass."""
+    for field in dataclasses.fields(kind):
+        add_setting(parser, field)
+
+
 def asked(kind: type, args: argparse.Namespace) -> Any:
     """The settings of this dataclass, read from the command line."""
     given = vars(args)
@@ -81,8 +87,8 @@ def add_train(commands) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; options given here win")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the finished drafter")
-    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(WorkerOptions)):
-        add_setting(parser, field)
+    add_settings(parser, TrainConfig)
+    add_settings(parser, WorkerOptions)
     parser.add_argument("--work", type=Path, metavar="DIR", help="checkpoint and log (default: OUTPUT/work)")
     parser.add_argument(
         "--labels", type=Path, metavar="DIR", help="the target's responses, which runs can share (default: WORK/labels)"
@@ -140,8 +146,7 @@ def add_data(commands) -> None:
         help="let the target answer prompts, for training",
         description="Write a dataset of the target's own responses, by vLLM. Started again, it continues.",
     )
-    for field in dataclasses.fields(DataConfig):
-        add_setting(parser, field)
+    add_settings(parser, DataConfig)
     parser.add_argument("--ray", action="store_true", help="generate with Ray: one engine per worker")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (Ray on this machine if absent)")
     parser.add_argument("--num-workers", type=int, metavar="N", help="engines (one per GPU, or one, if absent)")
@@ -171,8 +176,7 @@ def add_eval(commands) -> None:
         help="measure a drafter's acceptance length",
         description="Measure the acceptance length that serving gets from a drafter, without a server.",
     )
-    for field in dataclasses.fields(EvalConfig):
-        add_setting(parser, field)
+    add_settings(parser, EvalConfig)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, versions and every prompt's numbers")
     parser.set_defaults(run=run_eval, after_interrupt="nothing was written")
@@ -192,8 +196,7 @@ def add_plan(commands) -> None:
         help="choose what to draft at each batch size on this machine",
         description="Measure what drafts bring and cost on this machine, and write what to draft at each batch size.",
     )
-    for field in dataclasses.fields(PlanConfig):
-        add_setting(parser, field)
+    add_settings(parser, PlanConfig)
     parser.set_defaults(run=run_plan, after_interrupt="nothing was written")
 
 
