@@ -10,7 +10,7 @@ from vllm import LLM, SamplingParams
 
 from vllm_ctc_spec import cli
 from vllm_ctc_spec.plan.file import PLAN_NAME, Plan
-from vllm_ctc_spec.plan.solve import UNBOUNDED
+from vllm_ctc_spec.plan.solve import UNBOUNDED, Expected
 from vllm_ctc_spec.serving.plan import served_here
 
 from .ties import differences
@@ -69,6 +69,18 @@ def test_a_server_drafts_what_its_plan_says(draft, schedule, drafted, served, ti
     path.write_text(Plan(draft, schedule, made_for).to_json())
     answers = served(path)
     assert {batch: answers(batch) for batch in drafted} == drafted
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_drafts_pause_where_less_is_accepted_than_planned(draft, served, tiny_pair, tmp_path):
+    """A plan that expects all to be accepted, and no speedup otherwise. The tokens stay the target's."""
+    made_for = {"threads": 1, **served_here(tiny_pair.target, tiny_pair.drafter, "float32")}
+    path = tmp_path / PLAN_NAME
+    expected = [Expected(2, 6, 7.0, 1.1)]
+    path.write_text(Plan(draft, [(1, 2, 6), (3, UNBOUNDED, 0)], made_for, expected).to_json())
+    answers = served(path)
+    drafted = [answers(2) for _ in range(12)]
+    assert drafted[0] == 6 and drafted[-3:] == [0, 0, 0]
 
 
 def test_a_plan_from_the_command_line_is_served(served, tiny_pair, tmp_path, capsys):

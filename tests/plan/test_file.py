@@ -1,18 +1,23 @@
 """plan.json: written and read back; everything that is no plan is refused in one sentence."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.plan.file import FIELDS, Plan
+from vllm_ctc_spec.plan.solve import Expected
 
 HERE = {
     "vllm": "0.32.0", "torch": "2.13.0", "device": "a GPU", "cores": None, "threads": None, "dtype": "bfloat16",
     "target": "00ff", "drafter": "11ee", "tensor_parallel_size": 1,
 }  # fmt: skip
-PLAN = Plan("tree", [(1, 2, 16), (3, 8, 4), (9, 100, 0)], HERE, {"step_ms": {"1": {"none": 3.0}}})
+PLAN = Plan(
+    "tree", [(1, 2, 16), (3, 8, 4), (9, 100, 0)], HERE, [Expected(2, 16, 3.5, 1.5), Expected(2, 4, 2.0, 1.2)], 1.1,
+    {"step_ms": {"1": {"none": 3.0}}},
+)  # fmt: skip
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -26,7 +31,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has the format 2, and this release reads 1"),
+        ({"format": 1}, "has the format 1, and this release reads 2"),
         ({"draft": "bush"}, "drafts 'bush', which is none of chain, tree and none"),
         ({"draft": None}, "drafts None"),
         ({"draft": "none"}, r"has the schedule .* which is none for 'none'"),
@@ -43,6 +48,17 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"made_for": {}}, "does not say what it was measured for"),
         ({"made_for": {**HERE, "colour": "red"}}, "does not say what it was measured for"),
         ({"made_for": 3}, "does not say what it was measured for"),
+        ({"expected": None}, "does not say what to expect"),
+        ({"expected": [[2, 16, 3.5]]}, "does not say what to expect"),
+        ({"expected": [[2, 16, 3.5, "fast"]]}, "does not say what to expect"),
+        ({"expected": [[2, 5, 3.5, 1.5]]}, "does not say what to expect"),  # a size that is not in the schedule
+        ({"expected": [[0, 4, 3.5, 1.5]]}, "does not say what to expect"),
+        ({"expected": [[2, 4, 5.5, 1.5]]}, "does not say what to expect"),  # more than the draft has
+        ({"expected": [[2, 4, 0.5, 1.5]]}, "does not say what to expect"),
+        ({"expected": [[2, 4, 3.5, 0.0]]}, "does not say what to expect"),
+        ({"expected": [[2, 4, 3.5, math.nan]]}, "does not say what to expect"),
+        ({"min_speedup": 0}, "does not say what to expect"),
+        ({"min_speedup": None}, "does not say what to expect"),
     ],
 )
 def test_a_broken_plan_is_refused(changes: dict, message: str, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_every_batch_size_gets_its_fastest_draft_and_what_was_measured_is_writte
     }  # fmt: skip
     assert measurements.asked[-1][2][SCHEDULE] == plan.schedule
     assert len(measurements.prompts) == 3 and measurements.asked[0][0].batch_sizes == (1, 2, 4)
+    assert (1, 16, 4.0, 2.5) in plan.expected and (1, 4, 2.4, pytest.approx(2.4 * 10 / 14)) in plan.expected
+    assert {(row.batch_size, row.tokens) for row in plan.expected} == {(b, size) for b in (1, 2, 4) for size in (4, 16)}
     measured = json.loads(path.read_text())["measured"]
     assert measured["step_ms"]["2"]["tree:16"] == 36.0
     assert {draft: row["length"] for draft, row in measured["acceptance"].items()} == LENGTHS

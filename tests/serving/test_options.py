@@ -49,7 +49,7 @@ def test_vllm_is_told_its_own_keys_and_the_given_ones_stay(target, draft):
         "draft_sample_method": "greedy",
     }  # fmt: skip
     before = copy.deepcopy(given)
-    options, drafter, for_vllm = parse(MappingProxyType(given), target)
+    options, drafter, for_vllm, _ = parse(MappingProxyType(given), target)
     assert given == before
     assert (options.draft, options.search) == (draft, "prefix") and drafter == DrafterConfig.load(ASSETS / "drafter")
     schedule = for_vllm.pop(SCHEDULE, None)

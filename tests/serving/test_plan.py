@@ -14,7 +14,8 @@ from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.plan.file import FIELDS, PLAN_NAME, Plan
 from vllm_ctc_spec.serving.cpu import threads
 from vllm_ctc_spec.serving.options import IN_A_PLAN, SCHEDULE, parse
-from vllm_ctc_spec.serving.plan import served_here
+from vllm_ctc_spec.plan.solve import Expected
+from vllm_ctc_spec.serving.plan import follow, served_here
 
 ASSETS = Path(__file__).parents[2] / "assets"
 CHAINS = [(1, 2, 6), (3, 4, 2), (5, 2**20, 0)]
@@ -58,7 +59,7 @@ def save(drafter, target):
 def test_a_plan_tells_vllm_what_to_draft(draft, schedule, told, drafter, target, save, tmp_path):
     path = save(tmp_path / "p.json", draft, schedule)
     given = {"method": "ctc", "model": str(drafter), "ctc_plan": str(path)}
-    options, _, for_vllm = parse(given, target)
+    options, _, for_vllm, _ = parse(given, target)
     assert (options.draft, for_vllm["num_speculative_tokens"]) == told
     assert for_vllm == {
         "method": "dflash", "model": str(drafter), "num_speculative_tokens": told[1], SCHEDULE: schedule
@@ -138,7 +139,7 @@ def test_another_drafter_of_the_same_shape_is_noticed(drafter, target, save, tmp
 def test_the_drafters_own_plan_is_followed_unless_something_contradicts(drafter, target, save, caplog):
     alone = parse({"model": str(drafter)}, target)
     save(drafter / PLAN_NAME)
-    options, _, for_vllm = parse({"model": str(drafter)}, target)
+    options, _, for_vllm, _ = parse({"model": str(drafter)}, target)
     assert (options.draft, for_vllm["num_speculative_tokens"], for_vllm[SCHEDULE]) == ("chain", 6, CHAINS)
     given = parse({"model": str(drafter), "num_speculative_tokens": 3}, target)
     assert given.for_vllm["num_speculative_tokens"] == 3
@@ -155,6 +156,27 @@ def test_a_plan_that_this_drafter_cannot_draft_is_refused(drafter, target, save,
     path = save(tmp_path / "p.json", "chain", [(1, 9, 60)])
     with pytest.raises(DrafterConfigError, match="num_speculative_tokens is 60"):
         parse({"model": str(drafter), "ctc_plan": str(path)}, target)
+
+
+def test_a_scheduler_drafts_by_the_plan_and_what_it_counts_is_seen():
+    class Scheduler:
+        dynamic_sd_lookup = [0, 6, 6]
+        counted: list[dict] = []
+
+        def make_spec_decoding_stats(
+            self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        ):
+            self.counted.append({"drafted": num_draft_tokens, "accepted": num_accepted_tokens, "request": request_id})
+            return "counts"
+
+    scheduler = Scheduler()
+    follow(scheduler, Plan("chain", CHAINS, {}, [Expected(1, 6, 4.0, 1.5)]))
+    assert [scheduler.dynamic_sd_lookup[batch] for batch in (1, 2, 3, 5)] == [6, 6, 2, 0]
+    for _ in range(2000):
+        given = {"num_draft_tokens": 6, "num_accepted_tokens": 0, "num_invalid_spec_tokens": None, "request_id": "a"}
+        assert scheduler.make_spec_decoding_stats(None, **given) == "counts"
+    assert scheduler.counted == [{"drafted": 6, "accepted": 0, "request": "a"}] * 2000
+    assert [scheduler.dynamic_sd_lookup[batch] for batch in (1, 2, 3, 5)] == [0, 6, 2, 0]  # one size was measured
 
 
 @pytest.mark.parametrize(

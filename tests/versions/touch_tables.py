@@ -7,6 +7,7 @@ VARIABLES = {
     "serving.release.changed_hooks.spec_decode": f"type:{GPU}.spec_decode",
     "serving.release.changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
     "serving.release.changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
+    "serving.release.changed_hooks.scheduler": "type:vllm.v1.core.sched.scheduler.Scheduler",
     "serving.plugin._is_ctc.speculative_config": "vllm.config.SpeculativeConfig",
     "serving.plugin._replace_init_speculator.spec_decode": f"type:{GPU}.spec_decode",
     "serving.plugin._replace_init_speculator.runner": f"type:{GPU}.model_runner",

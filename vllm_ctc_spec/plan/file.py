@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
-from vllm_ctc_spec.plan.solve import KINDS, NONE, Schedule
+from vllm_ctc_spec.plan.solve import KINDS, NONE, Expected, Schedule
 
 PLAN_NAME = "plan.json"
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "vllm": "vLLM",
     "torch": "torch",
@@ -29,11 +30,15 @@ FIELDS = {
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """draft: "chain", "tree", or "none": never draft. made_for: a value for each of FIELDS, None for what this kind of
-    device does not have. measured: everything that the plan was chosen from; a server does not read it."""
+    device does not have. expected, min_speedup: what a server needs to judge by itself whether its drafts pay
+    (`online.py`); without expectations it follows the schedule alone. measured: everything that the plan was chosen
+    from; a server does not read it."""
 
     draft: str
     schedule: Schedule
     made_for: dict[str, Any]
+    expected: list[Expected] = dataclasses.field(default_factory=list)
+    min_speedup: float = 1.0
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -69,7 +74,10 @@ class Plan:
             raise _broken(path, f"has the schedule {shown(content.get('schedule'))}, which is none for {draft!r}")
         if not isinstance(made_for, dict) or made_for.keys() != FIELDS.keys():
             raise _broken(path, f"does not say what it was measured for: made_for is {shown(made_for)}")
-        return cls(draft, schedule, made_for, content.get("measured", {}))
+        expected, min_speedup = _expected(content.get("expected"), schedule), content.get("min_speedup")
+        if expected is None or not isinstance(min_speedup, int | float) or not 0 < min_speedup < math.inf:
+            raise _broken(path, "does not say what to expect of its drafts")
+        return cls(draft, schedule, made_for, expected, min_speedup, content.get("measured", {}))
 
 
 def _schedule(value: Any) -> Schedule | None:
@@ -85,6 +93,24 @@ def _schedule(value: Any) -> Schedule | None:
             return None
         ranges.append((first, last, size))
     return ranges
+
+
+def _expected(value: Any, schedule: Schedule) -> list[Expected] | None:
+    """Rows of sizes that the schedule has; None for anything else."""
+    sizes = {size for _, _, size in schedule}
+    if not isinstance(value, list):
+        return None
+    rows = []
+    for entry in value:
+        if not isinstance(entry, list) or [type(number) for number in entry] != [int, int, float, float]:
+            return None
+        row = Expected(*entry)
+        if row.batch_size < 1 or row.tokens not in sizes or not 1 <= row.acceptance_length <= 1 + row.tokens:
+            return None
+        if not 0 < row.speedup < math.inf:
+            return None
+        rows.append(row)
+    return rows
 
 
 def _broken(path: Path, why: str) -> DrafterConfigError:

@@ -31,6 +31,7 @@ from vllm_ctc_spec.plan.solve import (
     better_kind,
     choose,
     confirmed,
+    expected,
     needs_confirmation,
     schedule,
 )
@@ -79,6 +80,8 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
         draft=kind if any(choice.size for choice in by_kind[kind]) else NONE,
         schedule=schedule(by_kind[kind]),
         made_for={**served_here(config.target, config.drafter, DTYPES[config.dtype]), "threads": settings.threads},
+        expected=expected(by_kind[kind], steps, lengths),
+        min_speedup=config.min_speedup,
         measured=record(config, accepted, steps, pairs | as_served, by_kind),
     )
     write_atomically(config.plan_file, plan.to_json())

@@ -62,6 +62,15 @@ class Choice(NamedTuple):
         return 1e3 * self.batch_size * self.acceptance_length / self.step_ms
 
 
+class Expected(NamedTuple):
+    """What was measured of one size of draft at one batch size."""
+
+    batch_size: int
+    tokens: int
+    acceptance_length: float
+    speedup: float  # against no speculation
+
+
 def choose(steps: StepTimes, lengths: Lengths, kind: str, min_speedup: float) -> tuple[Choice, ...]:
     """By batch size the draft of this kind that makes most tokens a second, the smallest among equals; none where none
     reaches `min_speedup` times no speculation."""
@@ -127,3 +136,14 @@ def schedule(choices: Sequence[Choice]) -> Schedule:
             ranges.append((first, last, size))
         first = last + 1
     return ranges
+
+
+def expected(choices: Sequence[Choice], steps: StepTimes, lengths: Lengths) -> list[Expected]:
+    """Every size of the choices' schedule at every batch size, the chosen ones as they are expected there."""
+    drafts = {choice.size: choice.draft for choice in choices if choice.size}
+    rows = []
+    for choice in choices:
+        for size, draft in sorted(drafts.items()):
+            kept = choice if choice.draft == draft else _expected(choice.batch_size, draft, steps[choice.batch_size], lengths)
+            rows.append(Expected(choice.batch_size, size, kept.acceptance_length, kept.speedup))
+    return rows

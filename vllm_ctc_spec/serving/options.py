@@ -11,6 +11,7 @@ from vllm_ctc_spec.drafter.module import expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
+from vllm_ctc_spec.plan.file import Plan
 from vllm_ctc_spec.plan.solve import NONE
 from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.cpu.threads import is_large
@@ -144,6 +145,7 @@ class Resolved(NamedTuple):
     options: ServingOptions
     drafter: DrafterConfig
     for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
+    plan: Plan | None = None  # that is followed
 
 
 def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> Resolved:
@@ -173,7 +175,7 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
         rows, smallest = default_tree_rows(target.model)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
     for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
-    return Resolved(options, drafter, for_vllm)
+    return Resolved(options, drafter, for_vllm, plan)
 
 
 # Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.

@@ -1,5 +1,6 @@
 """A server follows a plan: where it is found, and whether it was measured for what is served here."""
 
+import functools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from vllm_ctc_spec.drafter.weights import weights_fingerprint
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.plan.file import PLAN_NAME, Plan
+from vllm_ctc_spec.plan.online import FollowedPlan
 from vllm_ctc_spec.serving.cpu.threads import threads_asked_for
 
 logger = logging.getLogger("vllm.ctc_spec")
@@ -49,6 +51,24 @@ def plan_to_follow(asked: Any, contradicting: Sequence[str], drafter: Path, targ
             return None
     logger.info("Drafting by the plan %s: %s, (first batch size, last, tokens) %s.", path, plan.draft, plan.schedule)
     return plan
+
+
+def follow(scheduler: Any, plan: Plan) -> None:
+    """Let vLLM's scheduler draft by `plan` as far as its drafts pay on this server.
+
+    The scheduler learns the accepted tokens of every step in any case, on the host, and looks up the next step's drafts
+    in a list (vllm/v1/core/sched/scheduler.py: `update_from_output`, `schedule`).
+    """
+    followed = FollowedPlan(plan.schedule, plan.expected, plan.min_speedup)
+    count = scheduler.make_spec_decoding_stats
+
+    @functools.wraps(count)
+    def make_spec_decoding_stats(*args: Any, num_draft_tokens: int, num_accepted_tokens: int, **others: Any) -> Any:
+        followed.observe(num_draft_tokens, num_accepted_tokens)
+        return count(*args, num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens, **others)
+
+    scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+    scheduler.dynamic_sd_lookup = followed
 
 
 def _path_of(asked: Any, drafter: Path) -> Path:

@@ -12,7 +12,8 @@ hashing, async scheduling) then hold unpatched. The complete list:
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
 7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
-8. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
+8. `Scheduler.__init__`, wrapped: a plan's drafts follow what is accepted (`plan.follow`).
+9. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
@@ -53,9 +54,10 @@ def register() -> None:
     problem = unsupported_release(vllm.__version__)
     if problem is None:  # only then is what follows known to exist
         from vllm.config import VllmConfig
+        from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.worker.gpu import spec_decode
 
-        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode)
+        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode, Scheduler)
     if problem:
         EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
         return
@@ -71,6 +73,7 @@ def register() -> None:
     VllmConfig.num_lookahead_tokens = _looking_ahead(VllmConfig.num_lookahead_tokens)
     VllmConfig._set_cudagraph_sizes = _sizing_graphs(VllmConfig._set_cudagraph_sizes)
     _replace_init_speculator(spec_decode)
+    Scheduler.__init__ = _following_plan(Scheduler.__init__)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
 
@@ -114,6 +117,7 @@ def _resolving(original: Callable) -> Callable:
             config = original(self, target_model_config, target_parallel_config)
         hf_config = config.draft_model_config.hf_config
         hf_config.ctc_options = resolved.options
+        hf_config.ctc_plan = resolved.plan
         # The drafter's rotary table reaches as far as the served context, and takes no more memory than that.
         hf_config.max_position_embeddings = target_model_config.max_model_len
         _report(resolved, str(target_model_config.dtype).removeprefix("torch."))
@@ -136,7 +140,7 @@ def _attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def _report(resolved: Resolved, dtype: str) -> None:
-    options, drafter, for_vllm = resolved
+    options, drafter, for_vllm, _ = resolved
     logger.info(
         "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
         for_vllm["model"], drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"], options.search,
@@ -238,6 +242,19 @@ def _replace_init_speculator(spec_decode: Any) -> None:
     runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if runner is not None:  # imported before this plugin ran, with the function under its own name
         runner.init_speculator = init_speculator
+
+
+def _following_plan(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self, vllm_config, *args, **kwargs):
+        original(self, vllm_config, *args, **kwargs)
+        speculative = vllm_config.speculative_config
+        if _is_ctc(speculative) and (plan := speculative.draft_model_config.hf_config.ctc_plan) is not None:
+            from vllm_ctc_spec.serving.plan import follow
+
+            follow(self, plan)
+
+    return __init__
 
 
 def update_ctc(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def unsupported_release(version: str) -> str | None:
     )
 
 
-def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str | None:
+def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any, scheduler: type) -> str | None:
     """One sentence where a function that `plugin.register` wraps is not the one it was written for."""
     expected: dict[str, tuple[Any, list[str]]] = {
         "EngineArgs.create_speculative_config": (
@@ -35,6 +35,11 @@ def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any) -> str
             ["self"],
         ),
         "VllmConfig._set_cudagraph_sizes": (getattr(vllm_config, "_set_cudagraph_sizes", None), ["self"]),
+        "Scheduler.make_spec_decoding_stats": (
+            getattr(scheduler, "make_spec_decoding_stats", None),
+            ["self", "spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens",
+             "request_id"],
+        ),
     }
     for name, (function, parameters) in expected.items():
         if function is None or list(inspect.signature(function).parameters) != parameters:
