@@ -1,4 +1,4 @@
-"""Following a plan on simulated servers: never much slower than no speculation or than the plan, whatever is accepted."""
+"""Following a plan on simulated servers: hardly slower than no speculation or the plan, whatever is accepted."""
 
 import random
 

@@ -12,9 +12,9 @@ import torch
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.plan.file import FIELDS, PLAN_NAME, Plan
+from vllm_ctc_spec.plan.solve import Expected
 from vllm_ctc_spec.serving.cpu import threads
 from vllm_ctc_spec.serving.options import IN_A_PLAN, SCHEDULE, parse
-from vllm_ctc_spec.plan.solve import Expected
 from vllm_ctc_spec.serving.plan import follow, served_here
 
 ASSETS = Path(__file__).parents[2] / "assets"

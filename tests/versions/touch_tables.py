@@ -116,6 +116,7 @@ DIFFERENCES = {
     "EngineArgs.create_engine_config": "more options; what we wrap it for is done with its result",
     "RejectionSampler.__init__": "a lossy method, which trees refuse",
     "RejectionSampler._verify": "a lossy method, which trees refuse",
+    "Scheduler.__init__": "more options; the table of drafts, which a plan replaces, is the same",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "one more drafter",
     "vllm.v1.worker.gpu.spec_decode.init_speculator": "one more drafter",
     "vllm.v1.worker.gpu_worker.HAS_TRITON": "one more place that asks for Triton",

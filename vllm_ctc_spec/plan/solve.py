@@ -144,6 +144,9 @@ def expected(choices: Sequence[Choice], steps: StepTimes, lengths: Lengths) -> l
     rows = []
     for choice in choices:
         for size, draft in sorted(drafts.items()):
-            kept = choice if choice.draft == draft else _expected(choice.batch_size, draft, steps[choice.batch_size], lengths)
-            rows.append(Expected(choice.batch_size, size, kept.acceptance_length, kept.speedup))
+            if choice.draft == draft:
+                of_size = choice
+            else:
+                of_size = _expected(choice.batch_size, draft, steps[choice.batch_size], lengths)
+            rows.append(Expected(choice.batch_size, size, of_size.acceptance_length, of_size.speedup))
     return rows

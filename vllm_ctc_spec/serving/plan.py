@@ -94,9 +94,7 @@ def _misfit(plan: Plan, drafter: Path, target: Any, parallel: Any) -> str | None
     return plan.difference(served_here(target.model, drafter, dtype, tensor_parallel_size))
 
 
-def served_here(
-    target: str | Path, drafter: str | Path, dtype: str, tensor_parallel_size: int = 1
-) -> dict[str, Any]:
+def served_here(target: str | Path, drafter: str | Path, dtype: str, tensor_parallel_size: int = 1) -> dict[str, Any]:
     """The values of `plan.file.FIELDS`, on this machine. "threads" is not among them where vLLM chooses."""
     import torch
     import vllm

@@ -37,8 +37,14 @@ def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any, schedu
         "VllmConfig._set_cudagraph_sizes": (getattr(vllm_config, "_set_cudagraph_sizes", None), ["self"]),
         "Scheduler.make_spec_decoding_stats": (
             getattr(scheduler, "make_spec_decoding_stats", None),
-            ["self", "spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens", "num_invalid_spec_tokens",
-             "request_id"],
+            [
+                "self",
+                "spec_decoding_stats",
+                "num_draft_tokens",
+                "num_accepted_tokens",
+                "num_invalid_spec_tokens",
+                "request_id",
+            ],
         ),
     }
     for name, (function, parameters) in expected.items():
