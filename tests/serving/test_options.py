@@ -55,7 +55,7 @@ def test_vllm_is_told_its_own_keys_and_the_given_ones_stay(target, draft):
     schedule = for_vllm.pop(SCHEDULE, None)
     told = {key: value for key, value in given.items() if key != "ctc_draft"}
     assert for_vllm == {**told, "method": "dflash"}
-    assert schedule == (tree_schedule(8, *default_tree_rows(target.model)) if draft == "tree" else None)
+    assert schedule == (tree_schedule(8, *default_tree_rows(target)) if draft == "tree" else None)
 
 
 def test_a_schedule_that_was_given_is_kept(target):

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
@@ -15,6 +14,7 @@ from vllm_ctc_spec.plan.file import Plan
 from vllm_ctc_spec.plan.solve import NONE
 from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.cpu.threads import is_large
+from vllm_ctc_spec.serving.device import free_rows
 from vllm_ctc_spec.serving.folder import find_drafter
 from vllm_ctc_spec.serving.plan import plan_to_follow
 
@@ -172,7 +172,7 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     limits.check_options(speculative, options.draft)
     for_vllm = {key: value for key, value in speculative.items() if not key.startswith(PREFIX)}
     if options.draft == "tree" and SCHEDULE not in speculative:
-        rows, smallest = default_tree_rows(target.model)
+        rows, smallest = default_tree_rows(target)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
     for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return Resolved(options, drafter, for_vllm, plan)
@@ -180,19 +180,19 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
 
 # Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.
 # CPU: measured with the tiny pair (benchmarks/results/latency_model.md), and with 135 M weights, whose rows are dear
-# beside the drafter's forward. GPU: not measured yet; a row of a 16-bit model takes 2 operations a weight
-# and a step reads 2 bytes a weight, so a GPU of 990 TFLOPS computes as long as it reads at 206 rows (4.8 TB/s, H200) or
-# 295 (3.35 TB/s, H100).
-TREE_ROWS = {"cuda": (256, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (11, 3)}
+# beside the drafter's forward. GPU: as many rows as cost nothing; where the device does not say, those of an H200 in 16
+# bits. Not measured yet.
+TREE_ROWS = {"cuda": (206, SMALLEST_TREE), "cpu": (36, SMALLEST_TREE), "cpu, large target": (11, 3)}
 
 
-def default_tree_rows(target: str | Path) -> tuple[int, int]:
-    """The row of TREE_ROWS for this device and the folder of the target."""
+def default_tree_rows(target: Any) -> tuple[int, int]:
+    """Rows and smallest tree for this device and target, vLLM's ModelConfig: a first guess. A plan is measured."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return TREE_ROWS["cuda"]
-    return TREE_ROWS["cpu, large target" if is_large(target) else "cpu"]
+    if current_platform.is_cpu():
+        return TREE_ROWS["cpu, large target" if is_large(target.model) else "cpu"]
+    rows, smallest = TREE_ROWS["cuda"]
+    return free_rows(target) or rows, smallest
 
 
 def smaller_trees(num_nodes: int, smallest: int = SMALLEST_TREE) -> list[int]:
