@@ -170,6 +170,7 @@ class Engine(LLM):
 
     def _count(self, scheduler_stats, iteration_stats, **others) -> None:
         self.counters["hits"] += scheduler_stats.prefix_cache_stats.hits
+        self.counters["hits after preemption"] += scheduler_stats.prefix_cache_stats.preempted_hits
         if iteration_stats is not None:
             self.counters["preemptions"] += iteration_stats.num_preempted_reqs
         drafting = scheduler_stats.spec_decoding_stats

@@ -76,29 +76,6 @@ def test_prefill_in_chunks_beside_decodes(ctc, expected):
     assert llm.counters["accepted"] > 0
 
 
-@pytest.mark.feature("prefix caching")
-def test_a_second_run_hits_the_prefix_cache(ctc, expected):
-    llm = ctc(enable_prefix_caching=True)
-    prompts = token_prompts(*PROMPT_LENGTHS)
-    assert answers(llm, prompts) == expected
-    assert llm.counters["hits"] == 0
-    first = dict(llm.counters)
-    llm.counters.clear()
-    assert answers(llm, prompts) == expected
-    assert llm.counters["hits"] >= 3 * BLOCK
-    # The drafter's own keys and values are cached with the target's: it must draft as well as before.
-    assert llm.counters["accepted"] == first["accepted"]
-    # What a drafting step has written is cached too, and is found by a request that continues the answer.
-    llm.counters.clear()
-    longer = [
-        {"prompt_token_ids": prompt["prompt_token_ids"] + tokens[:-1]}
-        for prompt, (tokens, _) in zip(prompts, expected, strict=True)
-    ]
-    rest = answers(llm, longer, SamplingParams(temperature=0, max_tokens=1))
-    assert [tokens for tokens, _ in rest] == [tokens[-1:] for tokens, _ in expected]
-    assert llm.counters["hits"] > 3 * BLOCK
-
-
 @pytest.mark.feature("preemption in a small KV cache")
 def test_requests_are_preempted_and_resumed(ctc, expected):
     """Nine blocks hold the longest request, and not all of them."""

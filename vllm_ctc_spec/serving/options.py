@@ -30,6 +30,10 @@ many rows a request as small ones (vllm/config/vllm.py:_maybe_disable_dynamic_sd
 MAX_TREE_ROWS = 2**20
 MAX_CANDIDATES = 8192  # of all frames together: what one GPU program of the search holds
 SCHEDULE = "num_speculative_tokens_per_batch_size"
+KEEP_LAST_BLOCK = "disable_eagle_block_drop"
+"""vLLM 0.32 computes the last block of every prefix-cache hit again, because an EAGLE head's keys of a token depend on
+the next one, which may differ. A CTC drafter's depend on the target's hidden state alone, and every step writes them,
+those without drafts too. vLLM 0.33 knows this of "dflash" by itself (`SpeculativeConfig.needs_eagle_block_drop`)."""
 IN_A_PLAN = (
     "ctc_draft", "num_speculative_tokens", "ctc_tree_rows", SCHEDULE, "ctc_search", "ctc_tree_width", "ctc_tree_depth",
     "draft_sample_method", "rejection_sample_method",
@@ -174,6 +178,7 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     if options.draft == "tree" and SCHEDULE not in speculative:
         rows, smallest = default_tree_rows(target)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
+    for_vllm.setdefault(KEEP_LAST_BLOCK, True)
     for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
     return Resolved(options, drafter, for_vllm, plan)
 
