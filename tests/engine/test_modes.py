@@ -16,7 +16,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from ..releases import SINCE_33
+from .cached_blocks import wrong_blocks
 from .conftest import DRAFTS, Engine, Pair, save_drafter, save_target, save_tokenizer
 from .test_soak import BLOCK, mixed_requests, serve
 from .ties import differences
@@ -133,6 +133,8 @@ def test_batches_scheduled_before_the_last_results(engine, tiny_pair, plain, req
         core.step_fn()
     pool = core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # all but the null block
+    wrong, compared = wrong_blocks(llm, answered)
+    assert wrong == [] and compared >= 3 * 4
 
 
 # --- LoRA ---

@@ -6,6 +6,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from .cached_blocks import wrong_blocks
 from .conftest import DRAFTS
 from .ties import differences
 
@@ -87,3 +88,6 @@ def test_every_answer_is_the_plain_one(engine, tiny_pair, plain, requests, expec
     assert counters["preemptions"] > 0 and counters["hits"] > 50 * BLOCK and counters["accepted"] > 1000
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # all but the null block
+    latest = [answers[n].prompt_token_ids + list(answers[n].outputs[0].token_ids) for n in sorted(answers)[:-60:-1]]
+    wrong, compared = wrong_blocks(llm, latest)
+    assert wrong == [] and compared > 5

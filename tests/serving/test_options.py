@@ -13,6 +13,7 @@ from vllm_ctc_spec.drafter.config import CONFIG_NAME, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving.options import (
     DEFAULT_TREE_NODES,
+    KEEP_LAST_BLOCK,
     MAX_CANDIDATES,
     MAX_TREE_ROWS,
     SCHEDULE,
@@ -54,13 +55,14 @@ def test_vllm_is_told_its_own_keys_and_the_given_ones_stay(target, draft):
     assert (options.draft, options.search) == (draft, "prefix") and drafter == DrafterConfig.load(ASSETS / "drafter")
     schedule = for_vllm.pop(SCHEDULE, None)
     told = {key: value for key, value in given.items() if key != "ctc_draft"}
-    assert for_vllm == {**told, "method": "dflash"}
+    assert for_vllm == {**told, "method": "dflash", KEEP_LAST_BLOCK: True}
     assert schedule == (tree_schedule(8, *default_tree_rows(target)) if draft == "tree" else None)
 
 
-def test_a_schedule_that_was_given_is_kept(target):
-    given = {"model": str(ASSETS / "drafter"), "ctc_draft": "tree", SCHEDULE: [(1, 9, 3)]}
-    assert parse(given, target).for_vllm[SCHEDULE] == [(1, 9, 3)]
+def test_what_was_given_is_kept(target):
+    given = {"model": str(ASSETS / "drafter"), "ctc_draft": "tree", SCHEDULE: [(1, 9, 3)], KEEP_LAST_BLOCK: False}
+    for_vllm = parse(given, target).for_vllm
+    assert for_vllm[SCHEDULE] == [(1, 9, 3)] and for_vllm[KEEP_LAST_BLOCK] is False
 
 
 def test_serving_options_are_the_keys_with_their_prefix():

@@ -14,7 +14,7 @@ from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.plan.file import FIELDS, PLAN_NAME, Plan
 from vllm_ctc_spec.plan.solve import Expected
 from vllm_ctc_spec.serving.cpu import threads
-from vllm_ctc_spec.serving.options import IN_A_PLAN, SCHEDULE, parse
+from vllm_ctc_spec.serving.options import IN_A_PLAN, KEEP_LAST_BLOCK, SCHEDULE, parse
 from vllm_ctc_spec.serving.plan import follow, served_here
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -62,7 +62,8 @@ def test_a_plan_tells_vllm_what_to_draft(draft, schedule, told, drafter, target,
     options, _, for_vllm, _ = parse(given, target)
     assert (options.draft, for_vllm["num_speculative_tokens"]) == told
     assert for_vllm == {
-        "method": "dflash", "model": str(drafter), "num_speculative_tokens": told[1], SCHEDULE: schedule
+        "method": "dflash", "model": str(drafter), "num_speculative_tokens": told[1], SCHEDULE: schedule,
+        KEEP_LAST_BLOCK: True,
     }  # fmt: skip
     assert given == {"method": "ctc", "model": str(drafter), "ctc_plan": str(path)}
 

@@ -43,6 +43,7 @@ VARIABLES = {
 NAMES = (
     "vllm.engine.arg_utils.EngineArgs.spec_model",
     "vllm.engine.arg_utils.EngineArgs.spec_tokens",
+    "vllm.config.SpeculativeConfig.disable_eagle_block_drop",
     "vllm.config.SpeculativeConfig.enable_adaptive_verification",
     "vllm.config.SpeculativeConfig.method",
     "vllm.config.SpeculativeConfig.num_speculative_tokens_per_batch_size",
@@ -97,6 +98,7 @@ RELIED_ON = {
     ),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self.create_speculative_config(",),
     "vllm.config.speculative.SpeculativeConfig": ("extract_hidden_states",),
+    "vllm.config.SpeculativeConfig.use_eagle_block_drop": ("not self.disable_eagle_block_drop",),
     "vllm.config.kv_transfer.KVTransferConfig": ("kv_connector_module_path", "kv_connector_extra_config"),
     f"{BACKENDS}.flash_attn.FlashAttentionImpl.forward": ("kv_cache.transpose(1, 2).split(",),
     "vllm.v1.engine.core_client.SyncMPClient.get_output": ("self.outputs_queue.get()", "raise self._format_exception("),
