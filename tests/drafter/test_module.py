@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_ctc_spec.drafter import module
+from vllm_ctc_spec.drafter import layers
 from vllm_ctc_spec.drafter.config import DrafterConfig
-from vllm_ctc_spec.drafter.module import WITHOUT_GROUPED_HEADS, CTCDrafter
+from vllm_ctc_spec.drafter.layers import WITHOUT_GROUPED_HEADS
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError
 
 CONFIG = DrafterConfig(
@@ -89,7 +90,7 @@ def test_attention_without_grouped_heads_gives_the_same_frames(drafter, monkeypa
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     expected = drafter(*inputs())
-    monkeypatch.setattr(module, "WITHOUT_GROUPED_HEADS", ("cpu",))
+    monkeypatch.setattr(layers, "WITHOUT_GROUPED_HEADS", ("cpu",))
     torch.testing.assert_close(drafter(*inputs()).logits, expected.logits)
     assert grouped == [True] * 2 + [False] * 2  # two layers each
     assert "cuda" in WITHOUT_GROUPED_HEADS

@@ -27,6 +27,10 @@ MAX_CONFIG_BYTES = 2**20  # a real one has two thousand
 MAX_LAYERS = 64
 MAX_SIZE = 2**20  # of one dimension of a weight: no vocabulary or layer is larger, and no product of three overflows
 MAX_FRAMES = 64
+ARCHITECTURES = ("adm", "specformer")
+"""How frames come about. "adm", the Attention Draft Module: each is a query of its own to the context. "specformer": the
+anchor alone attends to the context, and all frames are made from its state."""
+FRAME_ATTENTION = ("bidirectional", "causal")
 LATTICES = ("ctc", "transitions", "slots")
 """How frames spell labels. "ctc": a blank, and repeats merge. "transitions": learned probabilities of the step from the
 frame of one label to the frame of the next. "slots": frame k is label k, as in parallel drafters without alignments."""
@@ -40,6 +44,7 @@ LIMITS = {
     "target_num_layers": (1, MAX_SIZE),
     "num_frames": (1, MAX_FRAMES),
     "num_labels": (1, MAX_FRAMES),
+    "positional_rank": (0, MAX_SIZE),
     "transition_rank": (0, MAX_SIZE),
     "markov_rank": (0, MAX_SIZE),
     "tree_nodes": (0, MAX_NODES),
@@ -50,6 +55,7 @@ LIMITS = {
     "intermediate_size": (1, MAX_SIZE),
     "max_position_embeddings": (1, 2**31 - 1),
 }
+CHOICES = {"architecture": ARCHITECTURES, "frame_attention": FRAME_ATTENTION, "lattice": LATTICES}
 FLOAT_LIMITS = {"rms_norm_eps": (1e-30, 1), "rope_theta": (1, 1e12)}
 
 
@@ -68,13 +74,16 @@ class DrafterConfig:
     target_num_layers: int
     aux_hidden_state_layer_ids: tuple[int, ...]
     draft_vocab_size: int = 0
+    architecture: str = "adm"  # one of ARCHITECTURES
+    frame_attention: str = "bidirectional"  # one of FRAME_ATTENTION; "causal" in a SpecFormer only
+    positional_rank: int = 0  # of a SpecFormer's map from a state to T frames, 0 = whole: T * H * H weights
     num_frames: int = 12  # T
     num_labels: int = 8  # U, the label horizon of training and the default number of speculative tokens
     lattice: str = "ctc"  # one of LATTICES
     transition_rank: int = 0  # of the learned transitions' queries and keys, 0 in the other lattices
     markov_rank: int = 0  # rank of the label-conditional head, 0 = none
     tree_nodes: int = 0  # the tree that this drafter is served with by default, 0 = a chain of num_labels
-    num_layers: int = 1
+    num_layers: int = 1  # in which frames attend to each other; a SpecFormer has one before them, for the context
     num_attention_heads: int = 8
     num_key_value_heads: int = 8
     head_dim: int = 64
@@ -112,9 +121,15 @@ class DrafterConfig:
                 f"CTC drafter: num_labels is {self.num_labels}, but {self.num_frames} frames hold 1 to "
                 f"{self.num_frames} labels; lower num_labels or raise num_frames."
             )
-        if self.lattice not in LATTICES:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise DrafterConfigError(
+                    f"CTC drafter: {name} must be one of {', '.join(known)}, not {shown(getattr(self, name))}."
+                )
+        if self.architecture != "specformer" and (self.frame_attention == "causal" or self.positional_rank):
             raise DrafterConfigError(
-                f"CTC drafter: lattice must be one of {', '.join(LATTICES)}, not {shown(self.lattice)}."
+                f"CTC drafter: frame_attention {self.frame_attention!r} and positional_rank {self.positional_rank} are "
+                "a SpecFormer's; leave them out, or set architecture to 'specformer'."
             )
         if (self.transition_rank > 0) != (self.lattice == "transitions"):
             raise DrafterConfigError(
@@ -153,6 +168,11 @@ class DrafterConfig:
     def has_draft_vocabulary(self) -> bool:
         """Whether only a part of the target's tokens are labels."""
         return self.draft_vocab_size < self.vocab_size
+
+    @property
+    def num_query_rows(self) -> int:
+        """Rows of a draft that attend to the context, the anchor's first. Each takes a slot of the drafter's cache."""
+        return 1 if self.architecture == "specformer" else 1 + self.num_frames
 
     @property
     def num_markov_inputs(self) -> int:
@@ -223,6 +243,9 @@ class DrafterConfig:
             "target_num_layers": self.target_num_layers,
             "aux_hidden_state_layer_ids": list(self.aux_hidden_state_layer_ids),
             "draft_vocab_size": self.draft_vocab_size,
+            "architecture": self.architecture,
+            "frame_attention": self.frame_attention,
+            "positional_rank": self.positional_rank,
             "num_frames": self.num_frames,
             "lattice": self.lattice,
             "transition_rank": self.transition_rank,
@@ -248,6 +271,9 @@ class DrafterConfig:
                 target_num_layers=raw["target_num_layers"],
                 aux_hidden_state_layer_ids=raw["aux_hidden_state_layer_ids"],
                 draft_vocab_size=raw.get("draft_vocab_size", 0),
+                architecture=raw.get("architecture", "adm"),
+                frame_attention=raw.get("frame_attention", "bidirectional"),
+                positional_rank=raw.get("positional_rank", 0),
                 num_frames=raw["num_frames"],
                 num_labels=spec["proposal_methods"][0]["speculative_tokens"],
                 lattice=raw.get("lattice", "ctc"),

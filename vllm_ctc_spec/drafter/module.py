@@ -1,13 +1,15 @@
-"""The Attention Draft Module as a training module in plain torch.
+"""A drafter as a training module in plain torch.
 
-One small transformer reads the target's hidden states as context keys and values and turns 1 + T query slots, the
-anchor token and T learned frame queries, into T frames in one parallel forward:
+The Attention Draft Module ("adm") is one small transformer. It reads the target's hidden states as context keys and
+values and turns 1 + T query slots, the anchor token and T learned frame queries, into T frames in one parallel forward:
 
     context = norm(fc(concat of auxiliary hidden states))      keys and values of every layer, positions 0..a-1
     queries = [embed(anchor), frame_1 .. frame_T]              positions a..a+T, bidirectional among themselves
     logits  = target_head(h_t)
 
-and the lattice that spells labels with them (`lattice.py`). Embedding and head are the target's, frozen, and not part
+In a SpecFormer the anchor alone attends to the context, and frames are made from its state (`specformer.py`).
+
+Its lattice spells labels with frames (`lattice.py`). Embedding and head are the target's, frozen, and not part
 of the state dict. With a draft vocabulary the head has the rows of its tokens only. `serving/model.py` serves a file
 with the same parameters, by name and shape; a test holds both modules to the same frames.
 """
@@ -22,81 +24,13 @@ from torch.nn import functional as F
 
 from vllm_ctc_spec.drafter.config import WEIGHTS_NAME, DrafterConfig
 from vllm_ctc_spec.drafter.lattice import FrameOutputs, Lattice, TransitionHead, read_lattice
+from vllm_ctc_spec.drafter.layers import ContextAttention, DraftLayer
+from vllm_ctc_spec.drafter.specformer import DepthNorm, StateToFrames
 from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError
 
 INIT_STD = 0.02
-WITHOUT_GROUPED_HEADS = ("cuda",)  # devices whose fused attention takes a mask or grouped heads, not both
-
-
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding, half-split ("neox") layout: x `[B, heads, S, head_dim]`, positions `[B, S]`."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions[:, None, :, None].float() * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-class DraftAttention(nn.Module):
-    def __init__(self, config: DrafterConfig):
-        super().__init__()
-        self.config = config
-        d, hd = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=False)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=False)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=False)
-        self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
-    ) -> Tensor:
-        """hidden [B, Q, H] attends to context [B, S, H] and itself where mask [B, 1, Q, S + Q] is true."""
-        theta = self.config.rope_theta
-        both = torch.cat([context, hidden], 1)
-        both_positions = torch.cat([context_positions, positions], 1)
-        q = rotate(self.q_norm(self._heads(self.q_proj(hidden))), positions, theta)
-        k = rotate(self.k_norm(self._heads(self.k_proj(both))), both_positions, theta)
-        v = self._heads(self.v_proj(both))
-        if hidden.device.type in WITHOUT_GROUPED_HEADS:
-            # Without this it falls back to materialising all scores: 6 GB and more with thousands of context tokens.
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class DraftMLP(nn.Module):
-    def __init__(self, config: DrafterConfig):
-        super().__init__()
-        d, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, inner, bias=False)
-        self.up_proj = nn.Linear(d, inner, bias=False)
-        self.down_proj = nn.Linear(inner, d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DraftLayer(nn.Module):
-    def __init__(self, config: DrafterConfig):
-        super().__init__()
-        self.self_attn = DraftAttention(config)
-        self.mlp = DraftMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, hidden: Tensor, positions: Tensor, context: Tensor, context_positions: Tensor, mask: Tensor
-    ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, context, context_positions, mask)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class MarkovHead(nn.Module):
@@ -141,13 +75,23 @@ class CTCDrafter(nn.Module):
         d = config.hidden_size
         self.fc = nn.Linear(d * len(config.aux_hidden_state_layer_ids), d, bias=False)
         self.hidden_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
-        self.frame_queries = nn.Parameter(torch.empty(config.num_frames, d))
-        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
+        self._build_body(config)
         self.norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.blank_head = nn.Linear(d, 1) if config.lattice == "ctc" else None
         self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.reset_parameters()
+
+    def _build_body(self, config: DrafterConfig) -> None:
+        """`layers` attend to the context; what one architecture has and the other has not is None there."""
+        self.depth_norm = self.frame_queries = self.specformer = None
+        if config.architecture == "specformer":
+            self.depth_norm = DepthNorm(len(config.aux_hidden_state_layer_ids), config.hidden_size, config.rms_norm_eps)
+            self.layers = nn.ModuleList([ContextAttention(config)])
+            self.specformer = StateToFrames(config)
+        else:
+            self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size))
+            self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
 
     def _set_vocabulary(self, token_ids: Tensor | None) -> None:
         head = self.target_head
@@ -173,7 +117,10 @@ class CTCDrafter(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=INIT_STD)
-        nn.init.normal_(self.frame_queries, std=INIT_STD)
+        if self.frame_queries is not None:
+            nn.init.normal_(self.frame_queries, std=INIT_STD)
+        if self.specformer is not None:
+            nn.init.normal_(self.specformer.positional[-1].bias, std=INIT_STD)
         if self.markov_head is not None:
             nn.init.zeros_(self.markov_head.output.weight)
         spare = max(self.config.num_frames - self.config.num_labels, 0.05)
@@ -191,6 +138,8 @@ class CTCDrafter(nn.Module):
 
     def encode_context(self, aux_hidden_states: Tensor) -> Tensor:
         """`[B, S, A * H]` concatenated auxiliary hidden states to the layers' common context `[B, S, H]`."""
+        if self.depth_norm is not None:
+            aux_hidden_states = self.depth_norm(aux_hidden_states)
         return self.hidden_norm(self.fc(aux_hidden_states))
 
     def forward_hidden(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> Tensor:
@@ -200,13 +149,14 @@ class CTCDrafter(nn.Module):
         context 0..a-1 only (its own hidden state does not exist yet when it is drafted from).
         """
         num_rows, num_context = aux_hidden_states.shape[:2]
-        num_anchors, num_queries = anchor_tokens.shape[1], 1 + self.config.num_frames
+        num_anchors, num_queries = anchor_tokens.shape[1], self.config.num_query_rows
         device = aux_hidden_states.device
         context = self.encode_context(aux_hidden_states)
         context_positions = torch.arange(num_context, device=device).expand(num_rows, -1)
-        anchors = F.embedding(anchor_tokens, self.target_embedding).unsqueeze(2)
-        queries = self.frame_queries.expand(num_rows, num_anchors, -1, -1)
-        hidden = torch.cat([anchors, queries], 2).flatten(1, 2)
+        hidden = F.embedding(anchor_tokens, self.target_embedding).unsqueeze(2)
+        if self.frame_queries is not None:
+            hidden = torch.cat([hidden, self.frame_queries.expand(num_rows, num_anchors, -1, -1)], 2)
+        hidden = hidden.flatten(1, 2)
         positions = (anchor_positions[:, :, None] + torch.arange(num_queries, device=device)).flatten(1)
         positions = positions.clamp_max(self.config.max_position_embeddings - 1)
         sees_context = context_positions[:, None, :] < anchor_positions.repeat_interleave(num_queries, 1)[:, :, None]
@@ -215,7 +165,10 @@ class CTCDrafter(nn.Module):
         mask = torch.cat([sees_context, sees_block], 2).unsqueeze(1)
         for layer in self.layers:
             hidden = layer(hidden, positions, context, context_positions, mask)
-        return self.norm(hidden).unflatten(1, (num_anchors, num_queries))
+        hidden = hidden.unflatten(1, (num_anchors, num_queries))
+        if self.specformer is not None:
+            hidden = self.specformer(hidden)
+        return self.norm(hidden)
 
     def forward(self, aux_hidden_states: Tensor, anchor_tokens: Tensor, anchor_positions: Tensor) -> FrameOutputs:
         """Frames for M anchors in each of B sequences; arguments as in `forward_hidden`."""

@@ -37,12 +37,12 @@ def choose_sizes(config: VllmConfig, set_default_sizes: Callable[[VllmConfig], N
 def capture_sizes(config: VllmConfig, default: list[int]) -> list[int]:
     """`default`, vLLM's own sizes in ascending order, and beyond them what drafts and their verification need.
 
-    A pass has 1 + T rows a request, or 1 + K for the K tokens that its batch drafts. Up to LARGEST_GRAPH rows are
+    A pass has 1 + T rows a request (a SpecFormer's has one), or 1 + K for the K tokens that its batch drafts. Up to LARGEST_GRAPH rows are
     added, and for each kind of pass at most 8 sizes while the number of requests doubles, so that no more than an
     eighth of a pass is padding.
     """
     scheduler = config.scheduler_config
-    draft_rows = 1 + config.speculative_config.draft_model_config.hf_config.num_frames
+    draft_rows = config.speculative_config.draft_model_config.hf_config.num_query_rows
     max_num_reqs = min(
         scheduler.max_num_active_seqs or scheduler.max_num_seqs, scheduler.max_num_batched_tokens // draft_rows
     )

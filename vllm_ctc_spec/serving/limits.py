@@ -110,7 +110,7 @@ def _adapts_the_head(config: Any) -> bool:
 
 def _slots_beyond_a_batch(config: Any) -> int | None:
     """Draft slots of one request, where not even they fit."""
-    slots = 1 + _drafter(config).num_frames
+    slots = _drafter(config).num_query_rows
     return slots if slots > config.scheduler_config.max_num_batched_tokens else None
 
 

@@ -51,7 +51,9 @@ class CTCDraftInner(DFlashQwen3Model):
     def __init__(self, *, vllm_config: VllmConfig, start_layer_id: int = 0, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, start_layer_id=start_layer_id, prefix=prefix)
         config = self.config
-        self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size), requires_grad=False)
+        self.frame_queries = None
+        if config.num_query_rows > 1:
+            self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size), requires_grad=False)
         self.blank_head = nn.Linear(config.hidden_size, 1) if config.lattice == "ctc" else None
         self.transition_head = TransitionHead(config) if config.lattice == "transitions" else None
         sizes = config.num_markov_inputs, config.draft_vocab_size, config.markov_rank

@@ -4,13 +4,13 @@
 the draft architecture `CTCDraftModel`. All of vLLM's gates for DFlash (auxiliary hidden states, lookahead slots,
 hashing, async scheduling) then hold unpatched. The complete list:
 
-1. `ModelRegistry.register_model` for `CTCDraftModel` (public API).
+1. `ModelRegistry.register_model` for `CTCDraftModel` and `CTCSpecFormerModel` (public API).
 2. `register_speculator("ctc")`: vLLM reads the drafter's speculators-format `config.json` (public registry).
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
 4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; the attention backend
    of trees; where metrics go.
 5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
-6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, not 1 + N.
+6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, or one, not 1 + N.
 7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
 8. `Scheduler.__init__`, wrapped: a plan's drafts follow what is accepted (`plan.follow`).
 9. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
@@ -34,6 +34,11 @@ from vllm_ctc_spec.serving.release import changed_hooks, unsupported_release
 
 logger = logging.getLogger("vllm.ctc_spec")
 
+MODELS = {
+    "adm": (ARCHITECTURE, "vllm_ctc_spec.serving.model:CTCDraftModel"),
+    "specformer": ("CTCSpecFormerModel", "vllm_ctc_spec.serving.specformer:SpecFormerModel"),
+}
+"""A drafter's architecture to the name and the class of its model in vLLM's registry."""
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _registered = False
 
@@ -66,7 +71,8 @@ def register() -> None:
 
     from vllm_ctc_spec.serving import cpu
 
-    ModelRegistry.register_model(ARCHITECTURE, "vllm_ctc_spec.serving.model:CTCDraftModel")
+    for name, served in MODELS.values():
+        ModelRegistry.register_model(name, served)
     register_speculator(SPECULATORS_TYPE)(update_ctc)
     EngineArgs.create_speculative_config = _resolving(EngineArgs.create_speculative_config)
     EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
@@ -80,7 +86,7 @@ def register() -> None:
 
 def _is_ctc(speculative_config: Any) -> bool:
     draft = getattr(speculative_config, "draft_model_config", None)
-    return draft is not None and ARCHITECTURE in (draft.architectures or [])
+    return draft is not None and any(name in (draft.architectures or []) for name, _ in MODELS.values())
 
 
 def _asks_for_ctc(speculative: Any) -> bool:
@@ -142,8 +148,8 @@ def _attributes(owner: Any, **values: Any) -> Iterator[None]:
 def _report(resolved: Resolved, dtype: str) -> None:
     options, drafter, for_vllm, _ = resolved
     logger.info(
-        "CTC drafter %s (served as dflash): %d frames, %s of %d speculative tokens, search %s.",
-        for_vllm["model"], drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"], options.search,
+        "CTC drafter %s (%s, served as dflash): %d frames, %s of %d speculative tokens, search %s.",
+        for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"], options.search,
     )  # fmt: skip
     if drafter.target_dtype not in ("", dtype):
         logger.warning(
@@ -180,7 +186,7 @@ def _checking(original: Callable) -> Callable:
             from vllm_ctc_spec.serving.attention_backend import select_for_trees
 
             select_for_trees(config)
-        _fit_requests(config.scheduler_config, drafter.num_frames)
+        _fit_requests(config.scheduler_config, drafter.num_query_rows)
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
             setattr(config.observability_config, metrics.FOLDER, metrics.folder())
@@ -189,9 +195,8 @@ def _checking(original: Callable) -> Callable:
     return create_engine_config
 
 
-def _fit_requests(scheduler: Any, num_frames: int) -> None:
+def _fit_requests(scheduler: Any, slots: int) -> None:
     """The draft pass has max_num_batched_tokens rows. vLLM 0.33 lowers max_num_active_seqs by itself, 0.32 does not."""
-    slots = 1 + num_frames
     fitting = scheduler.max_num_batched_tokens // slots
     if (scheduler.max_num_active_seqs or scheduler.max_num_seqs) > fitting:
         logger.warning(
@@ -208,7 +213,7 @@ def _looking_ahead(original: property) -> property:
         """Every reader adds it to the scheduled tokens, drafts among them. vLLM 0.33 also bounds the running requests
         by it, which 1 + N would do at 126 for trees of 64 and 8192 batched tokens."""
         if _is_ctc(self.speculative_config):
-            return 1 + self.speculative_config.draft_model_config.hf_config.num_frames
+            return self.speculative_config.draft_model_config.hf_config.num_query_rows
         return original.fget(self)
 
     return property(num_lookahead_tokens, doc=original.__doc__)
@@ -264,7 +269,13 @@ def update_ctc(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) 
     """
     config = DrafterConfig.from_dict(config_dict)
     pre_trained_config.update(
-        architectures=[ARCHITECTURE],
+        architectures=[MODELS[config.architecture][0]],
+        # vLLM's layers are those with a cache, which read the context.
+        num_hidden_layers=1 if config.architecture == "specformer" else config.num_layers,
+        num_frame_layers=config.num_layers,
+        num_query_rows=config.num_query_rows,
+        frame_attention=config.frame_attention,
+        positional_rank=config.positional_rank,
         draft_vocab_size=config.draft_vocab_size,
         num_markov_inputs=config.num_markov_inputs,
         target_hidden_size=config.hidden_size,

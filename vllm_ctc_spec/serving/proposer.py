@@ -60,9 +60,11 @@ class CTCProposer(DFlashSpeculator):
         self.meter = self._make_meter(vllm_config)
         self._idle = False  # nothing is to be drafted for this batch; goes with vLLM 0.32, see `propose`
         self._verdict: Verdict | None = None  # of a verification of trees, until `propose` has read its rows
-        self.num_speculative_steps = self.num_frames
-        self.num_query_per_req = 1 + self.num_frames
-        num_rows = self.max_num_reqs * self.num_frames
+        self.num_query_per_req: int = hf_config.num_query_rows
+        # Rows that vLLM takes for samples: the frames, or the anchor where frames are no rows of the query.
+        self.sample_from_anchor = self.num_query_per_req == 1
+        self.num_speculative_steps = 1 if self.sample_from_anchor else self.num_frames
+        num_rows = self.max_num_reqs * self.num_speculative_steps
         self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
@@ -174,7 +176,7 @@ class CTCProposer(DFlashSpeculator):
         if self._idle:
             return
         num_queries = num_reqs * self.num_query_per_req
-        requests = self.sample_idx_mapping[: num_reqs * self.num_frames : self.num_frames]
+        requests = self.sample_idx_mapping[: num_reqs * self.num_speculative_steps : self.num_speculative_steps]
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         vocabulary = self.model.vocabulary
         if vocabulary is not None:
@@ -184,7 +186,8 @@ class CTCProposer(DFlashSpeculator):
             hidden = self._run_model(
                 num_tokens_padded, attn_metadata, slot_mappings, num_tokens_across_dp, cudagraph_runtime_mode
             )
-            hidden = hidden[:num_queries].unflatten(0, (num_reqs, self.num_query_per_req))  # [R, 1 + T, H]
+            num_rows = 1 + self.num_frames
+            hidden = hidden[: num_reqs * num_rows].unflatten(0, (num_reqs, num_rows))  # [R, 1 + T, H]
             frames, stats = read_frames(self.model.compute_frames(hidden), anchor, self.model.markov_tables)
         if self.trees is None:  # chains are CTC's own
             labels, draft = self.source.chain(frames, stats, self.num_drafted, self._sampling(num_reqs))
@@ -201,16 +204,16 @@ class CTCProposer(DFlashSpeculator):
             self.meter.record(requests, draft, most=most, frames=frames)
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
-        """None for greedy drafts. `sample_pos` of a request's first frame is the first label's position; like the
+        """None for greedy drafts. `sample_pos` of a request's first sample is the first label's position; like the
         target's draws, a draft's are keyed by the position before it."""
         if self.draft_logits is None:
             return None
-        first_frame = slice(0, num_reqs * self.num_frames, self.num_frames)
+        first = slice(0, num_reqs * self.num_speculative_steps, self.num_speculative_steps)
         return ChainSampling(
             temperature=self.temperature,
             seeds=self.seeds,
-            positions=self.sample_pos[first_frame] - 1,
-            requests=self.sample_idx_mapping[first_frame],
+            positions=self.sample_pos[first] - 1,
+            requests=self.sample_idx_mapping[first],
             draft_logits=self.draft_logits if self.label_logits is None else self.label_logits,
         )
 

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from vllm_ctc_spec.drafter.config import LATTICES
+from vllm_ctc_spec.drafter.config import ARCHITECTURES, FRAME_ATTENTION, LATTICES
 from vllm_ctc_spec.errors import TrainingError
 
 SETTINGS_NAME = "train_config.json"
@@ -46,6 +46,16 @@ class TrainConfig:
         "prefix",
         choices=("prefix", "ctc", "ce"),
     )
+    architecture: str = setting(
+        "adm, the Attention Draft Module: each frame is a query to the context; specformer: the anchor alone attends to "
+        "the context, and all frames are made from its state, a cheaper draft",
+        "adm",
+        choices=ARCHITECTURES,
+    )
+    frame_attention: str = setting("attention among a SpecFormer's frames", "bidirectional", choices=FRAME_ATTENTION)
+    positional_rank: int = setting(
+        "rank of a SpecFormer's map from a state to T frames, which has T x H x H weights with 0", 0
+    )
     lattice: str | None = setting(
         "how frames spell labels: ctc: with blanks and repeats; transitions: with learned steps between frames; "
         "slots: one label each (default: slots with --loss ce, else ctc)",
@@ -54,7 +64,7 @@ class TrainConfig:
     )
     num_frames: int = setting("T, the parallel outputs of one draft forward", 12)
     num_labels: int = setting("U, the labels that one draft is trained to hold; at most T", 8)
-    num_layers: int = setting("transformer layers of the drafter", 2)
+    num_layers: int = setting("transformer layers of the drafter; of a SpecFormer, those behind its context layer", 2)
     aux_layers: tuple[int, ...] | None = setting(
         "layers of the target that the drafter reads, 1 = after the first (default: up to five, spread)",
         None,

@@ -40,7 +40,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizers(drafter: CTCDrafter, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices that act on hidden states and AdamW for the rest: norms, queries,
     blank, transitions and label-conditional head."""
-    matrices = [p for name, p in drafter.named_parameters() if p.ndim == 2 and name.startswith(("layers", "fc"))]
+    bodies = ("layers", "fc", "specformer")
+    matrices = [p for name, p in drafter.named_parameters() if p.ndim == 2 and name.startswith(bodies)]
     chosen = set(map(id, matrices)) if config.optimizer == "muon" else set()
     others = [p for p in drafter.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [

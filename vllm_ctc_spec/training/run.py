@@ -34,7 +34,8 @@ OOM_REMEDIES = (
 def drafter_shape(config: TrainConfig, target: PreTrainedConfig) -> DrafterConfig:
     """The drafter that these settings describe for this target (DrafterConfigError)."""
     shape = {name: getattr(config, name) for name in (
-        "target", "num_frames", "num_labels", "num_layers", "markov_rank", "lattice", "transition_rank", "tree_nodes",
+        "target", "architecture", "frame_attention", "positional_rank", "num_frames", "num_labels", "num_layers",
+        "markov_rank", "lattice", "transition_rank", "tree_nodes",
     )}  # fmt: skip
     if isinstance(config.draft_vocab_size, int):
         shape["draft_vocab_size"] = config.draft_vocab_size
@@ -113,9 +114,7 @@ def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrit
     answer(asked, text, prompts, overwrite, generate)
 
 
-def run_worker(
-    prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS
-) -> str | None:
+def run_worker(prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
