@@ -34,9 +34,12 @@ HIDDEN = 64
 TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
 FEW_LABELS = {"draft_vocab_size": 60}  # of 98 tokens
 TRANSITIONS = {"lattice": "transitions", "transition_rank": 16}
+SPECFORMER = {"architecture": "specformer"}
 DRAFTERS = {
     "ctc": {}, "transitions": TRANSITIONS, "slots": {"lattice": "slots"},
     "ctc, few labels": FEW_LABELS, "transitions, few labels": TRANSITIONS | FEW_LABELS,
+    "specformer": SPECFORMER,
+    "specformer, causal": SPECFORMER | TRANSITIONS | FEW_LABELS | {"frame_attention": "causal", "positional_rank": 24},
 }  # fmt: skip
 DRAFTS = {"chain": {}, "tree": TREE}  # options of the speculative config for tests that run with both
 

@@ -94,7 +94,7 @@ def served(pair, kind_of_pair, engine):
         return drafts
 
     # Greedy requests draft greedily there too, and the law of their drafts is written for the rejection sampler.
-    sampled = pair in (kind_of_pair("transitions"), kind_of_pair("transitions, few labels"))
+    sampled = pair in map(kind_of_pair, ("transitions", "transitions, few labels", "specformer, causal"))
     method = {"draft_sample_method": "probabilistic"} if sampled else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CTCDraftModel, "compute_frames", recording_frames)

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu import cudagraph_utils
 
+from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.serving.graphs import LARGEST_GRAPH, capture_sizes, num_drafted_by_batch
 from vllm_ctc_spec.serving.options import SCHEDULE
 from vllm_ctc_spec.serving.proposer import CTCProposer
@@ -67,7 +68,8 @@ def verification_graphs(config: VllmConfig) -> cudagraph_utils.CudaGraphManager:
 def draft_graphs(config: VllmConfig) -> cudagraph_utils.CudaGraphManager:
     proposer = object.__new__(CTCProposer)
     support = SimpleNamespace(min_cg_support=AttentionCGSupport.UNIFORM_BATCH)
-    vars(proposer).update(vllm_config=config, device="cpu", num_query_per_req=DRAFT_ROWS, attn_cg_support=support)
+    rows = config.speculative_config.draft_model_config.hf_config.num_query_rows
+    vars(proposer).update(vllm_config=config, device="cpu", num_query_per_req=rows, attn_cg_support=support)
     proposer.init_cudagraph_manager(config.compilation_config.cudagraph_mode)
     return proposer.query_cudagraph_manager
 
@@ -97,7 +99,7 @@ def test_chains_are_verified_in_graphs_beyond_the_largest_draft_that_has_one():
 @pytest.mark.parametrize(("num_frames", "requests"), [(12, 78), (24, 40), (48, 20)])
 def test_the_widest_batches(num_frames, requests):
     config = configure(CHAIN)
-    config.speculative_config.draft_model_config.hf_config.num_frames = num_frames
+    config.speculative_config.draft_model_config.hf_config.num_query_rows = 1 + num_frames
     assert (1 + num_frames) * requests in capture_sizes(config, list(range(16, 513, 16)))
     assert (1 + num_frames) * (requests + 1) > LARGEST_GRAPH
 
@@ -111,6 +113,14 @@ def test_few_sizes_are_added_to_those_of_vllm_and_no_draft_is_padded_by_more_tha
     assert ours[-1] <= LARGEST_GRAPH and 0 < len(ours) - len(vllms) <= 10 * len(kinds)
     drafts = [size for size in ours if size % DRAFT_ROWS == 0 and size > 512]
     assert all(later - earlier <= max(earlier / 8, DRAFT_ROWS) for earlier, later in zip(drafts, drafts[1:]))
+
+
+@pytest.mark.parametrize("requests", [37, 256, 700])
+def test_drafts_of_one_row_a_request_have_graphs(requests, monkeypatch):
+    """A SpecFormer's. vLLM's sizes leave out batches between its largest size below `max_num_seqs` and that."""
+    monkeypatch.setattr(DrafterConfig, "num_query_rows", 1)
+    draft = draft_graphs(configure(CHAIN, max_num_seqs=requests))
+    assert all(is_whole(draft, n, 1) for n in range(1, requests + 1))
 
 
 @pytest.mark.parametrize(

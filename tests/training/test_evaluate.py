@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -81,6 +82,8 @@ def test_every_kind_of_draft_is_measured_on_the_targets_responses(lattice, targe
         assert row["tokens"] == acceptance.tokens and row["steps"] == pytest.approx(acceptance.steps)
         assert row["acceptance_length"] == pytest.approx(acceptance.length)
         assert row["half_width"] == pytest.approx(acceptance.half_width)
+        rows = 1 + int(re.search(r"\d+", row["drafts"]).group())  # the anchor's and those of the drafts
+        assert row["acceptance_per_verified_row"] == pytest.approx(acceptance.length / rows)
 
 
 def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
@@ -92,10 +95,11 @@ def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
     assert header == HEADER and len(rows) == len(written["results"]) == 7
     for row, result in zip(rows, written["results"]):
         assert row.startswith(result["drafts"])
-        temperature, length, sign, half_width, prompts, steps = row.removeprefix(result["drafts"]).split()
+        temperature, length, sign, half_width, per_row, prompts, steps = row.removeprefix(result["drafts"]).split()
         assert (float(temperature), sign, int(prompts)) == (result["temperature"], "+-", len(result["steps"]))
         assert float(length) == pytest.approx(result["acceptance_length"], abs=6e-4)
         assert float(half_width) == pytest.approx(result["half_width"], abs=6e-4)
+        assert float(per_row) == pytest.approx(result["acceptance_per_verified_row"], abs=6e-4)
         assert float(steps) == pytest.approx(sum(result["steps"]), abs=0.6)
     assert written["settings"] == json.loads(json.dumps(dataclasses.asdict(settings)))
     assert written["versions"]["vllm_ctc_spec"] == vllm_ctc_spec.__version__
@@ -106,7 +110,7 @@ def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
 def test_one_prompt_has_no_interval(config, tmp_path):
     evaluate(config(num_prompts=1, temperature=(0.0,)), tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["results"][0]["half_width"] is None
-    assert "inf" in Result("chain of 4", 0.0, Acceptance([5], [2])).row()
+    assert "inf" in Result("chain of 4", 4, 0.0, Acceptance([5], [2])).row()
 
 
 @pytest.mark.parametrize("at_once", [3, 128])

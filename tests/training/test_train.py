@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.config import ARCHITECTURES, DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import checkpoint, dataset_writer
@@ -69,13 +69,16 @@ def make_trainer(config: TrainConfig, target) -> Trainer:
     return Trainer(config, shape, hidden_states, target.embedding, target.head)
 
 
-TRAINED = [("prefix", "ctc"), ("prefix", "transitions"), ("ctc", "ctc"), ("ce", None)]
+SPECFORMER = {"architecture": "specformer"}
+TRAINED = [
+    {"lattice": "ctc"}, {"lattice": "transitions"}, {"loss": "ctc", "markov_rank": 0}, {"loss": "ce"},
+    SPECFORMER | {"lattice": "transitions", "frame_attention": "causal", "positional_rank": 8},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("loss", "lattice"), TRAINED)
-def test_training_lowers_the_loss_and_publishes_the_best(config, loss, lattice, tmp_path, target):
-    rank = 0 if loss == "ctc" else 4
-    config = changed(config, loss=loss, lattice=lattice, markov_rank=rank, steps=40, eval_every=20)
+@pytest.mark.parametrize("settings", TRAINED, ids=lambda settings: ", ".join(map(str, settings.values())))
+def test_training_lowers_the_loss_and_publishes_the_best(config, settings, tmp_path, target):
+    config = changed(config, **settings, steps=40, eval_every=20)
     report = train(config, paths(tmp_path), overwrite=False)
     log = read_log(tmp_path)
     assert [entry["step"] for entry in log] == list(range(1, 41))
@@ -83,6 +86,8 @@ def test_training_lowers_the_loss_and_publishes_the_best(config, loss, lattice, 
     assert sum(mean[-5:]) < 0.8 * sum(mean[:5])
     drafter = CTCDrafter.load(tmp_path, target.embedding, target.head)
     assert drafter.config.target == config.target
+    for name in ("architecture", "frame_attention", "positional_rank"):
+        assert getattr(drafter.config, name) == getattr(config, name)
     measured = [e["held_out_tokens_total"] / e["held_out_steps_total"] for e in log if "held_out_steps_total" in e]
     assert f"with chains of 3 labels: {max(measured):.3f} +-" in report
     assert TrainConfig(**json.loads((tmp_path / "train_config.json").read_text())) == config
@@ -339,6 +344,7 @@ def test_refusals_write_nothing(config, tmp_path, target_folder):
     for change, message in (
         ({"num_labels": 9, "num_frames": 5}, "5 frames hold 1 to 5 labels"),
         ({"markov_rank": -1}, "markov_rank must be 0"),
+        ({"frame_attention": "causal"}, "are a SpecFormer's; leave them out, or set architecture"),
         ({"data": str(empty)}, "0 usable rows"),
         ({"target": str(tmp_path / "nowhere")}, "config.json is missing"),
     ):
@@ -359,7 +365,7 @@ def test_refusals_write_nothing(config, tmp_path, target_folder):
     [{"anchors": 3}, {"batch_size": 2}, {"seed": 1}, {"lr": 1e-3}, {"num_layers": 1}, {"markov_rank": 0},
      {"loss": "ce"}, {"lattice": "transitions"}, {"num_labels": 2}, {"num_frames": 6}, {"dtype": "bf16"},
      {"optimizer": "adamw"}, {"warmup": 0}, {"clip": 1e-3}, {"position_decay": 1.0}, {"blank_share": 0.9},
-     {"aux_layers": (1,)}],
+     {"aux_layers": (1,)}, SPECFORMER],
 )  # fmt: skip
 def test_every_setting_changes_the_second_step(config, change, target):
     examples = [Example([1, 5 + i, 2], [6 + i, 7, 8 + i, 9, 10, 9, 7, 3]) for i in range(4)]
@@ -373,6 +379,26 @@ def test_every_setting_changes_the_second_step(config, change, target):
     config = dataclasses.replace(config, steps=60, warmup=2)
     assert third_loss(config) == third_loss(config)
     assert third_loss(changed(config, **change)) != third_loss(config)
+
+
+@pytest.mark.parametrize("change", [{"frame_attention": "causal"}, {"positional_rank": 8}], ids=str)
+def test_every_setting_of_a_specformer_changes_its_frames(config, change, target):
+    """From the same weights where shapes agree."""
+    batch = sample_batch([Example([1, 5, 2], [6, 7, 8, 9, 10, 9, 7, 3])], 3, 3, seed=0)
+
+    def loss(**settings) -> float:
+        trainer = make_trainer(changed(config, **SPECFORMER, **settings), target)
+        return trainer.backward([Example([1, 5, 2], [6, 7, 8, 9, 10, 9, 7, 3])], batch)[0]
+
+    assert loss(**change) != loss()
+
+
+def test_the_matrices_of_every_architecture_are_muons(config, target):
+    for architecture in ARCHITECTURES:
+        others, muon = make_trainer(changed(config, architecture=architecture), target).progress.optimizers
+        shapes = [tuple(p.shape) for p in others.param_groups[0]["params"] if p.ndim == 2]
+        tables = {(5, 32), (30, 4), (1, 32), (2, 32)}  # frame queries, label-conditional head, blank, norms of depths
+        assert set(shapes) <= tables and len(muon.param_groups[0]["params"]) >= 8
 
 
 def test_the_best_measured_drafter_is_published(config, tmp_path, monkeypatch):

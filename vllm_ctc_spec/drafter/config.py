@@ -28,8 +28,8 @@ MAX_LAYERS = 64
 MAX_SIZE = 2**20  # of one dimension of a weight: no vocabulary or layer is larger, and no product of three overflows
 MAX_FRAMES = 64
 ARCHITECTURES = ("adm", "specformer")
-"""How frames come about. "adm", the Attention Draft Module: each is a query of its own to the context. "specformer": the
-anchor alone attends to the context, and all frames are made from its state."""
+"""How frames come about. "adm", the Attention Draft Module: each is a query of its own to the context. "specformer":
+the anchor alone attends to the context, and all frames are made from its state."""
 FRAME_ATTENTION = ("bidirectional", "causal")
 LATTICES = ("ctc", "transitions", "slots")
 """How frames spell labels. "ctc": a blank, and repeats merge. "transitions": learned probabilities of the step from the

@@ -37,9 +37,10 @@ def choose_sizes(config: VllmConfig, set_default_sizes: Callable[[VllmConfig], N
 def capture_sizes(config: VllmConfig, default: list[int]) -> list[int]:
     """`default`, vLLM's own sizes in ascending order, and beyond them what drafts and their verification need.
 
-    A pass has 1 + T rows a request (a SpecFormer's has one), or 1 + K for the K tokens that its batch drafts. Up to LARGEST_GRAPH rows are
-    added, and for each kind of pass at most 8 sizes while the number of requests doubles, so that no more than an
-    eighth of a pass is padding.
+    A pass has 1 + T rows a request (a SpecFormer's draft has one), or 1 + K for the K tokens that its batch drafts. Up
+    to LARGEST_GRAPH rows are added, and for each kind of pass at most 8 sizes while the number of requests doubles, so
+    that no more than an eighth of a pass is padding. vLLM captures no size of more requests than may run, so the
+    largest batch of drafts with one row a request is a size of its own.
     """
     scheduler = config.scheduler_config
     draft_rows = config.speculative_config.draft_model_config.hf_config.num_query_rows
@@ -52,6 +53,8 @@ def capture_sizes(config: VllmConfig, default: list[int]) -> list[int]:
             most_requests[1 + drafted] = most_requests[draft_rows] = requests
     largest = min(LARGEST_GRAPH, scheduler.max_num_batched_tokens)
     sizes = set(default)
+    if draft_rows == 1 and most_requests:
+        sizes.add(min(most_requests[1], largest))
     for rows, requests in most_requests.items():
         sizes.update(rows * count for count in _counts(default[-1] // rows + 1, min(requests, largest // rows)))
     return sorted(sizes)

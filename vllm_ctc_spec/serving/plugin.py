@@ -149,7 +149,8 @@ def _report(resolved: Resolved, dtype: str) -> None:
     options, drafter, for_vllm, _ = resolved
     logger.info(
         "CTC drafter %s (%s, served as dflash): %d frames, %s of %d speculative tokens, search %s.",
-        for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"], options.search,
+        for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"],
+        options.search,
     )  # fmt: skip
     if drafter.target_dtype not in ("", dtype):
         logger.warning(

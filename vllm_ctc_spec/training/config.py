@@ -47,8 +47,8 @@ class TrainConfig:
         choices=("prefix", "ctc", "ce"),
     )
     architecture: str = setting(
-        "adm, the Attention Draft Module: each frame is a query to the context; specformer: the anchor alone attends to "
-        "the context, and all frames are made from its state, a cheaper draft",
+        "adm, the Attention Draft Module: each frame is a query to the context; specformer: the anchor alone is one, "
+        "and all frames are made from its state, a cheaper draft",
         "adm",
         choices=ARCHITECTURES,
     )

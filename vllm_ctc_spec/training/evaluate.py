@@ -57,14 +57,24 @@ class Result:
     """One row of the table."""
 
     drafts: str
+    num_drafted: int  # tokens, N
     temperature: float
     acceptance: Acceptance
+
+    @property
+    def per_row(self) -> float:
+        """Tokens that one verified row brings: the target computes 1 + N rows a step, whatever is accepted. Rows are
+        what a step of a large batch costs, as acceptance length is what a step of a small one brings."""
+        return self.acceptance.length / (1 + self.num_drafted)
 
     def row(self) -> str:
         measured = self.acceptance
         length = f"{measured.length:.3f} +- {measured.half_width:.3f}"
         steps = sum(measured.steps)
-        return f"{self.drafts:<20}{self.temperature:>11g}{length:>20}{len(measured.steps):>9}{steps:>9.0f}"
+        return (
+            f"{self.drafts:<20}{self.temperature:>11g}{length:>20}{self.per_row:>9.3f}{len(measured.steps):>9}"
+            f"{steps:>9.0f}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         measured = self.acceptance
@@ -72,13 +82,14 @@ class Result:
             "drafts": self.drafts,
             "temperature": self.temperature,
             "acceptance_length": measured.length,
+            "acceptance_per_verified_row": self.per_row,
             "half_width": measured.half_width if math.isfinite(measured.half_width) else None,
             "tokens": measured.tokens,
             "steps": measured.steps,
         }
 
 
-HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'prompts':>9}{'steps':>9}"
+HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'per row':>9}{'prompts':>9}{'steps':>9}"
 
 
 def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
@@ -181,14 +192,15 @@ def measure(
         return tqdm(examples, desc=f"{what} at temperature {temperature:g}", unit="prompt")
 
     num_labels = drafter.config.num_labels
-    results = [Result(f"chain of {num_labels}", temperature, measure_chain(drafter, hidden_states, bar("chains")))]
+    chains = measure_chain(drafter, hidden_states, bar("chains"))
+    results = [Result(f"chain of {num_labels}", num_labels, temperature, chains)]
     trees = measure_trees(drafter, hidden_states, bar("trees"), config.nodes)
-    results += [Result(f"tree of {size} nodes", temperature, measured) for size, measured in trees.items()]
+    results += [Result(f"tree of {size} nodes", size, temperature, measured) for size, measured in trees.items()]
     if temperature:
         sampled = measure_sampled_chain(
             drafter, hidden_states, bar("sampled chains"), lambda example: response_log_probs(target, example)
         )
-        results.append(Result(f"sampled chain of {num_labels}", temperature, sampled))
+        results.append(Result(f"sampled chain of {num_labels}", num_labels, temperature, sampled))
     return results
 
 
