@@ -3,7 +3,8 @@
     vllm-ctc data --target assets/target --prompts gsm8k_train.jsonl --output dataset --hidden-states
     python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl
 
-`--table widening` varies the best row of the ablation instead, one setting at a time.
+`--table widening` varies the best row of the ablation instead, one setting at a time; `--table architectures` compares
+the Attention Draft Module with SpecFormer, what they cost included (of a draft's time, what `draft_time.py` measured).
 
 The work folder keeps every run, so none is repeated. Started again, or several times at once with other seeds or
 methods, the program adds the missing runs and writes the table of all runs (OUTPUT.json, OUTPUT.md, OUTPUT.png).
@@ -53,6 +54,7 @@ METHODS: dict[str, dict] = {
 }
 SIZES = (8, 16, 32, 64)
 COMMAND = "python benchmarks/ablation.py --data dataset --prompts gsm8k_test.jsonl --spec-bench spec_bench.jsonl"
+TWIN_8 = "CE + label-conditional (DSpark-like), 8 slots"
 OURS, TWIN = "transitions + label-conditional, 24 frames", "CE + label-conditional (DSpark-like), 24 slots"
 ALL_LAYERS = tuple(range(1, 9))  # of the tiny target
 VARIATIONS: dict[str, dict] = {
@@ -74,10 +76,25 @@ WIDENING = {OURS: METHODS[OURS]}
 WIDENING |= {f"the same, {name}": {**METHODS[OURS], **settings} for name, settings in VARIATIONS.items()}
 WIDENING[TWIN] = METHODS[TWIN]
 WIDENING |= {f"the twin, {name}": {**METHODS[TWIN], **VARIATIONS[name]} for name in ("2 draft layers", "1200 steps")}
-TABLES = {"ablation": METHODS, "widening": WIDENING}
+TRANSITIONS = {"lattice": "transitions"}
+SPECFORMER = {"architecture": "specformer"}
+ARCHITECTURES = {
+    TWIN_8: METHODS[TWIN_8],
+    "SpecFormer, CE + label-conditional, 8 slots": {**METHODS[TWIN_8], **SPECFORMER},
+    "transitions + label-conditional, 12 frames": {**TRANSITIONS, "num_frames": 12},
+    "SpecFormer, transitions + label-conditional, 12 frames": {**TRANSITIONS, **SPECFORMER, "num_frames": 12},
+    OURS: METHODS[OURS],
+    "SpecFormer, transitions + label-conditional, 24 frames": {**TRANSITIONS, **SPECFORMER, "num_frames": 24},
+    "SpecFormer, the same, causal among frames": {
+        **TRANSITIONS, **SPECFORMER, "num_frames": 24, "frame_attention": "causal",
+    },
+    "SpecFormer, the same, positional rank 64": {**TRANSITIONS, **SPECFORMER, "num_frames": 24, "positional_rank": 64},
+}  # fmt: skip
+TABLES = {"ablation": METHODS, "widening": WIDENING, "architectures": ARCHITECTURES}
 TITLES = {
     "ablation": "# Ablation: acceptance length by loss, lattice and head",
     "widening": "# One setting at a time: what makes the best row of the ablation better",
+    "architectures": "# Attention Draft Module and SpecFormer: acceptance length and cost",
 }
 SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
 
@@ -175,7 +192,12 @@ def run(args: argparse.Namespace) -> None:
             if result.is_file():
                 continue
             drafter = bench.train(method, seed)
-            write(result, {"method": method, "seed": seed, "steps": args.steps, "sets": bench.measure(drafter)})
+            parameters = sum(parameter.numel() for parameter in drafter.parameters())
+            sets = bench.measure(drafter)
+            write(
+                result,
+                {"method": method, "seed": seed, "steps": args.steps, "parameters": parameters, "sets": sets},
+            )
             print(f"==> {method}, seed {seed}: done", flush=True)
 
 
@@ -225,6 +247,25 @@ def table(lengths: Lengths, test_set: str) -> list[str]:
     return lines
 
 
+def cost(lengths: Lengths, results: Sequence[dict], draft_times: Path) -> list[str]:
+    """What a drafter is judged by beside acceptance: its size, its time, and tokens a verified row, which count where
+    rows are what a step costs. Times are those of `draft_time.py`, where it has measured this row."""
+    times = json.loads(draft_times.read_text(encoding="utf-8"))["drafts"] if draft_times.is_file() else {}
+    sizes = list(dict.fromkeys(size for of_drafter in times.values() for size in of_drafter["ms"]))
+    verified = {"chain": 1 + SHARED["num_labels"], "tree 16": 1 + 16}
+    columns = ["parameters", *(f"{drafts}, tokens a verified row" for drafts in verified)]
+    columns += [f"ms a draft, {size} at a time" for size in sizes]
+    lines = ["## Cost", "", "| drafter | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for method, parameters in {result["method"]: result["parameters"] for result in results}.items():
+        cells = [f"{parameters / 1e6:.2f} M"]
+        for drafts, rows in verified.items():
+            cells.append(f"{statistics.mean(lengths[method, 'GSM8K test', drafts]) / rows:.3f}")
+        of_drafter = times.get(method, {"ms": {}})["ms"]
+        cells += [f"{of_drafter[size]:.2f}" if size in of_drafter else "" for size in sizes]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def plot(lengths: Lengths, path: Path) -> None:
     import matplotlib
 
@@ -271,6 +312,8 @@ def report(args: argparse.Namespace) -> None:
         if all(pair):
             ratio = statistics.mean(pair[0]) / statistics.mean(pair[1])
             lines += [f"Chain of {OURS} against the DSpark-like twin with as many slots: {ratio:.3f}.", ""]
+    if args.table == "architectures":
+        lines += cost(lengths, results, args.draft_times)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     rows = [{"method": m, "set": s, "drafts": d, "lengths": v} for (m, s, d), v in lengths.items()]
@@ -288,6 +331,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
     parser.add_argument("--table", choices=list(TABLES), default="ablation")
     parser.add_argument("--output", type=Path, help="path without suffix (default: benchmarks/results/TABLE)")
+    parser.add_argument(
+        "--draft-times", type=Path, default=RESULTS / "draft_time.json", metavar="FILE.json",
+        help="what draft_time.py measured",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="rows of the table (default: all)")

@@ -49,10 +49,23 @@ def register_load_format() -> None:
 
 def make_pair(shape: str, folder: Path) -> tuple[Path, Path]:
     """Folders of a target without weights and of its drafter."""
-    target, drafter = folder / "target", folder / "drafter"
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=False, **SHAPES[shape])
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(config.to_dict(), default=str), encoding="utf-8")
-    table = torch.empty(config.vocab_size, config.hidden_size, device="meta")  # shared with the target, not saved
-    CTCDrafter(DrafterConfig.for_target(config, "target", **DRAFTER), table, table).save(drafter)
+    target, drafter = save_shape(shape, folder / "target"), folder / "drafter"
+    config = LlamaConfig.from_pretrained(target)
+    save_random_drafter(DrafterConfig.for_target(config, "target", **DRAFTER), drafter)
     return target, drafter
+
+
+def save_shape(shape: str, folder: Path) -> Path:
+    """A target without weights."""
+    config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=False, **SHAPES[shape])
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str), encoding="utf-8")
+    return folder
+
+
+def save_random_drafter(config: DrafterConfig, folder: Path) -> int:
+    """Returns its number of parameters."""
+    table = torch.empty(config.vocab_size, config.hidden_size, device="meta")  # shared with the target, not saved
+    drafter = CTCDrafter(config, table, table)
+    drafter.save(folder)
+    return sum(parameter.numel() for parameter in drafter.parameters())

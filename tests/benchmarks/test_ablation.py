@@ -31,7 +31,7 @@ def acceptance(length: float) -> dict:
 
 def write_result(work: Path, method: str, seed: int, sets: dict) -> None:
     (work / "results").mkdir(parents=True, exist_ok=True)
-    content = {"method": method, "seed": seed, "steps": 400, "sets": sets}
+    content = {"method": method, "seed": seed, "steps": 400, "parameters": 1_500_000, "sets": sets}
     (work / "results" / f"{ablation.slug(method, seed)}.json").write_text(json.dumps(content))
 
 
@@ -71,6 +71,22 @@ def test_the_widening_has_its_own_rows(args):
     text = args.output.with_suffix(".md").read_text()
     assert "| the same, 32 frames (1) | 2.00 |" in text and "CTC prefix" not in text
     assert "--table widening`" in text
+
+
+def test_architectures_have_what_they_cost(args):
+    args.table, args.draft_times = "architectures", args.work / "draft_time.json"
+    rows = [ablation.OURS, "SpecFormer, transitions + label-conditional, 24 frames"]
+    for seed, row in enumerate(rows):
+        write_result(args.work, row, seed, {"GSM8K test": {n: acceptance(1.8) for n in ["chain", *TREES]}})
+    ablation.report(args)
+    text = args.output.with_suffix(".md").read_text()
+    assert f"| {rows[0]} | 1.50 M | 0.200 | 0.106 |\n" in text  # 1.8 tokens of 9 rows, of 17
+    args.draft_times.write_text(json.dumps({"drafts": {rows[1]: {"ms": {"1": 4.0, "16": 9.5}}}}))
+    ablation.report(args)
+    text = args.output.with_suffix(".md").read_text()
+    assert "| ms a draft, 1 at a time | ms a draft, 16 at a time |" in text
+    assert f"| {rows[1]} | 1.50 M | 0.200 | 0.106 | 4.00 | 9.50 |" in text
+    assert f"| {rows[0]} | 1.50 M | 0.200 | 0.106 |  |  |" in text
 
 
 def test_without_results_there_is_no_table(args):
