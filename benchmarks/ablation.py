@@ -30,7 +30,7 @@ from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance, walk
 from vllm_ctc_spec.training.checkpoint import RunPaths
-from vllm_ctc_spec.training.config import TrainConfig
+from vllm_ctc_spec.training.config import DTYPES, TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.drafting import Drafting
 from vllm_ctc_spec.training.eval_config import EvalConfig
@@ -96,7 +96,7 @@ TITLES = {
     "widening": "# One setting at a time: what makes the best row of the ablation better",
     "architectures": "# Attention Draft Module and SpecFormer: acceptance length and cost",
 }
-SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16, "dtype": "bf16", "features": "stored"}
+SHARED = {"num_layers": 1, "num_labels": 8, "batch_size": 8, "anchors": 16}
 
 
 def slug(method: str, seed: int) -> str:
@@ -149,7 +149,8 @@ class Bench:
 
     def train(self, method: str, seed: int) -> CTCDrafter:
         folder = self.args.work / slug(method, seed)
-        settings = {"steps": self.args.steps, **SHARED, **TABLES[self.args.table][method]}
+        here = {"steps": self.args.steps, "dtype": self.args.dtype, "features": self.args.features}
+        settings = {**SHARED, **here, **TABLES[self.args.table][method]}
         if "init" in settings:
             settings["init"] = str(self.args.work / slug(settings["init"], seed))
         config = TrainConfig(
@@ -287,16 +288,18 @@ def plot(lengths: Lengths, path: Path) -> None:
 
 def header(args: argparse.Namespace, results: Sequence[dict]) -> list[str]:
     seeds, steps = (sorted({result[field] for result in results}) for field in ("seed", "steps"))
-    shape = {name: SHARED[name] for name in ("num_layers", "num_labels", "batch_size", "anchors", "dtype")}
+    shape = {**SHARED, "dtype": args.dtype}
     counts, here = " or ".join(map(str, steps)), machine()
+    options = "" if args.table == "ablation" else f" --table {args.table}"
+    options += "" if args.dtype == "bf16" else f" --dtype {args.dtype}"
+    options += "" if args.features == "stored" else f" --features {args.features}"
     return [
         f"Drafters for {args.target.name}, trained from scratch for {counts} steps on the same data, where a row says "
         f"nothing else, with {', '.join(f'{name} {value}' for name, value in shape.items())}; mean over seeds, of "
         f"{', '.join(map(str, seeds))}, ± half their range. Tokens per target forward, the target's own included; "
         "greedy target and drafts, except the column at temperature 1: responses sampled at temperature 1, chains "
         "sampled from the exact q, in expectation.",
-        f"torch {here['torch']}, Python {here['python']}, {here['cpu']}; {date.today()}. "
-        f"`{COMMAND}{'' if args.table == 'ablation' else f' --table {args.table}'}`",
+        f"torch {here['torch']}, Python {here['python']}, {here['cpu']}; {date.today()}. `{COMMAND}{options}`",
     ]
 
 
@@ -336,6 +339,8 @@ def main() -> None:
         help="what draft_time.py measured",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the training")
+    parser.add_argument("--features", choices=("stored", "target"), default="stored", help="as of `vllm-ctc train`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="rows of the table (default: all)")
     parser.add_argument("--num-prompts", type=int, default=40, help="of the first test set, half of it of the others")

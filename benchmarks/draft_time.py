@@ -36,7 +36,7 @@ def save_drafters(target: Path, folder: Path, rows: list[str]) -> dict[str, tupl
     """A random drafter for each row of the table: its folder and its number of parameters."""
     config, saved = AutoConfig.from_pretrained(target), {}
     for number, row in enumerate(rows):
-        settings = {**SHARED, "features": "target", "draft_vocab_size": "full", **ARCHITECTURES[row]}
+        settings = {**SHARED, "draft_vocab_size": "full", **ARCHITECTURES[row]}
         shape = drafter_shape(TrainConfig(target=str(target), data="", **settings), config)
         saved[row] = folder / str(number), save_random_drafter(shape, folder / str(number))
     return saved

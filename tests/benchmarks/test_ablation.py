@@ -38,7 +38,10 @@ def write_result(work: Path, method: str, seed: int, sets: dict) -> None:
 @pytest.fixture
 def args(tmp_path) -> Namespace:
     output = tmp_path / "out" / "ablation"
-    return Namespace(work=tmp_path / "work", output=output, target=Path("assets/target"), table="ablation")
+    return Namespace(
+        work=tmp_path / "work", output=output, target=Path("assets/target"), table="ablation", dtype="bf16",
+        features="stored",
+    )  # fmt: skip
 
 
 def test_the_table_has_means_and_spreads_over_seeds_and_the_ratio_to_the_twin(args, capsys):
@@ -74,13 +77,14 @@ def test_the_widening_has_its_own_rows(args):
 
 
 def test_architectures_have_what_they_cost(args):
-    args.table, args.draft_times = "architectures", args.work / "draft_time.json"
+    args.table, args.draft_times, args.dtype = "architectures", args.work / "draft_time.json", "fp32"
     rows = [ablation.OURS, "SpecFormer, transitions + label-conditional, 24 frames"]
     for seed, row in enumerate(rows):
         write_result(args.work, row, seed, {"GSM8K test": {n: acceptance(1.8) for n in ["chain", *TREES]}})
     ablation.report(args)
     text = args.output.with_suffix(".md").read_text()
     assert f"| {rows[0]} | 1.50 M | 0.200 | 0.106 |\n" in text  # 1.8 tokens of 9 rows, of 17
+    assert "dtype fp32;" in text and "--table architectures --dtype fp32`" in text
     args.draft_times.write_text(json.dumps({"drafts": {rows[1]: {"ms": {"1": 4.0, "16": 9.5}}}}))
     ablation.report(args)
     text = args.output.with_suffix(".md").read_text()
