@@ -102,11 +102,11 @@ def draft_inputs(batch: int, device: torch.device) -> Inputs:
     ]
 
 
-def random_drafter(lattice: str, device: torch.device) -> CTCDrafter:
+def random_drafter(lattice: str, device: torch.device, architecture: str) -> CTCDrafter:
     config = DrafterConfig(
         hidden_size=SIZE.hidden, vocab_size=SIZE.vocabulary, target_num_layers=5, num_frames=FRAMES, num_labels=LABELS,
         aux_hidden_state_layer_ids=(1, 2, 3, 4, 5), lattice=lattice, markov_rank=64,
-        transition_rank=64 if lattice == "transitions" else 0,
+        transition_rank=64 if lattice == "transitions" else 0, architecture=architecture,
     )  # fmt: skip
     tables = (torch.randn(SIZE.vocabulary, SIZE.hidden) for _ in range(2))
     drafter = CTCDrafter(config, *tables).to(device).requires_grad_(False)
@@ -114,11 +114,12 @@ def random_drafter(lattice: str, device: torch.device) -> CTCDrafter:
     return drafter
 
 
-def draft_step(lattice: str, draft: str, inputs: Inputs) -> Step:
+def draft_step(lattice: str, draft: str, inputs: Inputs, architecture: str = "adm") -> Step:
     """The drafter's forward with random weights, and its chain or tree."""
     states, anchors, positions, slots_of_frames, seeds, chain_only = inputs
     device, slots = states.device, slots_of_frames[:, 0]
-    drafter, table, sampling = random_drafter(lattice, device), TreeTable(len(slots), SIZE.nodes, device), None
+    drafter, table = random_drafter(lattice, device, architecture), TreeTable(len(slots), SIZE.nodes, device)
+    sampling = None
     if draft == "sampled chain":
         draft_logits = torch.empty(len(slots), LABELS, SIZE.vocabulary, device=device)
         sampling = ChainSampling(torch.ones(len(slots), device=device), seeds, positions[:, 0], slots, draft_logits)
@@ -144,6 +145,14 @@ def test_a_draft_step_is_one_graph(batch: int, lattice: str, draft: str, input_s
     torch.manual_seed(input_seed)
     inputs = draft_inputs(batch, device)
     assert_graph_equals_eager(draft_step(lattice, draft, inputs), inputs, draft_inputs(batch, device))
+
+
+@pytest.mark.parametrize("batch", SIZE.batches)
+def test_a_draft_of_a_specformer_is_one_graph(batch: int, input_seed: int, device: torch.device) -> None:
+    torch.manual_seed(input_seed)
+    inputs = draft_inputs(batch, device)
+    step = draft_step("transitions", "tree", inputs, "specformer")
+    assert_graph_equals_eager(step, inputs, draft_inputs(batch, device))
 
 
 def verify_inputs(batch: int, device: torch.device) -> Inputs:

@@ -63,7 +63,7 @@ class FrameAttention(nn.Module):
         self.sizes = [config.head_dim * max(1, n // num_ranks) for n in (heads, kv_heads, kv_heads)]
 
     def _norm_heads(self, norm: RMSNorm, rows: torch.Tensor) -> torch.Tensor:
-        return norm(rows.view(len(rows), -1, self.head_dim)).view(rows.shape)
+        return norm(rows.view(rows.shape[0], -1, self.head_dim)).view(rows.shape)
 
     def _split(self, rows: torch.Tensor) -> torch.Tensor:
         """`[R * T, heads * head_dim]` to `[R, heads, T, head_dim]`."""
