@@ -28,6 +28,7 @@ JOBS = {
     "fsdp": ("fsdp", {}),
     "fsdp in parts, transitions": ("fsdp", {"accumulate": 2, "lattice": "transitions", "transition_rank": 4}),
     "fsdp, muon": ("fsdp", {"optimizer": "muon"}),
+    "fsdp, specformer": ("fsdp", {"architecture": "specformer"}),
 }
 # A process started by name cannot import a test.
 WORKER = """

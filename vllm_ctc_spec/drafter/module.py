@@ -93,6 +93,10 @@ class CTCDrafter(nn.Module):
             self.frame_queries = nn.Parameter(torch.empty(config.num_frames, config.hidden_size))
             self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
 
+    @property
+    def all_layers(self) -> list[nn.Module]:
+        return [*self.layers, *(() if self.specformer is None else self.specformer.layers)]
+
     def _set_vocabulary(self, token_ids: Tensor | None) -> None:
         head = self.target_head
         self.has_draft_vocabulary = token_ids is not None

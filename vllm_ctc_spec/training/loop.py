@@ -106,7 +106,7 @@ class Trainer:
         self.drafter.to(embedding.device)
         if config.init:
             self.drafter.start_from(config.init)
-        self.module = workers.wrap(TrainingStep(self.drafter, config), self.drafter.layers)
+        self.module = workers.wrap(TrainingStep(self.drafter, config), self.drafter.all_layers)
         self.progress = Progress(self.drafter, make_optimizers(self.drafter, config))
 
     @property

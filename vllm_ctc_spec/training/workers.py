@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Workers:
         """The rows of a batch of `count` that are this process's."""
         return range(self.rank, count, self.size)
 
-    def wrap(self, module: nn.Module, layers: nn.ModuleList) -> nn.Module:
+    def wrap(self, module: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
         """The module whose backward averages gradients over the processes; its parameters are the same at first."""
         if self.size == 1:
             return module
