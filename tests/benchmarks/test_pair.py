@@ -175,7 +175,9 @@ def test_every_benchmark_takes_a_pair(program, folder, monkeypatch):
         program.main() if program in (ablation, peers) else program.main(arguments)
 
 
-@pytest.mark.parametrize("command", ["benchmarks/pair.py", "tests/soak.py --pair"], ids=lambda c: c.split()[0])
+@pytest.mark.parametrize(
+    "command", ["benchmarks/pair.py", "tests/soak.py --pair"], ids=lambda c: c.split()[0]
+)
 def test_other_programs_take_a_pair(command, tmp_path):
     program, *arguments = command.split()
     done = subprocess.run(

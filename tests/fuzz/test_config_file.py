@@ -21,7 +21,10 @@ def places(value: object, path: Path = ()) -> list[Path]:
 
 
 PLACES = places(CONFIG.to_dict())
-OPTIONAL = ("architectures", "draft_vocab_size", "lattice", "target_dtype", "transition_rank", "tree_nodes")
+OPTIONAL = (
+    "architecture", "architectures", "draft_vocab_size", "frame_attention", "lattice", "positional_rank",
+    "target_dtype", "transition_rank", "tree_nodes",
+)  # fmt: skip
 OPTIONAL_INSIDE = (  # of these only what is named is read
     ("architectures",),
     ("speculators_config",),

@@ -98,7 +98,8 @@ def by_two(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     folders = {name: folder / name.replace(" ", "-") for name in JOBS}
     jobs = [
-        job(dataclasses.replace(config, **change), parallel, folders[name]) for name, (parallel, change) in JOBS.items()
+        job(dataclasses.replace(config, **change), parallel, folders[name])
+        for name, (parallel, change) in JOBS.items()
     ]
     folders["changing hands"] = folder / "changing-hands"
     muon = dataclasses.replace(config, optimizer="muon")

@@ -48,7 +48,9 @@ def seconds_a_token(
     return (cost + seconds[target]) / accepted
 
 
-def fastest_stack(seconds: Sequence[float], acceptance: Mapping[tuple[int, int], float], max_tokens: int) -> Stack:
+def fastest_stack(
+    seconds: Sequence[float], acceptance: Mapping[tuple[int, int], float], max_tokens: int
+) -> Stack:
     """Over all stacks of models in the order given, each at most once, that pass on 1 to `max_tokens` tokens.
 
     Exact: what a level costs grows with what the level below costs, and depends on nothing else of it but its model

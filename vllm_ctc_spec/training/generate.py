@@ -40,7 +40,9 @@ def respond(
     return [examples[row] for row in range(len(prompts))]
 
 
-def _generate(target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
+def _generate(
+    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float
+) -> list[list[int]]:
     """One batch, padded on the left."""
     device, width = target.model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)

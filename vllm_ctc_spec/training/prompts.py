@@ -55,7 +55,9 @@ class RefusedRow(ValueError):
     """The target's chat template, or its tokenizer, refuses a dialogue; the message says why."""
 
 
-def token_ids(messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+def token_ids(
+    messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
     """The prompt after which the target answers the dialogue (RefusedRow)."""
     try:
         text = target.tokenizer.apply_chat_template(

@@ -114,7 +114,9 @@ def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrit
     answer(asked, text, prompts, overwrite, generate)
 
 
-def run_worker(prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS) -> str | None:
+def run_worker(
+    prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS
+) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
