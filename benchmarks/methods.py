@@ -16,6 +16,7 @@ EAGLE3_TOKENS = 3  # where the checkpoint names no number: as in vLLM's document
 TREE_SIZES = (8, 16, 32, 64)
 TRANSFORM = "ctc transform 16"
 FOREIGN = ("eagle3", "dflash", "dspark")  # vLLM's methods that need a checkpoint of their own
+LOSSY = ("fly", "synthetic")  # vLLM's ways to accept what the target would not say
 DEFAULT_METHODS = ("none (V2 runner)", "ngram", "ctc chain", "ctc tree 16")
 
 
@@ -104,6 +105,11 @@ def chosen(args: argparse.Namespace) -> tuple[list[Method], list[str]]:
     twice = {row.name for row in rows if [other.name for other in rows].count(row.name) > 1}
     if twice:
         raise SystemExit(f"error: there are two rows called {sorted(twice)[0]}: give one of them another name.")
+    for row in rows:
+        if (row.speculative_config or {}).get("rejection_sample_method") in LOSSY:
+            raise SystemExit(
+                f"error: {row.name} is lossy, and speed says nothing without what it costs: use benchmarks/quality.py."
+            )
     if not rows:
         raise SystemExit("error: there is nothing to measure: name some of --methods.")
     return rows, skipped
@@ -130,12 +136,12 @@ def foreign(name: str, folder: Path) -> Method:
     return Method(name, {"method": name, "model": str(folder), "num_speculative_tokens": tokens}, env)
 
 
-def named_config(text: str) -> Method:
+def named_config(text: str, option: str = "--speculative-config") -> Method:
     name, _, config = text.partition("=")
     try:
         value = json.loads(config)
     except ValueError:
         value = None
     if not name or not isinstance(value, dict):
-        raise SystemExit(f"error: --speculative-config takes NAME=JSON with a JSON object, not {text!r}.")
+        raise SystemExit(f"error: {option} takes NAME=JSON with a JSON object, not {text!r}.")
     return Method(name, value)

@@ -1,4 +1,4 @@
-"""The plots of a report: speed by concurrency, acceptance length by dataset, and the parts of a step."""
+"""The plots of a report: speed by concurrency, acceptance length by dataset, the parts of a step, quality by speed."""
 
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 if TYPE_CHECKING:
+    from quality import Quality
     from report import Row
 
 # Names in `step_time.py`, and names beside other methods' figures.
@@ -95,6 +96,27 @@ def step_time(path: Path, steps: dict, title: str) -> None:
         panel.set_title(f"batch {batch}", fontsize=10)
         panel.set_ylabel("milliseconds a step")
         panel.tick_params(axis="x", rotation=45)
+    save(figure, panels[0][-1], path, title)
+
+
+def quality(path: Path, rows: list["Quality"], title: str) -> None:
+    """Against speed, each relative to the first row, which is exact: right answers, and the target's nats a token."""
+    exact = rows[0]
+    name, speeds = "tokens a second", [row.tokens_per_second for row in rows]
+    if None in speeds:
+        name, speeds = "tokens a step", [row.tokens_per_step or 1.0 for row in rows]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), squeeze=False)
+    for row, fast in zip(rows, speeds):
+        gain = 100 * (fast / speeds[0] - 1)
+        look = {"color": "tab:gray", "marker": "s"} if row is exact else {"marker": "o"}
+        panels[0][0].plot(gain, 100 * (row.accuracy - exact.accuracy), linestyle="", label=row.rule, **look)
+        panels[0][1].plot(gain, row.nats_per_token - exact.nats_per_token, linestyle="", label=row.rule, **look)
+    for panel, what in zip(panels[0], ("right answers, percentage points", "nats a token (less is better)")):
+        panel.axhline(0, color="tab:gray", linewidth=0.8)
+        panel.axvline(0, color="tab:gray", linewidth=0.8)
+        panel.set_xlabel(f"{name}, percent more than exact")
+        panel.set_ylabel(f"{what}, against exact")
+        panel.grid(alpha=0.3)
     save(figure, panels[0][-1], path, title)
 
 

@@ -1,4 +1,5 @@
-"""The walk down a tree along the target's tokens. Triton serves a GPU, the numpy reference a CPU."""
+"""The walk down a tree along the target's tokens, and along edges that a rule allows beside them. Triton serves a GPU,
+the numpy reference a CPU."""
 
 import numpy as np
 import torch
@@ -12,30 +13,34 @@ def tree_walk(
     parents: torch.Tensor,  # [S, 1 + N] int32
     requests: torch.Tensor,  # [R] int32
     cu_num_logits: torch.Tensor,  # [R + 1] int32
+    loose: torch.Tensor | None = None,  # [L] bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [R, 1 + N] int64, [R] int32, [R, 1 + N] int32
-    """Node `i` of request `r` is row `cu_num_logits[r] + i` of the two token lists, `i < num_logits`. From node 0:
+    """Node `i` of request `r` is row `cu_num_logits[r] + i` of the token lists, `i < num_logits`. From node 0, with
+    y = target_tokens[node]:
 
-        emit y = target_tokens[node]
-        step to the child c of node with draft_tokens[c] = y, if there is one; else stop
+        step to the child c of node with draft_tokens[c] = y, if there is one, and emit y;
+        else to the first child c of node with loose[c], and emit draft_tokens[c];
+        else emit y and stop
 
-    The target's token was drawn once per node, from the target's own distribution after the path to that node. So the
-    emitted tokens are distributed as without speculation, greedy and sampled.
+    The target's token was drawn once per node, from the target's own distribution after the path to that node. So
+    without `loose` the emitted tokens are distributed as without speculation, greedy and sampled.
 
     Arguments:
         target_tokens: [L] int64, L >= cu_num_logits[R].
-        draft_tokens: [L] int64, the token of each node; that of the anchor is not read. -1 never matches.
+        draft_tokens: [L] int64, the token of each node; that of the anchor is not read. -1 is never stepped to.
         parents: [S, 1 + N] int32, contiguous, as in `DraftTree`: a parent stands before its children, which differ.
         requests: [R] int32, request slots: rows of `parents`.
         cu_num_logits: [R + 1] int32; the tree is cut to its first num_logits rows. num_logits = 0 emits nothing.
+        loose: [L] bool, nodes that may be taken although the target drew another token at their parent; None: no node.
     Returns:
         sampled [R, 1 + N] int64, the emitted tokens, then 0; num_sampled [R] int32; path [R, 1 + N] int32, the node
-        whose target token is the k-th emitted, then `path[k] = k`, so that compaction leaves those rows in place.
+        after which the k-th token is emitted, then `path[k] = k`, so that compaction leaves those rows in place.
 
     Why custom: each step depends on the one before it, so torch needs eight launches for each level of the deepest
     tree. One program per request compares all children at once and stops at its own last step.
     """
     run = tree_walk_triton if target_tokens.is_cuda else tree_walk_reference
-    return run(target_tokens, draft_tokens, parents, requests, cu_num_logits)
+    return run(target_tokens, draft_tokens, parents, requests, cu_num_logits, loose)
 
 
 def tree_walk_reference(
@@ -44,9 +49,11 @@ def tree_walk_reference(
     parents: torch.Tensor,
     requests: torch.Tensor,
     cu_num_logits: torch.Tensor,
+    loose: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Serves a CPU. A parent stands before its children, so one pass over the nodes meets the whole path."""
+    """Serves a CPU. One pass over the nodes, the last first, finds where each of them would lead."""
     target, draft = target_tokens.numpy().tolist(), draft_tokens.numpy().tolist()
+    may_loosely = [False] * len(target) if loose is None else loose.numpy().tolist()
     all_parents, starts = parents.numpy(), cu_num_logits.numpy().tolist()
     num_requests, width = len(requests), parents.shape[1]
     sampled = np.zeros((num_requests, width), np.int64)
@@ -55,12 +62,26 @@ def tree_walk_reference(
     path[:] = np.arange(width, dtype=np.int32)
     for r, request in enumerate(requests.numpy().tolist()):
         start, num_logits = starts[r], starts[r + 1] - starts[r]
-        nodes = [0][:num_logits]
-        emitted = target[start : start + len(nodes)]
-        for node, parent in enumerate(all_parents[request, 1:num_logits].tolist(), 1):
-            if parent == nodes[-1] and draft[start + node] == emitted[-1] >= 0:
-                nodes.append(node)
+        drawn: dict[int, int] = {}  # by node: the child that carries the target's token
+        allowed: dict[int, int] = {}  # by node: its first loose child
+        tree = all_parents[request, :num_logits].tolist()
+        for node in range(num_logits - 1, 0, -1):
+            parent, token = tree[node], draft[start + node]
+            if parent < 0 or token < 0:
+                continue
+            if token == target[start + parent]:
+                drawn[parent] = node
+            if may_loosely[start + node]:
+                allowed[parent] = node
+        nodes, emitted = [0][:num_logits], []
+        while len(emitted) < len(nodes):
+            node = nodes[-1]
+            following = drawn.get(node, allowed.get(node))
+            if following is None:
                 emitted.append(target[start + node])
+                break
+            emitted.append(draft[start + following])
+            nodes.append(following)
         num_sampled[r] = len(nodes)
         sampled[r, : len(nodes)] = emitted
         path[r, : len(nodes)] = nodes
@@ -73,6 +94,7 @@ def tree_walk_triton(
     parents: torch.Tensor,
     requests: torch.Tensor,
     cu_num_logits: torch.Tensor,
+    loose: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_requests, width = requests.shape[0], parents.shape[1]
     device = target_tokens.device
@@ -80,7 +102,8 @@ def tree_walk_triton(
     num_sampled = torch.empty(num_requests, dtype=torch.int32, device=device)
     path = torch.empty(num_requests, width, dtype=torch.int32, device=device)
     _tree_walk_kernel[(num_requests,)](
-        target_tokens, draft_tokens, parents, requests, cu_num_logits, sampled, num_sampled, path,
+        target_tokens, draft_tokens, parents, requests, cu_num_logits,
+        None if loose is None else loose.view(torch.uint8), sampled, num_sampled, path,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
     return sampled, num_sampled, path
@@ -93,13 +116,15 @@ def _tree_walk_kernel(
     parents_ptr,  # [S, WIDTH] int32
     requests_ptr,  # [R] int32
     cu_num_logits_ptr,  # [R + 1] int32
+    loose_ptr,  # [L] uint8, or None
     sampled_ptr,  # [R, WIDTH] int64
     num_sampled_ptr,  # [R] int32
     path_ptr,  # [R, WIDTH] int32
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The tree of a request in registers, one lane for each node. A step is two reductions. Grid (R,)."""
+    """The tree of a request in registers, one lane for each node. A step is two reductions, four with loose nodes.
+    Grid (R,)."""
     request = tl.program_id(0)
     start = tl.load(cu_num_logits_ptr + request)
     num_logits = tl.load(cu_num_logits_ptr + request + 1) - start
@@ -109,6 +134,8 @@ def _tree_walk_kernel(
     parent = tl.load(parents_ptr + tree + lane, mask=is_node, other=-1)
     draft = tl.load(draft_ptr + start + lane, mask=is_node, other=-1)
     target = tl.load(target_ptr + start + lane, mask=lane < num_logits, other=-1)
+    if loose_ptr is not None:
+        is_loose = tl.load(loose_ptr + start + lane, mask=is_node, other=0) != 0
 
     sampled = tl.zeros((BLOCK,), tl.int64)
     path = lane
@@ -117,11 +144,17 @@ def _tree_walk_kernel(
     step = 0
     while node < BLOCK:
         token = tl.sum(tl.where(lane == node, target, 0), axis=0)
+        is_child = is_node & (parent == node) & (draft >= 0)
+        following = tl.min(tl.where(is_child & (draft == token), lane, BLOCK), axis=0)
+        if loose_ptr is not None:
+            allowed = tl.min(tl.where(is_child & is_loose, lane, BLOCK), axis=0)
+            following = tl.where(following < BLOCK, following, allowed)
+            carried = tl.sum(tl.where(lane == following, draft, 0), axis=0)
+            token = tl.where(following < BLOCK, carried, token)
         sampled = tl.where(lane == step, token, sampled)
         path = tl.where(lane == step, node, path)
         step += 1
-        is_next = is_node & (parent == node) & (draft == token) & (draft >= 0)
-        node = tl.min(tl.where(is_next, lane, BLOCK), axis=0)
+        node = following
 
     tl.store(sampled_ptr + request * WIDTH + lane, sampled, mask=lane < WIDTH)
     tl.store(path_ptr + request * WIDTH + lane, path, mask=lane < WIDTH)

@@ -20,7 +20,9 @@ BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 DRAFTS = ("chain", "tree")
 SAME = "same tokens"
 # A declared outcome is one of these, and a reason after a colon where one helps.
-OUTCOMES = (SAME, "same law", "reproducible", "refused", "request refused", "not testable on a CPU")
+OUTCOMES = (
+    SAME, "same law", "not the target's law", "reproducible", "refused", "request refused", "not testable on a CPU",
+)  # fmt: skip
 UNTESTED = "not tested"
 
 

@@ -1,14 +1,14 @@
-"""One walk serves all rules: with exact edges it is the fused walk, and other edges lead where they say."""
+"""One walk serves all rules: the exact one marks no node, and other marks lead where they say."""
 
+import pickle
 import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.accept.exact import Exact
 from vllm_ctc_spec.accept.rule import RULES, Rows, make_rule
-from vllm_ctc_spec.accept.walk import parent_rows, walk, walk_edges
+from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
 
 WIDTH, VOCABULARY = 9, 4
@@ -47,15 +47,20 @@ def random_trees(seed: int, num_requests: int = 6) -> tuple[Tensor, ...]:
 class Everything:
     name, exact, reads_hidden = "everything", False, False
 
-    def accepts(self, rows: Rows) -> Tensor:
+    def loose(self, rows: Rows) -> Tensor:
         return torch.ones_like(rows.draft_tokens, dtype=torch.bool)
 
 
+class Nothing(Everything):
+    def loose(self, rows: Rows) -> Tensor:
+        return torch.zeros_like(rows.draft_tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("rule", [make_rule("exact"), Nothing()])
 @pytest.mark.parametrize("seed", range(40))
-def test_exact_edges_lead_where_the_fused_walk_goes(seed):
-    target, draft, parents, requests, starts = trees = random_trees(seed)
-    rows = Rows(torch.empty(len(target), 0), target, draft, parent_rows(parents, requests, starts, len(target)))
-    walked = walk_edges(Exact().accepts(rows), *trees)
+def test_without_loose_nodes_the_walk_is_the_exact_one(seed, rule):
+    target, *_ = trees = random_trees(seed)
+    walked = walk(rule, torch.empty(len(target), 0), *trees)
     for given, expected in zip(walked, tree_walk(*trees), strict=True):
         assert given.dtype == expected.dtype and torch.equal(given, expected)
 
@@ -95,9 +100,9 @@ def test_a_rule_reads_parents_and_hidden_states_of_its_rows():
     seen = []
 
     class Reading(Everything):
-        def accepts(self, rows: Rows) -> Tensor:
+        def loose(self, rows: Rows) -> Tensor:
             seen.append(rows)
-            return super().accepts(rows)
+            return super().loose(rows)
 
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, -1]], dtype=torch.int32)
     tokens, hidden, logits = torch.arange(7), torch.randn(7, 2), torch.randn(7, 5)
@@ -108,8 +113,13 @@ def test_a_rule_reads_parents_and_hidden_states_of_its_rows():
     assert rows.hidden is hidden and rows.logits is logits
 
 
+SETTINGS = {"exact": {}, "fly": {"window": 3}}
+
+
 @pytest.mark.parametrize("name", RULES)
-def test_rules_have_the_name_that_they_are_found_by(name):
-    rule = make_rule(name)
+def test_rules_have_the_name_that_they_are_found_by_and_travel_to_workers(name):
+    rule = make_rule(name, **SETTINGS[name])
     assert rule.name == name
     assert rule.exact is (name == "exact")
+    assert pickle.loads(pickle.dumps(rule)) == rule and hash(rule) is not None
+    assert "0x" not in repr(rule)  # vLLM hashes what a configuration says of itself

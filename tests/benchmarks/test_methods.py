@@ -193,3 +193,10 @@ def test_prompts_that_leave_no_room_are_left_out():
     assert prompts.fitting(data, Words(), room=3, limit=2).prompts == ["a b", "a"]
     with pytest.raises(SystemExit, match="no prompt of mine is short enough: the model has room for 1 tokens"):
         prompts.fitting(data, Words(), room=1, limit=2)
+
+
+@pytest.mark.parametrize("method", methods.LOSSY)
+def test_a_lossy_row_has_no_speed_without_its_cost(rows, method):
+    config = json.dumps({"method": "ctc", "model": "d", "rejection_sample_method": method})
+    with pytest.raises(SystemExit, match="mine is lossy, .* use benchmarks/quality.py"):
+        rows("--speculative-config", f"mine={config}")

@@ -95,7 +95,7 @@ def scrape(server: Server) -> dict[str, float]:
             if sample.name == f"{VLLM}accepted_tokens_per_pos_total":
                 sums[f"depth {int(sample.labels['position']) + 1}"] += sample.value
             if sample.name in OURS:
-                assert sample.labels["model_name"] == server.model
+                assert (sample.labels["model_name"], sample.labels["acceptance"]) == (server.model, "exact")
                 sums[f"{sample.name} of engine {sample.labels['engine']}"] += sample.value
     return dict(sums)
 
@@ -203,7 +203,7 @@ def test_ranks_that_draft_the_same_count_once(engine, tiny_pair):
     llm = engine(tiny_pair.target, speculative, tensor_parallel_size=2, distributed_executor_backend="mp")
     llm.generate(["A plum", "A box of eggs"], SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     time.sleep(2 * metrics.PUBLISH_SECONDS)
-    labels = {"model_name": str(tiny_pair.target), "engine": "0"}
+    labels = {"model_name": str(tiny_pair.target), "engine": "0", "acceptance": "exact"}
     drafts = REGISTRY.get_sample_value("vllm_ctc_spec:drafts_total", labels)
     assert drafts == llm.counters["drafts"] > 0
 

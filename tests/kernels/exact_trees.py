@@ -84,7 +84,12 @@ def walk_error(case: Case) -> Error:
     target = torch.randint(0, 3, draft.shape, generator=case.generator())
     slots = torch.arange(len(forest.counts), dtype=torch.int32)
     inputs = target, draft, forest.parents, slots, starts(forest.counts)
-    return differences(tree_walk_triton(*(x.to(case.device) for x in inputs)), tree_walk_reference(*inputs)), 0.0
+    loose = torch.rand(draft.shape, generator=case.generator()) < 0.3
+    found, expected = [], []
+    for tensors in (inputs, (*inputs, loose)):
+        found += tree_walk_triton(*(x.to(case.device) for x in tensors))
+        expected += tree_walk_reference(*tensors)
+    return differences(found, expected), 0.0
 
 
 def compaction_error(case: Case) -> Error:

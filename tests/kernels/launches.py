@@ -163,6 +163,7 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
     out_rows = TreeRows(starts, starts, rows)
     tree_layout.tree_layout_triton(rows, starts, starts, requests, table, words, rows, out_rows)
     tree_walk.tree_walk_triton(rows, rows, table, requests, starts)
+    tree_walk.tree_walk_triton(rows, rows, table, requests, starts, empty(128 * batch, dtype=torch.bool))
     compaction(torch.bfloat16, width, batch)
     reordering(width, batch)
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def meter(tmp_path, monkeypatch) -> Iterator[metrics.DraftMeter]:
     monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
-    meter = metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0")), REQUESTS, NODES, FRAMES, CPU)
+    meter = metrics.DraftMeter(metrics.CounterFile(str(tmp_path), ("m", "0", "exact")), REQUESTS, NODES, FRAMES, CPU)
     yield meter
     wait_for_timers()
 
@@ -208,13 +208,13 @@ def test_one_sentence_says_that_frames_are_broken(with_file, meter, tmp_path, mo
 
 def test_engines_keep_their_labels_and_workers_of_one_engine_add_up(tmp_path):
     for engine, drafts in (("0", 1), ("0", 2), ("1", 5)):
-        metrics.CounterFile(str(tmp_path), ("m", engine)).write([drafts, 0, 0, 0, 0])
+        metrics.CounterFile(str(tmp_path), ("m", engine, "exact")).write([drafts, 0, 0, 0, 0])
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(tmp_path))
     text = generate_latest(registry).decode()
     assert "# TYPE vllm_ctc_spec:drafts_total counter" in text
-    assert 'vllm_ctc_spec:drafts_total{engine="0",model_name="m"} 3.0' in text
-    assert 'vllm_ctc_spec:drafts_total{engine="1",model_name="m"} 5.0' in text
+    assert 'vllm_ctc_spec:drafts_total{acceptance="exact",engine="0",model_name="m"} 3.0' in text
+    assert 'vllm_ctc_spec:drafts_total{acceptance="exact",engine="1",model_name="m"} 5.0' in text
 
 
 def test_several_api_servers_read_the_folder_that_vllm_made(monkeypatch, tmp_path):

@@ -9,8 +9,10 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
+from vllm_ctc_spec.accept.fly import Fly
 from vllm_ctc_spec.drafter.config import CONFIG_NAME, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
+from vllm_ctc_spec.serving.acceptance import vllm_knows_fly
 from vllm_ctc_spec.serving.options import (
     DEFAULT_TREE_NODES,
     KEEP_LAST_BLOCK,
@@ -50,13 +52,27 @@ def test_vllm_is_told_its_own_keys_and_the_given_ones_stay(target, draft):
         "draft_sample_method": "greedy",
     }  # fmt: skip
     before = copy.deepcopy(given)
-    options, drafter, for_vllm, _ = parse(MappingProxyType(given), target)
+    options, drafter, for_vllm, rule, _ = parse(MappingProxyType(given), target)
     assert given == before
     assert (options.draft, options.search) == (draft, "prefix") and drafter == DrafterConfig.load(ASSETS / "drafter")
+    assert rule.exact
     schedule = for_vllm.pop(SCHEDULE, None)
     told = {key: value for key, value in given.items() if key != "ctc_draft"}
     assert for_vllm == {**told, "method": "dflash", KEEP_LAST_BLOCK: True}
     assert schedule == (tree_schedule(8, *default_tree_rows(target)) if draft == "tree" else None)
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_a_rule_is_resolved_with_its_window_for_these_drafts(target, draft):
+    given = {"model": str(ASSETS / "drafter"), "ctc_draft": draft, "rejection_sample_method": "fly"}
+    _, _, for_vllm, rule, _ = parse({**given, "num_speculative_tokens": 4}, target)
+    assert rule == Fly(window=3)
+    assert parse({**given, "num_speculative_tokens": 8}, target).rule == Fly(window=6)
+    told = draft == "chain" and vllm_knows_fly()
+    assert for_vllm.get("rejection_sample_method") == ("fly" if told else None)
+    assert for_vllm.get("fly_window_size") == (3 if told else None)
+    if draft == "tree":
+        assert parse({**given, "num_speculative_tokens": 16, "ctc_tree_depth": 3}, target).rule == Fly(window=2)
 
 
 def test_what_was_given_is_kept(target):

@@ -59,7 +59,7 @@ def save(drafter, target):
 def test_a_plan_tells_vllm_what_to_draft(draft, schedule, told, drafter, target, save, tmp_path):
     path = save(tmp_path / "p.json", draft, schedule)
     given = {"method": "ctc", "model": str(drafter), "ctc_plan": str(path)}
-    options, _, for_vllm, _ = parse(given, target)
+    options, _, for_vllm, *_ = parse(given, target)
     assert (options.draft, for_vllm["num_speculative_tokens"]) == told
     assert for_vllm == {
         "method": "dflash", "model": str(drafter), "num_speculative_tokens": told[1], SCHEDULE: schedule,
@@ -140,7 +140,7 @@ def test_another_drafter_of_the_same_shape_is_noticed(drafter, target, save, tmp
 def test_the_drafters_own_plan_is_followed_unless_something_contradicts(drafter, target, save, caplog):
     alone = parse({"model": str(drafter)}, target)
     save(drafter / PLAN_NAME)
-    options, _, for_vllm, _ = parse({"model": str(drafter)}, target)
+    options, _, for_vllm, *_ = parse({"model": str(drafter)}, target)
     assert (options.draft, for_vllm["num_speculative_tokens"], for_vllm[SCHEDULE]) == ("chain", 6, CHAINS)
     given = parse({"model": str(drafter), "num_speculative_tokens": 3}, target)
     assert given.for_vllm["num_speculative_tokens"] == 3

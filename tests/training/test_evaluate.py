@@ -21,7 +21,14 @@ from vllm_ctc_spec.training import evaluate as module
 from vllm_ctc_spec.training.acceptance import Acceptance, walk
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.eval_config import EvalConfig
-from vllm_ctc_spec.training.evaluate import HEADER, Result, evaluate, read_eval_prompts, response_log_probs
+from vllm_ctc_spec.training.evaluate import (
+    ACCEPTANCE,
+    HEADER,
+    Result,
+    evaluate,
+    read_eval_prompts,
+    response_log_probs,
+)
 from vllm_ctc_spec.training.generate import respond
 from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.measure import (
@@ -89,10 +96,11 @@ def test_every_kind_of_draft_is_measured_on_the_targets_responses(lattice, targe
 def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
     settings = config()
     path = tmp_path / "new folder" / "eval.json"
-    header, *rows = evaluate(settings, path).splitlines()
+    header, *rows, says_that_it_is_exact = evaluate(settings, path).splitlines()
     assert capsys.readouterr().out == "4 prompts.\n"
     written = json.loads(path.read_text())
     assert header == HEADER and len(rows) == len(written["results"]) == 7
+    assert says_that_it_is_exact == ACCEPTANCE and written["acceptance"] == "exact"
     for row, result in zip(rows, written["results"]):
         assert row.startswith(result["drafts"])
         temperature, length, sign, half_width, per_row, prompts, steps = row.removeprefix(result["drafts"]).split()

@@ -45,6 +45,9 @@ NAMES = (
     "vllm.engine.arg_utils.EngineArgs.spec_tokens",
     "vllm.config.SpeculativeConfig.disable_eagle_block_drop",
     "vllm.config.SpeculativeConfig.enable_adaptive_verification",
+    "vllm.config.SpeculativeConfig.fly_entropy_threshold",
+    "vllm.config.SpeculativeConfig.fly_entropy_top_k",
+    "vllm.config.SpeculativeConfig.fly_window_size",
     "vllm.config.SpeculativeConfig.method",
     "vllm.config.SpeculativeConfig.num_speculative_tokens_per_batch_size",
     "vllm.config.SpeculativeConfig.revision",
@@ -75,8 +78,9 @@ NAMES = (
 )
 # Attributes that we add to what is vLLM's: they must not be there already.
 ADDED = {"CPUAttentionMetadata.ctc_rows", "TritonPlaceholder.next_power_of_2"}
-# What a release has not yet; setting it there is of no consequence.
-MISSING = {"0.32": {"vllm.v1.worker.gpu_worker.HAS_TRITON"}}
+# What a release has not yet: setting it there is of no consequence, or we ask whether it is there.
+FLY = {f"SpeculativeConfig.fly_{name}" for name in ("window_size", "entropy_threshold", "entropy_top_k")}
+MISSING = {"0.32": {"vllm.v1.worker.gpu_worker.HAS_TRITON", *FLY}}
 # Strings of the source of a function, class or module, in this order, on which we rely without touching them.
 RELIED_ON = {
     f"{GPU}.model_runner.GPUModelRunner.load_model": (
@@ -97,6 +101,9 @@ RELIED_ON = {
         "self.parallel_config.data_parallel_size <= 1", "speculative_config.num_speculative_tokens_per_batch_size = None",
     ),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self.create_speculative_config(",),
+    "vllm.entrypoints.generate.base.serving": (
+        "from vllm.entrypoints.serve.utils.fingerprint import get_system_fingerprint", "= get_system_fingerprint(",
+    ),
     "vllm.config.speculative.SpeculativeConfig": ("extract_hidden_states",),
     "vllm.config.SpeculativeConfig.use_eagle_block_drop": ("not self.disable_eagle_block_drop",),
     "vllm.config.kv_transfer.KVTransferConfig": ("kv_connector_module_path", "kv_connector_extra_config"),
@@ -116,8 +123,9 @@ DIFFERENCES = {
     "DFlashSpeculator.propose": "stages hidden states for the graph; skips the forward itself where nothing is drafted",
     "DefaultModelState.prepare_attn": "multimodal prefixes and context parallelism, which trees refuse",
     "EngineArgs.create_engine_config": "more options; what we wrap it for is done with its result",
-    "RejectionSampler.__init__": "a lossy method, which trees refuse",
-    "RejectionSampler._verify": "a lossy method, which trees refuse",
+    "RejectionSampler.__init__": "FLy, which our own samplers apply by our own rule",
+    "RejectionSampler._verify": "FLy, which our own samplers apply by our own rule",
+    **dict.fromkeys(FLY, "0.32 does not know FLy: our own sampler applies it to chains there"),
     "Scheduler.__init__": "more options; the table of drafts, which a plan replaces, is the same",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "one more drafter",
     "vllm.v1.worker.gpu.spec_decode.init_speculator": "one more drafter",

@@ -1,7 +1,7 @@
 """Rules of acceptance: inputs, answer, names. A new rule is a file beside this one and a line in RULES."""
 
 import pkgutil
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,20 +17,29 @@ class Rows(NamedTuple):
 
 
 class AcceptanceRule(Protocol):
-    """Says which edges of the trees may be taken. `walk.py` decides where a walk goes."""
+    """Says which nodes may be taken although the target drew another token. The walk prefers the token that the target
+    drew, whatever the rule.
+
+    A rule is made in the process that reads the options and sent to the workers with the configuration: a frozen
+    dataclass of plain numbers.
+    """
 
     name: ClassVar[str]  # in RULES
     exact: ClassVar[bool]  # whether the output's law stays the target's
     reads_hidden: ClassVar[bool]
 
-    def accepts(self, rows: Rows) -> Tensor:
-        """[L] bool: whether a walk may step from a row's parent to the row. Fixed shapes, no reads on the host. The
-        answer for rows that are no node, and for rows whose token is -1, is ignored: no walk steps to them."""
+    def loose(self, rows: Rows) -> Tensor | None:
+        """[L] bool: whether a walk may step to the row if the target drew something else at its parent; None: to none.
+        Fixed shapes, no reads on the host. The answer for rows that are no node, and for rows whose token is -1, is
+        ignored: no walk steps to them."""
+
+    def __str__(self) -> str:
+        """The rule and its settings, for the log."""
 
 
-RULES = {"exact": "vllm_ctc_spec.accept.exact:Exact"}
+RULES = {"exact": "vllm_ctc_spec.accept.exact:Exact", "fly": "vllm_ctc_spec.accept.fly:Fly"}
 
 
-def make_rule(name: str) -> AcceptanceRule:
+def make_rule(name: str, **settings: Any) -> AcceptanceRule:
     """The rule of that name in RULES."""
-    return pkgutil.resolve_name(RULES[name])()
+    return pkgutil.resolve_name(RULES[name])(**settings)

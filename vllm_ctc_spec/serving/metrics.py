@@ -40,7 +40,8 @@ COUNTERS = {
 BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
 # The column of verified requests. The host counts them too, and so knows whether the last copy has arrived.
 SEEN = BROKEN + 1
-LABELS = ("model_name", "engine")  # those of PrometheusStatLogger (vllm/v1/metrics/loggers.py)
+LABELS = ("model_name", "engine", "acceptance")
+"""Those of PrometheusStatLogger (vllm/v1/metrics/loggers.py), and the name of the rule of acceptance."""
 FOLDER = "ctc_metrics_folder"  # the attribute of vLLM's ObservabilityConfig that tells workers `folder`
 PUBLISH_SECONDS = 1.0
 
@@ -61,7 +62,7 @@ def _own_folder() -> tempfile.TemporaryDirectory:
 class CounterFile:
     """The counters of one engine, in a file of Prometheus' multiprocess mode. The file's name says their type."""
 
-    def __init__(self, where: str, label_values: tuple[str, str]):
+    def __init__(self, where: str, label_values: tuple[str, str, str]):
         handle, path = tempfile.mkstemp(prefix="counter_", suffix=".db", dir=where)
         os.close(handle)
         self._file = MmapedDict(path)

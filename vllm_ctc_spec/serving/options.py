@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
@@ -13,6 +14,7 @@ from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.plan.file import Plan
 from vllm_ctc_spec.plan.solve import NONE
 from vllm_ctc_spec.serving import limits
+from vllm_ctc_spec.serving.acceptance import Drafts, choose_rule, told_to_vllm
 from vllm_ctc_spec.serving.cpu.threads import is_large
 from vllm_ctc_spec.serving.device import free_rows
 from vllm_ctc_spec.serving.folder import find_drafter
@@ -149,6 +151,7 @@ class Resolved(NamedTuple):
     options: ServingOptions
     drafter: DrafterConfig
     for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
+    rule: AcceptanceRule
     plan: Plan | None = None  # that is followed
 
 
@@ -178,9 +181,12 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     if options.draft == "tree" and SCHEDULE not in speculative:
         rows, smallest = default_tree_rows(target)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
+    depth = min(budget, options.tree_depth) if options.draft == "tree" else budget
+    rule = choose_rule(speculative, Drafts(options.draft, depth, for_vllm.get(SCHEDULE)))
+    for_vllm = told_to_vllm(for_vllm, rule, options.draft)
     for_vllm.setdefault(KEEP_LAST_BLOCK, True)
     for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
-    return Resolved(options, drafter, for_vllm, plan)
+    return Resolved(options, drafter, for_vllm, rule, plan)
 
 
 # Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.

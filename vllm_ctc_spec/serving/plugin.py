@@ -13,7 +13,8 @@ hashing, async scheduling) then hold unpatched. The complete list:
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, or one, not 1 + N.
 7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
 8. `Scheduler.__init__`, wrapped: a plan's drafts follow what is accepted (`plan.follow`).
-9. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
+9. `get_system_fingerprint`, wrapped where a lossy rule of acceptance is asked for: responses say so.
+10. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
@@ -29,6 +30,7 @@ from typing import Any
 from vllm_ctc_spec.drafter.config import ARCHITECTURE, SPECULATORS_TYPE, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving import limits, metrics
+from vllm_ctc_spec.serving.acceptance import lossy_mark
 from vllm_ctc_spec.serving.options import Resolved, parse
 from vllm_ctc_spec.serving.release import changed_hooks, unsupported_release
 
@@ -122,7 +124,7 @@ def _resolving(original: Callable) -> Callable:
         with _attributes(self, speculative_config=resolved.for_vllm, **short):
             config = original(self, target_model_config, target_parallel_config)
         hf_config = config.draft_model_config.hf_config
-        hf_config.ctc_options = resolved.options
+        hf_config.ctc_options, hf_config.ctc_rule = resolved.options, resolved.rule
         hf_config.ctc_plan = resolved.plan
         # The drafter's rotary table reaches as far as the served context, and takes no more memory than that.
         hf_config.max_position_embeddings = target_model_config.max_model_len
@@ -146,12 +148,18 @@ def _attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def _report(resolved: Resolved, dtype: str) -> None:
-    options, drafter, for_vllm, _ = resolved
+    options, drafter, for_vllm, rule, _ = resolved
     logger.info(
         "CTC drafter %s (%s, served as dflash): %d frames, %s of %d speculative tokens, search %s.",
         for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"],
         options.search,
     )  # fmt: skip
+    if not rule.exact:
+        logger.warning(
+            "Drafts are accepted by %s: tokens are accepted that the target would not say, and the output is NOT "
+            "distributed as the target's. Responses say so in their system_fingerprint (%s), /metrics in the label "
+            "acceptance.", rule, lossy_mark(rule),
+        )  # fmt: skip
     if drafter.target_dtype not in ("", dtype):
         logger.warning(
             "CTC drafter %s was trained on what the target says in %s, and the target is served in %s: it will say "
@@ -187,6 +195,8 @@ def _checking(original: Callable) -> Callable:
             from vllm_ctc_spec.serving.attention_backend import select_for_trees
 
             select_for_trees(config)
+        if not drafter.ctc_rule.exact:
+            _mark_responses()
         _fit_requests(config.scheduler_config, drafter.num_query_rows)
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
@@ -231,6 +241,27 @@ def _sizing_graphs(original: Callable) -> Callable:
         original(self)
 
     return _set_cudagraph_sizes
+
+
+@functools.cache
+def _mark_responses() -> None:
+    """Once a process, and only for who needs it: the module takes the web framework along."""
+    from vllm.entrypoints.serve.utils import fingerprint
+
+    fingerprint.get_system_fingerprint = _marking(fingerprint.get_system_fingerprint)
+
+
+def _marking(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_system_fingerprint(vllm_config):
+        """Asked for once by each of the API server's endpoints, by this module's name."""
+        fingerprint = original(vllm_config)
+        if fingerprint is None or not _is_ctc(vllm_config.speculative_config):
+            return fingerprint
+        rule = vllm_config.speculative_config.draft_model_config.hf_config.ctc_rule
+        return fingerprint if rule.exact else f"{fingerprint}-{lossy_mark(rule)}"
+
+    return get_system_fingerprint
 
 
 def _replace_init_speculator(spec_decode: Any) -> None:

@@ -18,10 +18,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
+from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.draft.ctc import default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftSource, DraftStep, source_class
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.serving.acceptance import is_ours
+from vllm_ctc_spec.serving.chain import attach_rule
 from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
 from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
@@ -47,6 +50,7 @@ class CTCProposer(DFlashSpeculator):
         hf_config = self.draft_model_config.hf_config
         self.num_frames: int = hf_config.num_frames  # T
         self.options: ServingOptions = hf_config.ctc_options
+        self.rule: AcceptanceRule = hf_config.ctc_rule
         self.source: DraftSource = source_class("ctc")(self.options.search)
         self.trees: TreeTable | None = None
         self.layout: TreeLayout | None = None
@@ -78,7 +82,7 @@ class CTCProposer(DFlashSpeculator):
         drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
         if not drafts_first:
             return None
-        labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index)
+        labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index), self.rule.name
         file = metrics.CounterFile(folder, labels) if folder is not None and os.path.isdir(folder) else None
         return metrics.DraftMeter(file, self.max_num_reqs, self.num_drafted, self.num_frames, self.device)
 
@@ -91,7 +95,9 @@ class CTCProposer(DFlashSpeculator):
             shape = *self.draft_logits.shape[:2], len(self.model.vocabulary.token_ids)
             self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
-            attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self)
+            attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self, self.rule)
+        elif is_ours(self.rule, self.vllm_config.speculative_config):
+            attach_rule(self.vllm_config, target_model, self.rule)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """A schedule of smaller drafts for larger batches changes the rows that are verified, never the draft's forward

@@ -89,6 +89,10 @@ class Result:
         }
 
 
+ACCEPTANCE = (
+    "Accepted exactly: the text is the target's. A lossy rule (rejection_sample_method 'fly') changes the text: "
+    "benchmarks/quality.py measures its lengths, and what they cost."
+)
 HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'per row':>9}{'prompts':>9}{'steps':>9}"
 
 
@@ -114,7 +118,7 @@ def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
         results = _measure_all(config, drafter_config, held_out if config.is_dataset else rows.prompts)
     if json_path is not None:
         _write(json_path, config, report, results)
-    return "\n".join([HEADER, *(result.row() for result in results)])
+    return "\n".join([HEADER, *(result.row() for result in results), ACCEPTANCE])
 
 
 def _measure_all(
@@ -226,6 +230,7 @@ def _write(path: Path, config: EvalConfig, report: str, results: Sequence[Result
     content = {
         "settings": dataclasses.asdict(config),
         "data": report,
+        "acceptance": "exact",
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -1,7 +1,15 @@
 """The rejection sampler, against vLLM's kernels."""
 
+import math
+
 import pytest
 import torch
+
+from vllm_ctc_spec.serving.cpu import rejection
+from vllm_ctc_spec.serving.cpu.noise import philox_uniform
+
+from ...oracle.fly import accepted_by_vllm
+from ...releases import SINCE_33
 
 MAX_REQS, STEPS = 8, 4
 SIZES = [5, 5, 3, 5, 1, 5, 2, 5]  # logits rows of a request: its drafts and the bonus token
@@ -34,9 +42,9 @@ def batch(vocab):
     return target, draft_logits, drafts, bounds, positions, requests, expanded, local_pos, TEMPERATURES, seeds, STEPS
 
 
-def same_tokens(both, *args):
+def same_tokens(both, *args, **kwargs):
     """Compare what `rejection_sample` leaves on both sides, its unused slots aside; the numbers of accepted drafts."""
-    outcomes = both("spec_decode.rejection_sampler_utils.rejection_sample", *args)
+    outcomes = both("spec_decode.rejection_sampler_utils.rejection_sample", *args, **kwargs)
     (their_tokens, their_counts), (our_tokens, our_counts) = (outcome.result for outcome in outcomes)
     assert our_counts.tolist() == their_counts.tolist()
     for ours, theirs, count in zip(our_tokens.tolist(), their_tokens.tolist(), our_counts.tolist(), strict=True):
@@ -104,3 +112,74 @@ def test_flatten_sampled(agree):
         "spec_decode.rejection_sampler._flatten_sampled_kernel", torch.zeros(9, dtype=torch.int64),
         torch.randint(900, (3, 5)), 5, ints([2, 1, 3]), ints([0, 5, 6, 9]), num_warps=1, grid=(3,),
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not SINCE_33, reason="vLLM 0.32 does not know FLy")
+@pytest.mark.parametrize("one_hot", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_fly(both, one_hot, window):
+    torch.manual_seed(window)
+    accepted = []
+    for threshold in (0.0, 0.3, 0.8):
+        for _ in range(3):
+            target, draft_logits, *rest = batch(300)
+            accepted += same_tokens(
+                both, target, None if one_hot else draft_logits, *rest, fly_window_size=window,
+                fly_entropy_threshold=threshold, fly_entropy_top_k=3,
+            )  # fmt: skip
+    assert {0, STEPS} < set(accepted)
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_fly_accepts_as_vllm_does(is_greedy, one_hot):
+    """vLLM's loop, retyped (tests/oracle/fly.py), with the same uniform numbers."""
+    torch.manual_seed(0)
+    num_requests, steps, vocab, window, threshold = 2500, 8, 5, 2, 0.4
+    rows = num_requests * (1 + steps)
+    target = 2 * torch.randn(rows, vocab)
+    target[torch.rand(rows, vocab) < 0.1] = float("-inf")
+    target[:, 0] = target[:, 0].clamp_min(-4)
+    draft_logits = None
+    drafts = torch.where(torch.rand(rows) < 0.7, target.roll(1, 0).argmax(-1), torch.randint(-1, vocab, (rows,))).int()
+    if not one_hot:
+        draft_logits = torch.randn(num_requests, steps, vocab)
+        draft_logits[torch.rand(draft_logits.shape) < 0.1] = float("-inf")
+    bounds = torch.arange(0, rows + 1, 1 + steps, dtype=torch.int32)
+    positions, seeds = torch.randint(1000, (rows,)), torch.randint(-(2**62), 2**62, (num_requests,))
+    entropies = torch.rand(rows)
+    target_log_p, temperature = target.log_softmax(-1), torch.full((num_requests,), 0.0 if is_greedy else 1.0)
+    draft_log_p = None if one_hot else draft_logits.log_softmax(-1)
+
+    sampled = torch.zeros(num_requests, 1 + steps, dtype=torch.int64)
+    accepted, target_sums, draft_sums = torch.zeros(num_requests, dtype=torch.int32), *torch.zeros(2, num_requests)
+    of_draft = draft_logits.logsumexp(-1) if not one_hot else torch.zeros(num_requests, steps)
+    of_draft = torch.cat([of_draft, torch.zeros(num_requests, 1)], 1).view(rows, 1)
+    no_maximum, ones = torch.zeros(rows, 1), torch.ones(rows, 1)
+    rejection.rejection(
+        sampled, 0, accepted, target_sums, draft_sums, target, 0, target.argmax(-1, keepdim=True), 0,
+        target.logsumexp(-1, keepdim=True), 0, ones, 0, drafts, draft_logits, 0, 0, of_draft, 0, ones, 0, bounds,
+        torch.arange(num_requests), temperature, seeds, positions, None, no_maximum, no_maximum, 0, 1, 1,
+        not one_hot, False, False, entropies, threshold, window,
+    )  # fmt: skip
+
+    loosely = 0
+    for request in range(num_requests):
+        first = int(bounds[request])
+        tokens = drafts[first + 1 : first + 1 + steps].tolist()
+        native, possible = [], []
+        for step, token in enumerate(tokens):
+            p = float(target_log_p[first + step, token])
+            q = 0.0 if one_hot else float(draft_log_p[request, step, token])
+            uniform = float(philox_uniform(int(seeds[request]), int(positions[first + step])))
+            is_best = token == int(target[first + step].argmax())
+            native.append(is_best if is_greedy else p > math.log(uniform) + q)
+            possible.append(p > -math.inf and (is_greedy or q > -math.inf))
+        hesitation = entropies[first : first + steps].tolist()
+        expected = accepted_by_vllm(tokens, native, possible, hesitation, window, threshold)
+        assert accepted[request] == expected
+        assert sampled[request, :expected].tolist() == tokens[:expected]
+        if is_greedy and expected < steps:
+            assert sampled[request, expected] == target[first + expected].argmax()
+        loosely += False in (native[step] for step in range(expected))
+    assert loosely > 30

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 import vllm_ctc_spec.kernels
 import vllm_ctc_spec.serving.tree.model_state
 import vllm_ctc_spec.serving.tree.verification
-from vllm_ctc_spec.accept.rule import Rows
+from vllm_ctc_spec.accept.rule import Rows, make_rule
 from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
 from vllm_ctc_spec.draft.source import DraftStep
@@ -102,7 +102,7 @@ def launched(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def meter(tmp_path) -> DraftMeter:
-    return DraftMeter(CounterFile(str(tmp_path), ("m", "0")), REQUESTS, NODES, FRAMES, META)
+    return DraftMeter(CounterFile(str(tmp_path), ("m", "0", "exact")), REQUESTS, NODES, FRAMES, META)
 
 
 def emitted(lattice: str, num_labels: int) -> tuple[Frames, FrameStats]:
@@ -162,9 +162,11 @@ def test_a_tree_is_drafted_kept_and_counted_without_the_host(search, lattice, ke
     assert {"_frame_stats_kernel", kernel} <= set(launched)
 
 
-def test_a_rule_is_walked_without_the_host():
+def test_a_rule_is_walked_without_the_host(launched):
     class Everything:
-        def accepts(self, rows: Rows) -> Tensor:
+        exact = False
+
+        def loose(self, rows: Rows) -> Tensor:
             return torch.ones_like(rows.parent, dtype=torch.bool)
 
     tokens, parents = empty(TOKENS, dtype=torch.int64), TreeTable(REQUESTS, NODES, META).parents
@@ -184,7 +186,8 @@ def test_labels_become_tokens_without_the_host(launched):
     assert anchor.shape == (REQUESTS,)
 
 
-def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, meter, monkeypatch):
+@pytest.mark.parametrize("rule", [make_rule("exact"), make_rule("fly", window=6)], ids=str)
+def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, meter, monkeypatch, rule):
     trees, layout = TreeTable(REQUESTS, NODES, META), TreeLayout.allocate(REQUESTS, TOKENS, [NODES], META)
     meter._timer = object()  # the thread that copies counters out is none of the step's business
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, *args, **kwargs: {})
@@ -204,7 +207,7 @@ def test_a_tree_is_laid_out_verified_and_counted_without_the_host(launched, mete
     vllms = SimpleNamespace(
         apply_sampling_params=lambda logits, *args: logits, sampling_states=states, use_fp64_gumbel=False
     )
-    vars(sampler).update(trees=trees, layout=layout, sampler=vllms, _paths=[])
+    vars(sampler).update(trees=trees, layout=layout, sampler=vllms, rule=rule, _paths=[])
     tokens = empty(num_tokens, dtype=torch.int64)
     monkeypatch.setattr(vllm_ctc_spec.serving.tree.verification, "gumbel_sample", lambda *args, **options: tokens)
     _, sampled, num_sampled = sampler._verify(

@@ -1,4 +1,4 @@
-"""Kernels of vLLM's rejection sampler: standard and block verification, one-hot drafts or draft logits.
+"""Kernels of vLLM's rejection sampler: standard, block and FLy verification, one-hot drafts or draft logits.
 
 `target_logits` is `[num_logits, V]`, already divided by the temperature; `draft_logits` is
 `[max_num_reqs, num_speculative_steps, V]`, not yet divided. Logits row `t` of a request verifies the draft
@@ -162,8 +162,6 @@ def rejection(
     fly_entropy_ptr=None, fly_entropy_threshold=0.0, FLY_WINDOW_SIZE=0,
 ):  # fmt: skip
     """How many drafts of each request are accepted (`rejected_steps`), its tokens so far, the rejected row's sums."""
-    if FLY_WINDOW_SIZE:
-        raise NotImplementedError("FLy's lossy verification is not implemented on a CPU.")
     sampled, accepted_steps, target_sums, draft_sums, argmax, temperatures = arrays(
         sampled_ptr, rejected_steps_ptr, target_rejected_logsumexp_ptr, draft_rejected_logsumexp_ptr,
         target_local_argmax_ptr, temp_ptr,
@@ -174,6 +172,7 @@ def rejection(
     )  # fmt: skip
     cumulative, residual = arrays(cumulative_log_p_ptr, local_residual_mass_ptr)
     rates = synthetic_conditional_rates_ptr.tolist() if SYNTHETIC_MODE else None
+    hesitates = (fly_entropy_ptr >= fly_entropy_threshold).tolist() if FLY_WINDOW_SIZE else None
     bounds, drafts, positions, seeds = (p.tolist() for p in (cu_num_logits_ptr, draft_sampled_ptr, pos_ptr, seed_ptr))
     for index, request in enumerate(idx_mapping_ptr.tolist()):
         first, end, seed = bounds[index], bounds[index + 1] - 1, seeds[request]
@@ -186,6 +185,23 @@ def rejection(
             uniforms = [philox_uniform(step_seed(seed, step), pos) for step, pos in places]
             sampled[index, : len(tokens)] = tokens
             accepted = _block_accepted(tokens, uniforms, first, cumulative, residual, ratios)
+        elif FLY_WINDOW_SIZE:
+            agrees, possible = [False] * len(tokens), [False] * len(tokens)
+            for step, (row, token) in enumerate(enumerate(tokens, first)):
+                if token < 0:
+                    continue
+                possible[step] = float(target_logits_ptr[row, token]) > NEGATIVE_INFINITY
+                if is_greedy:
+                    agrees[step] = token == argmax[row, 0]
+                    continue
+                if HAS_DRAFT_LOGITS:  # a draft that the drafter cannot emit is no draft of its own
+                    possible[step] &= float(draft_logits_ptr[request, step, token]) > NEGATIVE_INFINITY
+                log_ratio = ratios.log_ratio(row, request, step, temperature, token)
+                agrees[step] = bool(log_ratio > np.log(philox_uniform(seed, positions[row])))
+            accepted = _fly_accepted(agrees, possible, hesitates[first:end], FLY_WINDOW_SIZE)
+            sampled[index, :accepted] = tokens[:accepted]
+            if is_greedy and first + accepted < end:
+                sampled[index, accepted] = argmax[first + accepted, 0]
         else:
             accepted = 0
             for row, token in enumerate(tokens, first):
@@ -208,6 +224,19 @@ def rejection(
         if not is_greedy and first + accepted < end:
             target_sums[index] = ratios.target_logsumexp(first + accepted)
             draft_sums[index] = ratios.draft_logsumexp(first + accepted)
+
+
+def _fly_accepted(agrees: list[bool], possible: list[bool], hesitates: list[bool], window: int) -> int:
+    """FLy: the first step of which the draft is neither the target's, nor possible where the target hesitates and
+    followed by a whole window of drafts that are the target's."""
+    accepted = 0
+    while accepted < len(agrees):
+        after = agrees[accepted + 1 : accepted + 1 + window]
+        is_loose = possible[accepted] and hesitates[accepted] and len(after) == window and all(after)
+        if not (agrees[accepted] or is_loose):
+            break
+        accepted += 1
+    return accepted
 
 
 def _block_accepted(tokens, uniforms, first: int, cumulative, residual, ratios: _DraftRatios) -> int:

@@ -6,6 +6,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.attention import AttendTreeRows, attend_tree_rows, use_tree_attention
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
@@ -27,8 +28,9 @@ def attach_trees(
     trees: TreeTable,
     layout: TreeLayout,
     proposer: Proposer,
+    rule: AcceptanceRule,
 ) -> None:
-    """Let `target`, with its attention `layers`, verify the `trees` of `proposer`, laid out in `layout`.
+    """Let `target`, with its attention `layers`, verify the `trees` of `proposer`, laid out in `layout`, by `rule`.
 
     vLLM loads a drafter after the target's weights and before the model state, the samplers and the attention
     metadata builders are made from the target (`GPUModelRunner.load_model`), so that they are made from this.
@@ -39,7 +41,9 @@ def attach_trees(
         check_layer(name, layer)
     attend, compaction = _on_cpu() if layout.positions.is_cpu else (attend_tree_rows, PathCompaction)
     use_tree_attention(layers.values(), attend, layout)
-    shared = {"trees": trees, "layout": layout, "compaction": compaction(layers), "proposer": proposer}
+    shared = {
+        "trees": trees, "layout": layout, "compaction": compaction(layers), "proposer": proposer, "rule": rule,
+    }  # fmt: skip
     model_state = type("TreeModelState", (TreeModelState,), shared)
     target.get_model_state_cls = lambda: model_state
 

@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
@@ -38,6 +39,7 @@ class TreeModelState(DefaultModelState):
     layout: TreeLayout
     compaction: PathCompaction
     proposer: Proposer
+    rule: AcceptanceRule
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

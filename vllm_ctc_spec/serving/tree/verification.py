@@ -12,26 +12,43 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_ctc_spec.accept.rule import AcceptanceRule, make_rule
 from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.serving.tree.layout import Verdict, in_path_order
 
 
+def draw_target_tokens(
+    sampler: Sampler, processed_logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, pos: torch.Tensor
+) -> torch.Tensor:
+    """[L] int64: one draw of the target after each row, as without speculation.
+
+    processed_logits [L, V] fp32, behind temperature and the other sampling parameters; expanded_idx_mapping [L] int32,
+    request slots; pos [L] int64, positions.
+    """
+    return gumbel_sample(
+        processed_logits,
+        expanded_idx_mapping,
+        sampler.sampling_states.temperature.gpu,
+        sampler.sampling_states.seeds.gpu,
+        pos,
+        apply_temperature=False,
+        is_drafting=False,
+        use_fp64=sampler.use_fp64_gumbel,
+    )
+
+
 class TreeRejectionSampler(RejectionSampler):
-    """Draws a token of the target at each node, and walks along the edges that the rule of acceptance marks.
+    """Draws a token of the target at each node, and walks down the tree by the rule of acceptance.
 
     The exact rule steps to the child whose token was drawn, else emits that token and stops. The tree is deterministic
     given the context, so this is exact at any temperature: each emitted token is one draw from the target's law. The
     draw at a node uses the seed and position that a sampler without speculation would use there, so that even seeded
-    output is token-identical.
+    output is token-identical. Other rules take some of the nodes that the target has not drawn, too.
     """
-
-    rule: AcceptanceRule = make_rule("exact")
 
     def __init__(self, state: Any, sampler: Sampler):
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
-        self.trees, self.layout, self.compaction, self.proposer = (
-            state.trees, state.layout, state.compaction, state.proposer,
+        self.trees, self.layout, self.compaction, self.proposer, self.rule = (
+            state.trees, state.layout, state.compaction, state.proposer, state.rule,
         )  # fmt: skip
         self._paths: list[torch.Tensor] = []  # of the requests that `_verify` was called for, in their order
 
@@ -77,16 +94,7 @@ class TreeRejectionSampler(RejectionSampler):
             depths,
             seq_lens_upper_bound_np,
         )
-        target_tokens = gumbel_sample(
-            processed_logits,
-            expanded_idx_mapping,
-            sampler.sampling_states.temperature.gpu,
-            sampler.sampling_states.seeds.gpu,
-            pos,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=sampler.use_fp64_gumbel,
-        )
+        target_tokens = draw_target_tokens(sampler, processed_logits, expanded_idx_mapping, pos)
         sampled, num_sampled, path = walk(
             self.rule,
             processed_logits,
