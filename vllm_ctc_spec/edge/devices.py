@@ -33,7 +33,7 @@ class ModelDevice:
             return None
         scores = self._logits(tokens)[: self.vocab_size].float()
         if self.temperature > 0:
-            noise = gumbel(self.seed, len(tokens) - 1, len(scores))
+            noise = gumbel(self.seed, len(tokens) - 1, len(scores), use_fp64=False)
             scores = scores / self.temperature + torch.from_numpy(noise).to(scores.device)
         confidence, token = scores.softmax(0).max(0)
         return Drafted(int(token), float(confidence))

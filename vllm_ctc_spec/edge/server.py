@@ -67,7 +67,8 @@ class Server:
         """The parts of one streamed completion.
 
         Raises:
-            Refused, ServerAway: what the server has against it; that it does not answer to the end.
+            Refused: what the server has against it; before the first part.
+        ServerAway: it does not answer to the end.
         """
         request = {"model": self.model, "stream": True, **body}
         try:
@@ -163,21 +164,16 @@ class DraftRounds:
 
     def _parts(self, tokens: list[int], draft: list[int], num_tokens: int) -> Iterator[Delta]:
         body = {"prompt": tokens, "max_tokens": num_tokens, "return_token_ids": True, **self.sampling}
+        refusal = None
         if draft and self.refusal is None:
-            started = False
             try:
-                for delta in self._deltas({**body, "vllm_xargs": {DRAFT_KEY: draft}}):
-                    started = True
-                    yield delta
+                yield from self._deltas({**body, "vllm_xargs": {DRAFT_KEY: draft}})
                 return
-            except Refused as refusal:
-                if started:
-                    raise
-                reason = str(refusal)
-            yield from self._deltas(body)
-            self.refusal = reason  # without the key the same request was answered
-        else:
-            yield from self._deltas(body)
+            except Refused as refused:  # instead of the first part
+                refusal = str(refused)
+        for delta in self._deltas(body):
+            self.refusal = self.refusal or refusal  # without the key the same request is answered
+            yield delta
 
     def _deltas(self, body: Mapping[str, Any]) -> Iterator[Delta]:
         for part in self.server.stream(body):
