@@ -16,6 +16,7 @@ Every answer is compared with the server's own. Writes OUTPUT.json and OUTPUT.md
 """
 
 import argparse
+import json
 import random
 import sys
 import threading
@@ -40,7 +41,8 @@ from vllm_ctc_spec.edge.protocol import Drafted, Policy, Text
 from vllm_ctc_spec.edge.server import DraftRounds, PromptRounds, Server
 
 STREAM, DRAFTS, PROMPTS, WHOLE = "stream", "drafts", "prompts", "whole draft"
-STEPS, GENERATED = "vllm:iteration_tokens_total_count", "vllm:generation_tokens_total"
+WAYS = (STREAM, DRAFTS, PROMPTS, WHOLE)
+STEPS = "vllm:iteration_tokens_total_count"
 
 
 class SimulatedDevice:
@@ -190,7 +192,7 @@ def table(run: dict, rows: list[Measurement]) -> str:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
-    parser.add_argument("--ways", nargs="+", choices=(STREAM, DRAFTS, PROMPTS, WHOLE), default=[STREAM, DRAFTS, PROMPTS, WHOLE])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--round-trip-ms", type=float, nargs="+", default=[0, 20, 100])
     parser.add_argument("--agreement", type=float, nargs="+", default=[0.7, 0.9])
@@ -200,25 +202,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=16, help="of the file (default: 16)")
     parser.add_argument("--answers", type=int, default=2, help="of each client (default: 2)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds (default: 60)")
-    parser.add_argument("--speculative-config", help="JSON in place of the CTC drafter's defaults")
+    parser.add_argument("--speculative-config", default="{}", metavar="JSON", help="options of the drafter")
     parser.add_argument("--output", type=Path, default=RESULTS / "edge", help="path without suffix")
     return choose_pair(parser.parse_args(argv))
 
 
 def main(argv: list[str]) -> int:
-    import json
-
     args = parse(argv)
     stop_on_sigterm()
     ready(args.pair)
-    config = ctc_config(args.drafter) | {"ctc_draft": "tree"}
-    if args.speculative_config:
-        config |= json.loads(args.speculative_config)
+    config = ctc_config(args.drafter) | {"ctc_draft": "tree"} | json.loads(args.speculative_config)
     # Every prefix of a draft is a request of its own in `prompts`.
     most = max(args.clients) * (1 + args.draft_tokens)
     busy, rows = psutil.cpu_percent(BUSY_SECONDS), []
-    settings = {"machine_busy_percent_before": busy, "pair": args.pair.name, "speculative_config": config | {"model": args.drafter.name}}
-    run = describe_run("benchmarks/edge.py", argv, **settings)
+    run = describe_run(
+        "benchmarks/edge.py", argv, machine_busy_percent_before=busy, pair=args.pair.name,
+        speculative_config=config | {"model": args.drafter.name},
+    )  # fmt: skip
     log_path = args.output.with_suffix(".log")
     with Process(args.target, config, extra_args=("--max-num-seqs", str(most)), log_path=log_path) as server:
         asked = own_answers(server, args)

@@ -1,4 +1,4 @@
-"""A server that says what a function of the text says, devices that know it more or less, and a clock that they share."""
+"""A server that says what a function of the text says, a device that knows it more or less, and a clock for both."""
 
 import hashlib
 import random

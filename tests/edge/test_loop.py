@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from vllm_ctc_spec.edge.loop import Client, Patience, Watcher
 from vllm_ctc_spec.edge.protocol import Delta, Drafted, Policy, ServerAway, Text
 

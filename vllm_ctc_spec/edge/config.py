@@ -20,13 +20,13 @@ class EdgeConfig:
     prompt: str | None = setting("the user's message (default: standard input)", None, metavar="TEXT")
     completion: bool = setting("continue the prompt as it is, without the server's chat template", False)
     draft_with: str = setting(
-        f"{MODEL}: the small model; {NGRAM}: copies of the text so far, for which the folder need only hold the tokenizer",
+        f"{MODEL}: the small model; {NGRAM}: copies of the text so far; the folder need only hold the tokenizer",
         MODEL,
         choices=(MODEL, NGRAM),
     )
     rounds: str = setting(
-        f"{DRAFTS}: a request carries its draft, for a server with ctc_sources; {PROMPTS}: one prompt for each prefix of "
-        "the draft, for any vLLM server",
+        f"{DRAFTS}: a request carries its draft, for a server with ctc_sources; {PROMPTS}: one prompt for each prefix "
+        "of the draft, for any vLLM server",
         DRAFTS,
         choices=(DRAFTS, PROMPTS),
     )

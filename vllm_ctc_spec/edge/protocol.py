@@ -5,7 +5,8 @@ the device drafts behind them. A *round* is one request: "continue the prompt an
 drafts". Whatever the server answers becomes verified; drafts that it confirms are dropped from the front of the
 device's, and the first that it does not takes all behind it along. So whatever the drafts were, and however often a
 round was lost, the verified tokens are those that the server gives to one uninterrupted request: greedy, and sampled
-with a seed where the server's noise depends on seed and position alone (Model Runner V2: without drafts, or with trees).
+with a seed where the server's draw depends on text, seed and position alone (Model Runner V2 without drafts, or with
+trees).
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from vllm_ctc_spec.edge.config import MODEL, PROMPTS, EdgeConfig
 from vllm_ctc_spec.edge.devices import ModelDevice, NgramDevice
 from vllm_ctc_spec.edge.loop import Client, Watcher
 from vllm_ctc_spec.edge.protocol import Device, ServerAway, Text
-from vllm_ctc_spec.edge.server import DraftRounds, PromptRounds, Server
+from vllm_ctc_spec.edge.server import DraftRounds, PromptRounds, Refused, Server
 from vllm_ctc_spec.errors import EdgeError
 from vllm_ctc_spec.training.config import DTYPES, default_dtype
 from vllm_ctc_spec.training.target import UNLOADABLE
@@ -22,29 +22,36 @@ from vllm_ctc_spec.training.target import UNLOADABLE
 MAX_SEED = 2**31
 PROBES = 512  # tokens of the vocabulary by which tokenizers are compared
 # Where tokenizers of one family differ: digits, white space, other scripts, signs that are no text.
-PROBE_TEXT = "The  quick\tbrown fox's 1234567890 jumps…\n\n  être 東京 Ω мир עולם 🙂 {\"a\": [1, -2.5e3]}\r\n"
+PROBE_TEXT = 'The  quick\tbrown fox\'s 1234567890 jumps…\n\n  être 東京 Ω мир עולם 🙂 {"a": [1, -2.5e3]}\r\n'
 
 
 def run(config: EdgeConfig) -> str:
     """Write the answer to standard output; returns a line about who said what."""
     prompt = sys.stdin.read() if config.prompt is None else config.prompt
+    if not prompt.strip():
+        raise EdgeError("the prompt is empty: give --prompt TEXT, or the text on standard input.")
     tokenizer = load_tokenizer(config.model)
     server = Server(config.server, config.api_key or os.environ.get("OPENAI_API_KEY"), config.timeout)
     try:
         check_tokenizer(tokenizer, server)
         tokens = prompt_tokens(config, server, prompt)
     except ServerAway as error:
-        raise EdgeError(f"the server at {config.server} does not answer ({error}): start again when it does.") from error
+        reason = f"the server at {config.server} does not answer ({error})"
+        raise EdgeError(f"{reason}: start again when it does.") from error
     seed = random.randrange(MAX_SEED) if config.seed is None else config.seed
     device = load_device(config, tokenizer, seed)
     rounds = (PromptRounds if config.rounds == PROMPTS else DraftRounds)(server, sampling(config, seed))
     printer = Printer(tokenizer, sys.stdout)
     text = Text(tokens, min(config.max_tokens, server.max_model_len - len(tokens)), end_tokens(tokenizer))
-    Client(device, rounds, config.policy, config.patience, printer).complete(text)
-    printer.finish(text)
+    try:
+        Client(device, rounds, config.policy, config.patience, printer).complete(text)
+    except Refused as refusal:
+        raise EdgeError(f"the server at {config.server} refuses to go on ({refusal}).") from refusal
+    finally:
+        printer.finish(text)
     if config.json:
         config.json.write_text(json.dumps(record(text, tokenizer, config, seed), indent=1) + "\n", encoding="utf-8")
-    return summary(text, server, config, refusal=getattr(rounds, "refusal", None))
+    return summary(text, server.model, getattr(rounds, "refusal", None))
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -87,8 +94,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, server: Server) -> None:
 
 
 def prompt_tokens(config: EdgeConfig, server: Server, prompt: str) -> list[int]:
-    if not prompt.strip():
-        raise EdgeError("the prompt is empty: give --prompt TEXT, or the text on standard input.")
     if config.completion:
         tokens = server.tokenize(prompt=prompt)
     else:
@@ -153,9 +158,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def summary(text: Text, server: Server, config: EdgeConfig, refusal: str | None) -> str:
+def summary(text: Text, model: str, refusal: str | None) -> str:
     counts, alone = text.counts, len(text.drafts)
-    said = f"{len(text.verified) + alone} tokens, {len(text.verified)} verified by {server.model}"
+    said = f"{len(text.verified) + alone} tokens, {len(text.verified)} verified by {model}"
     said += f", the last {alone} by this device alone" if alone else ""
     said += f"; {counts.rounds} rounds, {counts.accepted} of {counts.drafted} drafts accepted."
     if refusal:
