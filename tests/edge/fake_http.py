@@ -26,6 +26,7 @@ class Behaviour:
     hides_token_ids: bool = False
     encode: Callable[[str], list[int]] = lambda text: [1 + byte % 3 for byte in text.encode()]
     bodies: list[dict] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)  # how requests authorised themselves
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.behaviour.keys.append(self.headers["Authorization"])
         self.json({"data": [{"id": MODEL, "max_model_len": MAX_MODEL_LEN}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:

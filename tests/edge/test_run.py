@@ -71,9 +71,22 @@ def test_the_server_is_asked_as_the_options_say(fake, folder, options, sampling)
     assert {len(body["vllm_xargs"]["ctc_draft"]) for body in bodies[:-2]} == {2}
 
 
+@pytest.fixture(autouse=True)
+def no_key_of_this_machine(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
 def test_a_sampled_answer_has_a_seed_in_any_case(fake, folder):
     edge(fake[0], folder, "--temperature", "1")
     assert len({body["seed"] for body in fake[1].bodies}) == 1
+
+
+def test_the_key_comes_from_the_option_or_the_environment(fake, folder, monkeypatch):
+    edge(fake[0], folder)
+    monkeypatch.setenv("OPENAI_API_KEY", "outside")
+    edge(fake[0], folder)
+    edge(fake[0], folder, "--api-key", "given")
+    assert fake[1].keys == [None, "Bearer outside", "Bearer given"]
 
 
 def test_the_answer_fits_into_the_servers_context(fake, folder):
