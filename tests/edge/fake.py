@@ -74,6 +74,7 @@ class FakeServer:
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     fate: Callable[[int], str] = lambda number: "answers"
     round_trip: float = 0.1
+    takes_drafts: bool = True
     asked: list[tuple[list[int], list[int], int]] = field(default_factory=list)
     replies: list[FakeReply] = field(default_factory=list)
 

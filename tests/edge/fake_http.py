@@ -17,7 +17,8 @@ MODEL, MAX_MODEL_LEN = "fake", 64
 class Behaviour:
     """What the server does; tests change it while it runs."""
 
-    refuses_drafts: bool = False
+    refuses_drafts: bool = False  # with a reason
+    ignores_drafts: bool = False
     status: int = 200  # of completions
     finish_reason: str | None = None  # in place of the true one
     dies_after: int | None = None  # parts of a stream
@@ -50,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({"error": {"message": "as it was told"}}, does.status)
         if does.refuses_drafts and "vllm_xargs" in body:
             return self.json({"error": {"message": "unknown key ctc_draft"}}, 400)
+        if not does.ignores_drafts and min(body.get("vllm_xargs", {}).get("ctc_draft") or [0]) < 0:
+            return self.json({"error": {"message": "no such id"}}, 400)
         if isinstance(body["prompt"][0], list):
             answers = [answer(prompt, body["max_tokens"]) for prompt in body["prompt"]]
             choices = [self.choice(tokens, index, True) for index, tokens in enumerate(answers)]

@@ -166,6 +166,15 @@ def test_a_server_that_returns_verifies_what_was_answered_without_it():
     assert log.shown and log.shown[-1] == server.asked[1][1] == answer(prompt, 30)
 
 
+def test_a_server_that_takes_no_drafts_streams():
+    clock = Clock()
+    prompt = next([token] for token in range(1000) if len(answer([token], 30)) == 30)
+    server = FakeServer(clock, takes_drafts=False, fate=lambda number: "answers" if number else "dies")
+    text = client(FakeDevice(clock, 0.9), server).complete(Text(prompt, 30, {END}))
+    assert text.verified == answer(prompt, 30) and len(server.asked) == 2
+    assert all(draft == [] and len(tokens) - 1 + asked == 30 for tokens, draft, asked in server.asked)
+
+
 def test_an_answer_without_a_token_is_a_lost_round():
     clock = Clock()
 

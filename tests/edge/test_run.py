@@ -10,6 +10,7 @@ from vllm_ctc_spec import cli
 from vllm_ctc_spec.edge.config import EdgeConfig
 from vllm_ctc_spec.edge.protocol import Drafted, Text
 from vllm_ctc_spec.edge.run import Printer
+from vllm_ctc_spec.edge.server import DraftRounds
 
 from .fake import answer
 from .fake_http import MAX_MODEL_LEN, running
@@ -65,7 +66,7 @@ def test_the_servers_own_text_is_printed(fake, folder, rounds, draft_with, tmp_p
     ["--temperature", "0.5", "--seed", "3"], {"temperature": 0.5, "seed": 3})])  # fmt: skip
 def test_the_server_is_asked_as_the_options_say(fake, folder, options, sampling):
     edge(fake[0], folder, "--draft-tokens", "2", "--round-tokens", "5", "--min-confidence", "0", *options)
-    bodies = fake[1].bodies
+    bodies = fake[1].bodies[1:]  # the first one is the probe
     assert all({key: body[key] for key in body if key in ("temperature", "seed")} == sampling for body in bodies)
     assert {body["max_tokens"] for body in bodies[:-1]} == {5}
     assert {len(body["vllm_xargs"]["ctc_draft"]) for body in bodies[:-2]} == {2}
@@ -78,7 +79,7 @@ def no_key_of_this_machine(monkeypatch):
 
 def test_a_sampled_answer_has_a_seed_in_any_case(fake, folder):
     edge(fake[0], folder, "--temperature", "1")
-    assert len({body["seed"] for body in fake[1].bodies}) == 1
+    assert len({body["seed"] for body in fake[1].bodies[1:]}) == 1
 
 
 def test_the_key_comes_from_the_option_or_the_environment(fake, folder, monkeypatch):
@@ -91,8 +92,16 @@ def test_the_key_comes_from_the_option_or_the_environment(fake, folder, monkeypa
 
 def test_the_answer_fits_into_the_servers_context(fake, folder):
     edge(fake[0], folder, "--max-tokens", "1000", "--round-tokens", "1000")
-    body = fake[1].bodies[0]
+    body = fake[1].bodies[1]
     assert len(body["prompt"]) + body["max_tokens"] == MAX_MODEL_LEN
+
+
+def test_a_server_that_ignores_drafts_streams(fake, folder, capsys):
+    fake[1].ignores_drafts = True
+    assert edge(fake[0], folder) == 0
+    said = capsys.readouterr()
+    assert said.out == spoken(answer(encode("abcab"), 30)) + "\n" and len(fake[1].bodies) == 2
+    assert "The server takes no drafts (it ignores them) and streamed: see --rounds prompts." in said.err
 
 
 def test_a_server_that_takes_no_drafts_is_named(fake, folder, capsys):
@@ -100,12 +109,14 @@ def test_a_server_that_takes_no_drafts_is_named(fake, folder, capsys):
     assert edge(fake[0], folder, "--min-confidence", "0") == 0
     said = capsys.readouterr()
     assert said.out == spoken(answer(encode("abcab"), 30)) + "\n"
-    assert "The server takes no drafts (HTTP 400: unknown key ctc_draft): try --rounds prompts." in said.err
+    assert (
+        "The server takes no drafts (HTTP 400: unknown key ctc_draft) and streamed: see --rounds prompts." in said.err
+    )
 
 
 def test_without_the_server_the_device_answers_in_brackets(fake, folder, capsys, monkeypatch):
     monkeypatch.setattr(EdgeConfig, "patience", EdgeConfig("http://h", "m", timeout=0.2).patience.__class__(0.2, 0.01))
-    fake[1].status = 503
+    monkeypatch.setattr(DraftRounds, "probe", lambda self, tokens: setattr(fake[1], "status", 503))
     assert edge(fake[0], folder) == 0
     said = capsys.readouterr()
     assert said.out.startswith("[") and said.out.endswith("]\n")
@@ -120,6 +131,7 @@ def test_without_the_server_the_device_answers_in_brackets(fake, folder, capsys,
         ({}, ["--prompt", " "], "the prompt is empty"),
         ({}, ["--prompt", "a" * MAX_MODEL_LEN], f"the prompt has {MAX_MODEL_LEN} tokens, and fake takes"),
         ({"status": 400}, [], "refuses to go on (HTTP 400: as it was told)"),
+        ({"status": 500}, [], "does not answer (HTTP 500: as it was told): start again when it does"),
         ({"hides_token_ids": True}, [], "returns no token ids"),
         ({}, ["--model", "nowhere"], "--model nowhere holds no tokenizer that can be loaded"),
         ({}, ["--server", "localhost:8000"], "--server must be a URL such as http://host:8000"),

@@ -101,8 +101,19 @@ def test_a_server_that_refuses_drafts_is_asked_without_them(server):
     rounds = DraftRounds(server, GREEDY)
     text = complete(rounds, LONG, 1.0)
     assert text.verified == answer(LONG, 40) and text.counts.lost_rounds == 0
-    assert rounds.refusal == "HTTP 400: unknown key ctc_draft"
+    assert rounds.refusal == "HTTP 400: unknown key ctc_draft" and text.counts.rounds == 2  # then a stream
     assert sum("vllm_xargs" in body for body in behaviour.bodies) == 1
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_server_that_ignores_drafts_is_found_out(server, ignores):
+    server, behaviour = server
+    behaviour.ignores_drafts = ignores
+    rounds = DraftRounds(server, GREEDY)
+    rounds.probe(LONG)
+    assert rounds.takes_drafts != ignores and rounds.refusal == ("it ignores them" if ignores else None)
+    assert complete(rounds, LONG).verified == answer(LONG, 40)
+    assert len(behaviour.bodies) == 2 if ignores else len(behaviour.bodies) > 5
 
 
 @pytest.mark.parametrize("rounds", [DraftRounds, PromptRounds])

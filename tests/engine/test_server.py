@@ -184,9 +184,11 @@ def test_rounds_of_an_edge_client_give_the_servers_own_text(server, request, rou
     verifier, text = rounds(edge, sampling), Text(prompt, MAX_TOKENS)
     Client(NgramDevice(shortest=1), verifier, Policy(3, 0.0, 4), Patience(60)).complete(text)
     assert text.verified == edge.complete(body)["choices"][0]["token_ids"]
-    assert text.counts.lost_rounds == 0 and text.counts.rounds > 4
+    assert text.counts.lost_rounds == 0
     if rounds is DraftRounds:
         assert "This server takes no guess of an answer" in verifier.refusal
+    else:
+        assert text.counts.rounds > 4
     edge.close()
 
 

@@ -83,14 +83,20 @@ class Client:
         Raises:
             ServerAway: the server did not answer to the end. What it said before that stays verified.
         """
-        draft = self.policy.sendable(text.drafts)[: text.room]
-        num_tokens = min(max(self.policy.round_tokens, len(draft) + 1), text.room)
+        draft, num_tokens = self._request(text)
         text.sent(draft)
         reply = self.verifier.ask([*text.prompt, *text.verified], draft, num_tokens)
         try:
             self._follow(text, reply, num_tokens)
         finally:
             reply.close()
+
+    def _request(self, text: Text) -> tuple[list[int], int]:
+        """The draft of the next round, and how many tokens to ask for."""
+        if not self.verifier.takes_drafts:
+            return [], text.room
+        draft = self.policy.sendable(text.drafts)[: text.room]
+        return draft, min(max(self.policy.round_tokens, len(draft) + 1), text.room)
 
     def _follow(self, text: Text, reply: Reply, due: int) -> None:
         """Take the answer's parts as they come. In between draft on, for the next round: it is ready at once if all

@@ -60,6 +60,11 @@ class Reply(Protocol):
 class Verifier(Protocol):
     """The server's side of a round."""
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether a draft can make an answer faster. If not, one round gets all of it: a stream."""
+        ...
+
     def ask(self, tokens: Sequence[int], draft: Sequence[int], num_tokens: int) -> Reply:
         """Ask for the server's continuation of `tokens`, at most `num_tokens` (at least one) of it.
 

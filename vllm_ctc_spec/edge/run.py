@@ -35,12 +35,12 @@ def run(config: EdgeConfig) -> str:
     try:
         check_tokenizer(tokenizer, server)
         tokens = prompt_tokens(config, server, prompt)
+        seed = random.randrange(MAX_SEED) if config.seed is None else config.seed
+        rounds = start_rounds(config, server, tokens, seed)
     except ServerAway as error:
         reason = f"the server at {config.server} does not answer ({error})"
         raise EdgeError(f"{reason}: start again when it does.") from error
-    seed = random.randrange(MAX_SEED) if config.seed is None else config.seed
     device = load_device(config, tokenizer, seed)
-    rounds = (PromptRounds if config.rounds == PROMPTS else DraftRounds)(server, sampling(config, seed))
     printer = Printer(tokenizer, sys.stdout)
     text = Text(tokens, min(config.max_tokens, server.max_model_len - len(tokens)), end_tokens(tokenizer))
     try:
@@ -101,6 +101,14 @@ def prompt_tokens(config: EdgeConfig, server: Server, prompt: str) -> list[int]:
     if len(tokens) >= server.max_model_len:
         raise EdgeError(f"the prompt has {len(tokens)} tokens, and {server.model} takes {server.max_model_len} in all.")
     return tokens
+
+
+def start_rounds(config: EdgeConfig, server: Server, tokens: Sequence[int], seed: int) -> DraftRounds | PromptRounds:
+    if config.rounds == PROMPTS:
+        return PromptRounds(server, sampling(config, seed))
+    rounds = DraftRounds(server, sampling(config, seed))
+    rounds.probe(tokens)
+    return rounds
 
 
 def sampling(config: EdgeConfig, seed: int) -> dict[str, float | int]:
@@ -164,7 +172,7 @@ def summary(text: Text, model: str, refusal: str | None) -> str:
     said += f", the last {alone} by this device alone" if alone else ""
     said += f"; {counts.rounds} rounds, {counts.accepted} of {counts.drafted} drafts accepted."
     if refusal:
-        said += f" The server takes no drafts ({refusal}): try --rounds {PROMPTS}."
+        said += f" The server takes no drafts ({refusal}) and streamed: see --rounds {PROMPTS}."
     return said
 
 

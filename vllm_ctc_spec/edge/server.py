@@ -159,6 +159,23 @@ class DraftRounds:
         self.server, self.sampling = server, sampling
         self.refusal: str | None = None  # why the server does not take drafts
 
+    @property
+    def takes_drafts(self) -> bool:
+        return self.refusal is None
+
+    def probe(self, tokens: Sequence[int]) -> None:
+        """Find out whether the server ignores drafts: one that knows them refuses what cannot be one.
+
+        Raises:
+            ServerAway: it does not answer.
+        """
+        body = {"prompt": list(tokens[:1]), "max_tokens": 1, "vllm_xargs": {DRAFT_KEY: [-1]}}
+        try:
+            self.server.complete(body)
+        except Refused:
+            return
+        self.refusal = "it ignores them"
+
     def ask(self, tokens: Sequence[int], draft: Sequence[int], num_tokens: int) -> ThreadedReply:
         return ThreadedReply(lambda: self._parts(list(tokens), list(draft), num_tokens))
 
@@ -186,6 +203,8 @@ class DraftRounds:
 
 class PromptRounds:
     """Rounds of `1 + K` prompts, each one draft longer, of which every one gets the target's next token."""
+
+    takes_drafts = True
 
     def __init__(self, server: Server, sampling: Mapping[str, Any]):
         self.server, self.sampling = server, sampling
