@@ -1,6 +1,8 @@
 """An HTTP server on the loopback interface that says what `fake.says` says, as vLLM's API server would."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,12 +29,17 @@ class Behaviour:
     hides_token_ids: bool = False
     encode: Callable[[str], list[int]] = lambda text: [1 + byte % 3 for byte in text.encode()]
     bodies: list[dict] = field(default_factory=list)
+    connections: list[socket.socket] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)  # how requests authorised themselves
 
 
 class Handler(BaseHTTPRequestHandler):
     behaviour: Behaviour
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.behaviour.connections.append(self.connection)
 
     def log_message(self, *args) -> None:
         pass
@@ -68,24 +75,28 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, tokens: list[int]) -> None:
         does = self.behaviour
         self.send_response(200)
-        self.send_header("Connection", "close")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         parts = [tokens[start : start + 2] for start in range(0, len(tokens), 2)]
         for number, part in enumerate(parts):
             time.sleep(does.silent_seconds)
             if number == does.dies_after:
+                self.close_connection = True
                 return
             content: dict = {"choices": [self.choice(part, 0, number == len(parts) - 1)]}
             if number == does.error_after:
                 content = {"error": {"message": "the engine is dead"}}
-            self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
-        self.wfile.write(b"data: [DONE]\n\n")
+            self.chunk(f"data: {json.dumps(content)}\n\n")
+        self.chunk("data: [DONE]\n\n")
+        self.chunk("")
+
+    def chunk(self, text: str) -> None:
+        self.wfile.write(f"{len(text.encode()):x}\r\n{text}\r\n".encode())
 
     def json(self, content: dict, status: int = 200) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close")  # or the thread of an open connection would outlive the server
         self.end_headers()
         self.wfile.write(data)
 
@@ -108,4 +119,7 @@ def running() -> Iterator[tuple[str, Behaviour]]:
     finally:
         server.shutdown()
         server.server_close()
+        for connection in behaviour.connections:  # their threads would go on answering
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         thread.join()

@@ -87,6 +87,13 @@ def test_one_prompt_for_each_prefix_of_a_draft(server):
     assert everything(rounds.ask(LONG, wrong, 9)) == [Delta(right[:1], True)]
 
 
+@pytest.mark.parametrize("rounds", [DraftRounds, PromptRounds])
+def test_rounds_share_connections(server, rounds):
+    """A new one would cost a round trip each, and on https two more."""
+    text = complete(rounds(server[0], GREEDY), LONG, 0.5)
+    assert text.counts.rounds >= 8 and len(server[1].connections) <= 3
+
+
 def test_a_verdict_ends_at_the_first_difference_or_at_the_end():
     one, two, end = Delta([1], True), Delta([2], True), Delta([0], True, True)
     assert verdict([one, two, one], [1, 2]) == Delta([1, 2, 1], True)

@@ -68,7 +68,7 @@ class Server:
 
         Raises:
             Refused: what the server has against it; before the first part.
-        ServerAway: it does not answer to the end.
+            ServerAway: it does not answer to the end.
         """
         request = {"model": self.model, "stream": True, **body}
         try:
@@ -79,22 +79,31 @@ class Server:
                 for line in response.iter_lines():
                     if not line.startswith("data:") or line == "data: [DONE]":
                         continue
-                    part = json.loads(line.removeprefix("data:"))
+                    part = parsed(line.removeprefix("data:"))
                     if "error" in part:
                         raise ServerAway(reason_of(part))
                     yield part
         except httpx.HTTPError as error:
             raise ServerAway(said(error)) from error
-        except ValueError as error:
-            raise ServerAway("an answer that is not JSON") from error
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
             response = self._http.request(method, path, json=body)
             check(response)
-            return response.json()
+            return parsed(response.text)
         except httpx.HTTPError as error:
             raise ServerAway(said(error)) from error
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Raises: ServerAway."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ServerAway("an answer that is no JSON object")
+    return content
 
 
 def check(response: httpx.Response) -> None:
@@ -133,7 +142,9 @@ class ThreadedReply:
         try:
             for delta in parts():
                 self._queue.put(delta)
-                if self._closed:  # leaving the iterator closes the connection, and the server ends the request
+                # Leaving the iterator closes the connection, and the server ends the request. One that was answered is
+                # read to its end instead: its connection is the next round's.
+                if self._closed and not delta.closes_round:
                     return
             self._queue.put(ServerAway("the connection was closed before the end of the answer"))
         except Exception as error:  # noqa: BLE001 - raised again in `next`, in the device's thread
@@ -194,11 +205,7 @@ class DraftRounds:
 
     def _deltas(self, body: Mapping[str, Any]) -> Iterator[Delta]:
         for part in self.server.stream(body):
-            for choice in part.get("choices", ()):
-                delta = delta_of(choice)
-                yield delta
-                if delta.closes_round:
-                    return
+            yield from map(delta_of, part.get("choices", ()))
 
 
 class PromptRounds:
@@ -218,8 +225,10 @@ class PromptRounds:
     def _parts(self, tokens: list[int], draft: list[int]) -> Iterator[Delta]:
         prompts = [tokens + draft[:length] for length in range(len(draft) + 1)]
         body = {"prompt": prompts, "max_tokens": 1, "return_token_ids": True, **self.sampling}
-        choices = sorted(self.server.complete(body)["choices"], key=lambda choice: choice["index"])
-        yield verdict([delta_of(choice) for choice in choices], draft)
+        choices = {choice["index"]: delta_of(choice) for choice in self.server.complete(body).get("choices", ())}
+        if len(choices) < len(prompts):
+            raise ServerAway("an answer that is not whole")
+        yield verdict([choices[index] for index in range(len(prompts))], draft)
 
 
 def verdict(nexts: Sequence[Delta], draft: Sequence[int]) -> Delta:
