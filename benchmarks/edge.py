@@ -52,13 +52,13 @@ class SimulatedDevice:
         self.right = [rng.random() < agreement for _ in self.answer]
 
     def draft(self, tokens: Sequence[int]) -> Drafted | None:
-        time.sleep(self.seconds)
         said = list(tokens[len(self.prompt) :])
         position = len(said)
-        if position < len(self.answer) and self.right[position] and said == self.answer[:position]:
-            return Drafted(self.answer[position], 1.0)
-        wrong = (self.answer[min(position, len(self.answer) - 1)] + 1) % 1000
-        return Drafted(wrong, 1.0)
+        if position == len(self.answer):
+            return None
+        time.sleep(self.seconds)
+        right = self.right[position] and said == self.answer[:position]
+        return Drafted(self.answer[position] if right else self.answer[position] ^ 1, 1.0)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({"error": {"message": "unknown key ctc_draft"}}, 400)
         if not does.ignores_drafts and min(body.get("vllm_xargs", {}).get("ctc_draft") or [0]) < 0:
             return self.json({"error": {"message": "no such id"}}, 400)
-        if isinstance(body["prompt"][0], list):
-            answers = [answer(prompt, body["max_tokens"]) for prompt in body["prompt"]]
+        if not body.get("stream"):
+            prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+            answers = [answer(prompt, body["max_tokens"]) for prompt in prompts]
             choices = [self.choice(tokens, index, True) for index, tokens in enumerate(answers)]
             return self.json({"choices": choices[::-1]})
         return self.stream(answer(body["prompt"], body["max_tokens"]))

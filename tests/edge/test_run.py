@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def encode(text: str) -> list[int]:
-    return [max(LETTERS.find(letter), 0) or 1 for letter in text]
+    return [LETTERS.index(letter) if letter in LETTERS else 1 for letter in text]
 
 
 @pytest.fixture
@@ -41,8 +41,11 @@ def fake():
         yield url, behaviour
 
 
+PROMPT = next("a" * length for length in range(1, 50) if len(answer([1] * length, 30)) == 30)  # it does not end early
+
+
 def edge(url, folder, *more: str) -> int:
-    return cli.main(["edge", "--server", url, "--model", str(folder), "--prompt", "abcab", "--max-tokens", "30", *more])
+    return cli.main(["edge", "--server", url, "--model", str(folder), "--prompt", PROMPT, "--max-tokens", "30", *more])
 
 
 def spoken(tokens: list[int]) -> str:
@@ -54,7 +57,7 @@ def spoken(tokens: list[int]) -> str:
 def test_the_servers_own_text_is_printed(fake, folder, rounds, draft_with, tmp_path, capsys):
     file = tmp_path / "answer.json"
     assert edge(fake[0], folder, "--rounds", rounds, "--draft-with", draft_with, "--json", str(file)) == 0
-    expected, said = answer(encode("abcab"), 30), capsys.readouterr()
+    expected, said = answer(encode(PROMPT), 30), capsys.readouterr()
     assert said.out == spoken(expected) + "\n"
     assert f"{len(expected)} tokens, {len(expected)} verified by fake; " in said.err
     written = json.loads(file.read_text())
@@ -100,7 +103,7 @@ def test_a_server_that_ignores_drafts_streams(fake, folder, capsys):
     fake[1].ignores_drafts = True
     assert edge(fake[0], folder) == 0
     said = capsys.readouterr()
-    assert said.out == spoken(answer(encode("abcab"), 30)) + "\n" and len(fake[1].bodies) == 2
+    assert said.out == spoken(answer(encode(PROMPT), 30)) + "\n" and len(fake[1].bodies) == 2
     assert "The server takes no drafts (it ignores them) and streamed: see --rounds prompts." in said.err
 
 
@@ -108,7 +111,7 @@ def test_a_server_that_takes_no_drafts_is_named(fake, folder, capsys):
     fake[1].refuses_drafts = True
     assert edge(fake[0], folder, "--min-confidence", "0") == 0
     said = capsys.readouterr()
-    assert said.out == spoken(answer(encode("abcab"), 30)) + "\n"
+    assert said.out == spoken(answer(encode(PROMPT), 30)) + "\n"
     assert (
         "The server takes no drafts (HTTP 400: unknown key ctc_draft) and streamed: see --rounds prompts." in said.err
     )

@@ -146,7 +146,7 @@ def test_a_server_in_trouble_is_away(server, rounds, status):
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
-        ({"dies_after": 1}, "closed before the end"),
+        ({"dies_after": 1}, "peer closed connection"),
         ({"error_after": 1}, "the engine is dead"),
         ({"finish_reason": "abort"}, "gave up"),
         ({"silent_seconds": 0.3}, "timed out"),
