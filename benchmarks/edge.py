@@ -1,7 +1,9 @@
-"""Edge clients (`vllm-ctc edge`) against plain streaming, both from one server with its CTC drafter.
+"""Edge clients (`vllm-ctc edge`) against plain streaming, from servers with and without a drafter of their own.
 
     python benchmarks/edge.py                                  # the tiny embedded pair
     python benchmarks/edge.py --agreement 0.8 --device-ms 20   # another small model on another device
+
+Servers by their `ctc_sources`: `ctc+client` drafts by itself and takes the devices' drafts, `client` only does the latter.
 
 Devices are simulated: they know the server's own answer, draft each token of it rightly with probability `agreement`
 (behind a wrong token all are wrong), and take `device-ms` a token, on no core of this machine. A relay adds the round
@@ -63,6 +65,7 @@ class SimulatedDevice:
 
 @dataclass(frozen=True)
 class Cell:
+    sources: str  # of the server
     way: str
     agreement: float | None  # None: no drafts
     clients: int
@@ -87,14 +90,14 @@ class Measurement:
         agreement = "" if cell.agreement is None else f"{cell.agreement:g}"
         accepted = f"{self.accepted / self.drafted:.2f}" if self.drafted else ""
         return [
-            f"{cell.round_trip_ms:g}", str(cell.clients), cell.way, agreement, f"{each:.0f}",
+            cell.sources, f"{cell.round_trip_ms:g}", str(cell.clients), cell.way, agreement, f"{each:.0f}",
             f"{each / cell.clients:.1f}", f"{self.steps / self.tokens:.3f}", f"{self.tokens / self.rounds:.1f}",
             accepted, f"{self.same}/{self.answers}",
         ]  # fmt: skip
 
 
 HEADER = (
-    "round trip, ms", "clients", "way", "agreement", "tokens/s", "a client", "server steps a token", "tokens a round",
+    "server", "round trip, ms", "clients", "way", "agreement", "tokens/s", "a client", "server steps a token", "tokens a round",
     "of drafts accepted", "same answer",
 )  # fmt: skip
 
@@ -174,14 +177,20 @@ def measure(server: Process, cell: Cell, args: argparse.Namespace, asked: list) 
     )  # fmt: skip
 
 
-def cells(args: argparse.Namespace) -> list[Cell]:
+def cells(args: argparse.Namespace, sources: str) -> list[Cell]:
     return [
-        Cell(way, agreement, clients, round_trip)
+        Cell(sources, way, agreement, clients, round_trip)
         for round_trip in args.round_trip_ms
         for clients in args.clients
         for way in args.ways
         for agreement in ([None] if way == STREAM else args.agreement)
     ]
+
+
+def speculative_config(args: argparse.Namespace, sources: str) -> dict:
+    """A drafter is named only where it drafts."""
+    config = ctc_config(args.drafter) if "ctc" in sources.split("+") else {"method": "ctc"}
+    return config | {"ctc_sources": sources, "num_speculative_tokens": args.nodes} | json.loads(args.speculative_config)
 
 
 def table(run: dict, rows: list[Measurement]) -> str:
@@ -193,6 +202,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pair_arguments(parser)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--sources", nargs="+", default=["ctc+client", "client"], help="a server for each of them")
+    parser.add_argument("--nodes", type=int, default=16, help="of a tree, at most (default: 16)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--round-trip-ms", type=float, nargs="+", default=[0, 20, 100])
     parser.add_argument("--agreement", type=float, nargs="+", default=[0.7, 0.9])
@@ -202,7 +213,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=16, help="of the file (default: 16)")
     parser.add_argument("--answers", type=int, default=2, help="of each client (default: 2)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds (default: 60)")
-    parser.add_argument("--speculative-config", default="{}", metavar="JSON", help="options of the drafter")
+    parser.add_argument("--speculative-config", default="{}", metavar="JSON", help="more options")
     parser.add_argument("--output", type=Path, default=RESULTS / "edge", help="path without suffix")
     return choose_pair(parser.parse_args(argv))
 
@@ -211,20 +222,20 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     stop_on_sigterm()
     ready(args.pair)
-    config = ctc_config(args.drafter) | {"ctc_draft": "tree"} | json.loads(args.speculative_config)
     # Every prefix of a draft is a request of its own in `prompts`.
     most = max(args.clients) * (1 + args.draft_tokens)
     busy, rows = psutil.cpu_percent(BUSY_SECONDS), []
     run = describe_run(
-        "benchmarks/edge.py", argv, machine_busy_percent_before=busy, pair=args.pair.name,
-        speculative_config=config | {"model": args.drafter.name},
+        "benchmarks/edge.py", argv, machine_busy_percent_before=busy, pair=args.pair.name
     )  # fmt: skip
-    log_path = args.output.with_suffix(".log")
-    with Process(args.target, config, extra_args=("--max-num-seqs", str(most)), log_path=log_path) as server:
-        asked = own_answers(server, args)
-        for cell in cells(args):
-            rows.append(measure(server, cell, args, asked))
-            print(" ".join(rows[-1].row), flush=True)
+    for sources in args.sources:
+        log_path = args.output.with_name(f"{args.output.name}-{sources}.log")
+        extra = ("--max-num-seqs", str(most))
+        with Process(args.target, speculative_config(args, sources), extra_args=extra, log_path=log_path) as server:
+            asked = own_answers(server, args)
+            for cell in cells(args, sources):
+                rows.append(measure(server, cell, args, asked))
+                print(" ".join(rows[-1].row), flush=True)
     write_record(args.output, {"run": run, "measurements": [asdict(row) for row in rows]}, table(run, rows))
     return 0
 

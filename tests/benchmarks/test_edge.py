@@ -86,7 +86,7 @@ def test_all_clients_get_the_servers_own_answers(way, tmp_path, monkeypatch):
         assert [said for _, said in asked] == [answer(prompt, 12) for prompt, _ in asked]
         assert len(Server(url).tokenize(prompt="abc")) == 3
         behaviour.bodies.clear()
-        cell = Cell(way, None if way == STREAM else 1.0, 2, 0)
+        cell = Cell("ctc", way, None if way == STREAM else 1.0, 2, 0)
         row = edge.measure(server, cell, args, asked)
     assert (row.same, row.answers, row.steps) == (4, 4, 7)
     assert row.tokens == sum(len(asked[number % 3][1]) for number in range(4))
@@ -101,6 +101,14 @@ def test_all_clients_get_the_servers_own_answers(way, tmp_path, monkeypatch):
 
 def test_every_way_is_measured_with_every_agreement_but_the_stream():
     args = edge.parse(["--clients", "1", "2", "--round-trip-ms", "0", "--agreement", "0.5", "0.9"])
-    cells = edge.cells(args)
+    cells = edge.cells(args, "client")
     assert len(cells) == 2 * (1 + 3 * 2) and len(set(cells)) == len(cells)
     assert {cell.agreement for cell in cells if cell.way == STREAM} == {None}
+
+
+def test_a_drafter_is_named_where_it_drafts():
+    args = edge.parse(["--nodes", "9", "--speculative-config", '{"ctc_tree_rows": 99}'])
+    common = {"method": "ctc", "num_speculative_tokens": 9, "ctc_tree_rows": 99}
+    assert edge.speculative_config(args, "client") == {**common, "ctc_sources": "client"}
+    both = {**common, "ctc_sources": "ctc+client", "model": str(args.drafter)}
+    assert edge.speculative_config(args, "ctc+client") == both

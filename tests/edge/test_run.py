@@ -72,7 +72,7 @@ def test_the_server_is_asked_as_the_options_say(fake, folder, options, sampling)
     bodies = fake[1].bodies[1:]  # the first one is the probe
     assert all({key: body[key] for key in body if key in ("temperature", "seed")} == sampling for body in bodies)
     assert {body["max_tokens"] for body in bodies[:-1]} == {5}
-    assert {len(body["vllm_xargs"]["ctc_draft"]) for body in bodies[:-2]} == {2}
+    assert max(len(body["vllm_xargs"]["ctc_draft"]) for body in bodies) == 2
 
 
 @pytest.fixture(autouse=True)
