@@ -3,7 +3,8 @@
     python benchmarks/edge.py                                  # the tiny embedded pair
     python benchmarks/edge.py --agreement 0.8 --device-ms 20   # another small model on another device
 
-Servers by their `ctc_sources`: `ctc+client` drafts by itself and takes the devices' drafts, `client` only does the latter.
+Servers by their `ctc_sources`: `ctc+client` drafts by itself and takes the devices' drafts, `client` does the latter
+only.
 
 Devices are simulated: they know the server's own answer, draft each token of it rightly with probability `agreement`
 (behind a wrong token all are wrong), and take `device-ms` a token, on no core of this machine. A relay adds the round
@@ -97,8 +98,8 @@ class Measurement:
 
 
 HEADER = (
-    "server", "round trip, ms", "clients", "way", "agreement", "tokens/s", "a client", "server steps a token", "tokens a round",
-    "of drafts accepted", "same answer",
+    "server", "round trip, ms", "clients", "way", "agreement", "tokens/s", "a client", "server steps a token",
+    "tokens a round", "of drafts accepted", "same answer",
 )  # fmt: skip
 
 
