@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from vllm_ctc_spec import cli
+from vllm_ctc_spec.edge import run as edge_run
+from vllm_ctc_spec.edge.config import EdgeConfig
 from vllm_ctc_spec.training import answers, evaluate, run
 from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.data_config import DataConfig
@@ -302,9 +304,10 @@ def data_asked(monkeypatch):
     return calls
 
 
-def test_help_loads_no_torch():
+@pytest.mark.parametrize("command", ["train", "edge"])
+def test_help_loads_no_torch(command):
     code = (
-        "import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['train', '--help'])\n"
+        f"import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['{command}', '--help'])\n"
         "finally: assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -365,3 +368,22 @@ def test_bad_data_options_are_one_sentence(options, message, data_asked, capsys)
     assert cli.main([*DATA, *options]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not data_asked
+
+
+EDGE = ["edge", "--server", "http://host:8000", "--model", "small"]
+EDGE_CHANGED = {
+    "prompt": ("hello", "hello"), "draft_with": ("ngram", "ngram"), "rounds": ("prompts", "prompts"),
+    "draft_tokens": ("3", 3), "min_confidence": ("0.5", 0.5), "round_tokens": ("20", 20), "max_tokens": ("7", 7),
+    "temperature": ("0.5", 0.5), "seed": ("4", 4), "timeout": ("3", 3.0), "api_key": ("key", "key"),
+    "json": ("out.json", Path("out.json")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(EdgeConfig) if f.name not in ("server", "model")])
+def test_every_setting_of_edge_has_an_option(name, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(edge_run, "run", lambda config: calls.append(config) or "done")
+    text, value = EDGE_CHANGED.get(name, (None, True))
+    assert cli.main([*EDGE, "--" + name.replace("_", "-"), *([] if text is None else [text])]) == 0
+    assert calls == [EdgeConfig("http://host:8000", "small", **{name: value})]
+    assert capsys.readouterr().err == "vllm-ctc: done\n"

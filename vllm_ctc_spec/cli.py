@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_ctc_spec.edge.config import EdgeConfig
 from vllm_ctc_spec.errors import TrainingError, UserError
 from vllm_ctc_spec.plan.config import PlanConfig
 from vllm_ctc_spec.training.config import TrainConfig, WorkerOptions, kind_of, option
@@ -207,6 +208,23 @@ def run_plan(args: argparse.Namespace) -> None:
     print(make_plan(config))
 
 
+def add_edge(commands) -> None:
+    parser = commands.add_parser(
+        "edge",
+        help="draft on this device, and let a server verify",
+        description="Answer a prompt: a small model on this device drafts, and a vLLM server verifies its drafts.",
+    )
+    add_settings(parser, EdgeConfig)
+    parser.set_defaults(run=run_edge, after_interrupt="the answer is not complete")
+
+
+def run_edge(args: argparse.Namespace) -> None:
+    config = asked(EdgeConfig, args)
+    from vllm_ctc_spec.edge.run import run  # as in run_train: --help needs no torch
+
+    print(f"vllm-ctc: {run(config)}", file=sys.stderr)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM. It unwinds the stack as Ctrl-C does, or vLLM's and Ray's processes would outlive this one."""
 
@@ -226,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_data(commands)
     add_eval(commands)
     add_plan(commands)
+    add_edge(commands)
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -16,6 +16,10 @@ class TrainingError(UserError):
     """A run of `vllm-ctc` cannot start or go on."""
 
 
+class EdgeError(UserError):
+    """An edge client cannot start or go on."""
+
+
 _abridged = reprlib.Repr()
 _abridged.maxstring = _abridged.maxother = 100
 

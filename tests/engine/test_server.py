@@ -11,6 +11,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionTools
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers.utils import get_json_schema_from_tools
 
+from vllm_ctc_spec.edge.devices import NgramDevice
+from vllm_ctc_spec.edge.loop import Client, Patience
+from vllm_ctc_spec.edge.protocol import Policy, Text
+from vllm_ctc_spec.edge.server import DraftRounds, PromptRounds
+from vllm_ctc_spec.edge.server import Server as EdgeServer
 from vllm_ctc_spec.serving import plugin
 
 BUDGET = 6
@@ -165,6 +170,26 @@ def test_a_sampled_completion_obeys_its_seed(server):
     first, second = (server.client().completions.create(**ask).choices[0] for _ in range(2))
     assert first.text and first.text == second.text
     assert len(first.logprobs.token_logprobs) == len(first.logprobs.tokens) <= 20
+
+
+@pytest.mark.parametrize("rounds", [DraftRounds, PromptRounds])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_of_an_edge_client_give_the_servers_own_text(server, request, rounds, temperature):
+    """The server takes no drafts of clients. `PromptRounds` need no such server, `DraftRounds` go on without."""
+    if temperature > 0 and request.node.callspec.params["server"] == "chain":
+        pytest.skip("a sampled chain's draws depend on where drafts begin")
+    edge, sampling = EdgeServer(server.base_url, timeout=60), {"temperature": temperature, "seed": 5}
+    prompt = edge.tokenize(messages=[{"role": "user", "content": QUESTIONS[3]}])
+    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "return_token_ids": True, **sampling}
+    verifier, text = rounds(edge, sampling), Text(prompt, MAX_TOKENS)
+    Client(NgramDevice(shortest=1), verifier, Policy(3, 0.0, 4), Patience(60)).complete(text)
+    assert text.verified == edge.complete(body)["choices"][0]["token_ids"]
+    assert text.counts.lost_rounds == 0
+    if rounds is DraftRounds:
+        assert "This server takes no guess of an answer" in verifier.refusal
+    else:
+        assert text.counts.rounds > 4
+    edge.close()
 
 
 def test_the_metrics_count_drafts_and_acceptance(server):
