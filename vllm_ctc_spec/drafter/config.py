@@ -302,10 +302,10 @@ class DrafterConfig:
 def positions_of(target_config: Any, at_most: float = math.inf) -> int:
     """How many positions vLLM serves a target with by default (`_get_and_verify_max_len` in its vllm/config/model.py).
 
-    target_config: the Hugging Face configuration of its language model. `max_position_embeddings` counts positions before
-    they are scaled linearly; with "longrope", those beyond the original ones change all others, so vLLM has to be asked
-    for them. With "dynamic" vLLM allows more than this, but its table of angles ends here
-    (layers/rotary_embedding/dynamic_ntk_scaling_rope.py). at_most: the tokenizer's bound.
+    target_config: the Hugging Face configuration of its language model. Where rotary embeddings are scaled linearly,
+    `max_position_embeddings` counts the positions before that; with "longrope", more than the original ones change all
+    others, so vLLM has to be asked for them. With "dynamic" vLLM allows more than this, but its table of angles ends
+    here (layers/rotary_embedding/dynamic_ntk_scaling_rope.py). at_most: the tokenizer's bound.
     """
     positions = int(min(target_config.max_position_embeddings, at_most))
     rope = getattr(target_config, "rope_parameters", None) or {}

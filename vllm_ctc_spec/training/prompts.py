@@ -22,7 +22,7 @@ class Skipped:
 
     unusable: int = 0  # without any known field
     too_long: int = 0  # no room for a response in the target's positions
-    refusals: list[str] = dataclasses.field(default_factory=list)  # why the target's chat template refused each
+    refusals: list[str] = dataclasses.field(default_factory=list)  # why the target refused each
 
     def __str__(self) -> str:
         text = ""
@@ -30,7 +30,7 @@ class Skipped:
             text += f"; {self.unusable} rows skipped: none of the fields {FIELD_NAMES}"
         if self.refusals:
             text += (
-                f"; {len(self.refusals)} rows skipped: refused by the target's chat template (the first: "
+                f"; {len(self.refusals)} rows skipped: refused by the target's chat template or vocabulary (the first: "
                 f"{self.refusals[0]})"
             )
         if self.too_long:
@@ -55,9 +55,7 @@ class RefusedRow(ValueError):
     """The target's chat template, its tokenizer or its embedding has no room for a dialogue; the message says why."""
 
 
-def token_ids(
-    messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
+def token_ids(messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
     """The prompt after which the target answers the dialogue (RefusedRow)."""
     try:
         text = target.tokenizer.apply_chat_template(
