@@ -1,10 +1,11 @@
 """The drafter's configuration: round trip, and one sentence for everything that it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_ctc_spec.drafter.config import DrafterConfig, default_aux_layer_ids
+from vllm_ctc_spec.drafter.config import DrafterConfig, default_aux_layer_ids, positions_of
 from vllm_ctc_spec.errors import DrafterConfigError
 
 SMALL = dict(
@@ -101,3 +102,23 @@ def test_default_aux_layers(layers, ids):
 def test_default_trees_that_no_word_holds_are_refused(tree_nodes):
     with pytest.raises(DrafterConfigError, match="tree_nodes must be 0"):
         DrafterConfig(**SMALL, tree_nodes=tree_nodes)
+
+
+@pytest.mark.parametrize(
+    ("rope", "at_most", "positions"),
+    [
+        (None, 1e30, 64),
+        ({"rope_type": "default"}, 1e30, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 1e30, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 32, 128),
+        ({"rope_type": "dynamic", "factor": 4.0}, 1e30, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 1e30, 64),
+        ({"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}, 48, 48),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 16}, 1e30, 16),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}}, 1e30, 64),
+    ],
+)
+def test_positions_of_a_target(rope, at_most, positions):
+    """Scaling for each kind of layer, as in Gemma 3, is in its `max_position_embeddings` already."""
+    config = SimpleNamespace(max_position_embeddings=64, rope_parameters=rope)
+    assert positions_of(config, at_most) == positions

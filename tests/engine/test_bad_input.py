@@ -253,6 +253,20 @@ def test_adapters_that_may_change_the_head(tiny_pair, modules, draft):
     assert is_one_sentence(text)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_target_whose_defaults_no_drafter_can_have(tiny_pair, tmp_path, draft):
+    target = shutil.copytree(tiny_pair.target, tmp_path / "target")
+    (target / "generation_config.json").write_text('{"do_sample": true, "min_p": 0.15}')
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
+    text = startup_error(target, speculative)
+    remedy = "--override-generation-config '{\"min_p\": 0}'"
+    assert "generation_config.json sets min_p to 0.15" in text and remedy in text
+    assert is_one_sentence(text)
+    EngineArgs(
+        str(target), speculative_config=speculative, dtype="float32", override_generation_config={"min_p": 0}
+    ).create_engine_config()
+
+
 def test_vllm_serve_ends_with_the_sentence_and_loads_no_weights(tiny_pair, drafter):
     truncate_weights(drafter)
     speculative_config = json.dumps({"method": "ctc", "model": str(drafter)})

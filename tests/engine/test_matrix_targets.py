@@ -70,10 +70,10 @@ def answered_as_without_drafter(engine, pair: Pair, draft: str, **options):
     parameters = [greedy] * 4 + [seeded if draft == "tree" else greedy] * 4
     plain = engine(pair.target, max_logprobs=-1, **options)
     expected = plain.generate(prompts, parameters, use_tqdm=False)
+    assert all(len(set(output.outputs[0].token_ids)) > 8 for output in expected), "this target is too dull to show much"
     llm = engine(pair.target, drafting(pair, draft), **options)
     given = llm.generate(prompts, parameters, use_tqdm=False)
     assert differences(plain, parameters, expected, given) == []
-    assert all(len(set(output.outputs[0].token_ids)) > 8 for output in given)
     assert llm.counters["accepted"] > 20
     return llm
 
@@ -236,13 +236,18 @@ def test_targets_that_do_not_report_hidden_states(tiny_pair, tmp_path, monkeypat
     assert is_one_sentence(text)
 
 
+# On an x86 processor without VNNI, vLLM's int8 products (oneDNN) add pairs of them in 16 bits, which larger weights
+# overflow: the target is another one there, with and without drafter.
+LARGEST_INT8 = 63
+
+
 def save_int8(pair: Pair, folder: Path) -> Pair:
     """The target with weights of 8 bits, in the format of compressed-tensors; activations are quantised as it runs."""
     quantised = Pair(folder / "target", pair.drafter)
     save_tokenizer(quantised.target)
     tensors = load_file(pair.target / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        scale = tensors[name].abs().amax(1, keepdim=True) / LARGEST_INT8
         tensors[name] = (tensors[name] / scale).round().to(torch.int8)
         tensors[f"{name}_scale"] = scale
     save_file(tensors, quantised.target / "model.safetensors")

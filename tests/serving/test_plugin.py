@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import vllm
 from transformers import LlamaConfig
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.v1.worker.gpu import spec_decode
@@ -85,6 +85,24 @@ def test_a_dtype_that_the_drafter_was_not_trained_on_is_said(tmp_path, caplog, m
     said = [record.message for record in caplog.records if "trained on what the target says" in record.message]
     assert len(set(said)) == (trained_on == "bfloat16")
     assert all("served in float32" in line and "--dtype bfloat16" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("draft", "defaults", "said"),
+    [
+        ("tree", {"repetition_penalty": 1.05, "temperature": 0.7}, ["sets repetition_penalty to 1.05"]),
+        ("tree", {"repetition_penalty": 1.0, "top_p": 0.8}, []),
+        ("chain", {"repetition_penalty": 1.05}, []),
+    ],
+)
+def test_penalties_that_every_request_has_by_default_are_said(monkeypatch, draft, defaults, said):
+    warnings = set()
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *values: warnings.add(text % values))
+    monkeypatch.setattr(ModelConfig, "get_diff_sampling_param", lambda _: defaults)
+    config_of(str(ASSETS / "target"), {"method": "ctc", "model": str(ASSETS / "drafter"), "ctc_draft": draft})
+    lines = [line for line in warnings if "draft chains in place of trees" in line]
+    assert len(lines) == len(said)
+    assert all(words in line and "'{\"repetition_penalty\": 1}'" in line for words, line in zip(said, lines))
 
 
 @pytest.mark.parametrize("nodes", [4, 64])

@@ -337,6 +337,14 @@ def test_answers_are_counted_before_their_shard_is_whole(engine, config, generat
     assert counted == [1] * len(train + held_out)
 
 
+def test_bars_that_are_turned_off_do_not_stop_vllm():
+    """It divides by the time that its bar has taken; TQDM_DISABLE is tqdm's default for this argument."""
+    counted = []
+    bar = engine_module.UnseenBar(counted.append, total=2, disable=True)
+    bar.update(1)
+    assert counted == [1] and bar.format_dict["elapsed"] > 0
+
+
 def test_the_engines_log_is_beside_the_dataset(config):
     """In a process without the tests' own variables."""
     names = ("LOGGING_LEVEL", "ENABLE_V1_MULTIPROCESSING")

@@ -145,7 +145,7 @@ def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target
         for given in (None, {"enable_thinking": True})
     )
     assert found.prompts == [ids + tokenizer("hm").input_ids for ids in plain.prompts]
-    assert "1 rows skipped: refused by the target's chat template (the first: TemplateError: no text)" in found.report()
+    assert "1 rows skipped: refused by the target's chat template or vocabulary (the first: TemplateError: no text)" in found.report()
 
 
 def test_skipped_rows_are_counted(target, config, tmp_path):
@@ -218,7 +218,7 @@ def test_a_dataset_refuses_what_its_responses_decide(settings, message, dataset,
         ({"max_new_tokens": 0}, "--max-new-tokens must be 1 or more"),
         ({"nodes": (8, 65)}, "--nodes takes trees of 1 to 64 nodes, not 65"),
         ({"seed": -1}, "--seed must be 0 or more"),
-        ({"dtype": "fp16"}, "--dtype must be one of fp32, bf16"),
+        ({"dtype": "fp8"}, "--dtype must be one of fp32, bf16, fp16"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, message):

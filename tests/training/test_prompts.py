@@ -119,8 +119,20 @@ def test_rows_that_the_chat_template_refuses_are_skipped(text, tmp_path):
     prompts = read_prompts(str(path), with_template(text, STRICT), 8, 1)
     assert (len(prompts.train), len(prompts.held_out)) == (4, 1)
     assert (prompts.skipped.unusable, len(prompts.skipped.refusals)) == (0, 4)
-    reason = "refused by the target's chat template (the first: TemplateError: Roles must alternate)."
+    reason = "refused by the target's chat template or vocabulary (the first: TemplateError: Roles must alternate)."
     assert f"; 4 rows skipped: {reason}" in prompts.report()
+
+
+def test_rows_with_tokens_that_the_model_lacks_are_skipped(text, tmp_path):
+    """Its tokenizer has got more tokens than its embedding has rows."""
+    path = write_rows(tmp_path / "rows.jsonl", 5)
+    with path.open("a") as file:
+        file.write(json.dumps({"question": "ab<new>c"}) + "\n")
+    tokenizer = copy.deepcopy(text.tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    prompts = read_prompts(str(path), dataclasses.replace(text, tokenizer=tokenizer), 8, 1)
+    assert (len(prompts.train), len(prompts.held_out)) == (4, 1)
+    assert "(the first: it has the token '<new>', number 31, and the model has 31)" in prompts.report()
 
 
 def test_a_template_that_refuses_every_row_says_why(text, tmp_path):

@@ -39,6 +39,22 @@ def test_the_target_is_frozen(target):
     assert not any(parameter.requires_grad for parameter in target.model.parameters())
 
 
+@pytest.mark.parametrize(("named", "ends"), [(7, {3, 7}), ([7, 8], {3, 7, 8}), (3, {3}), (None, {3})])
+def test_answers_end_where_vllm_ends_them(tmp_path, named, ends):
+    """At the tokens that generation_config.json names, and at the tokenizer's own."""
+    folder = make_target(tmp_path)
+    described = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**described, "eos_token_id": named}))
+    assert load(folder).eos_ids == ends
+
+
+def test_a_tokenizer_may_allow_fewer_positions_than_the_model(tmp_path):
+    folder = make_target(tmp_path)
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**described, "model_max_length": 48}))
+    assert TargetText.load(str(folder)).max_length == load(folder).max_length == 48
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path, target_folder):
     with pytest.raises(TrainingError, match="config.json is missing"):
         load(tmp_path / "nowhere")

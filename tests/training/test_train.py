@@ -280,6 +280,23 @@ def test_a_gpu_computes_in_bf16_unless_told_otherwise(gpu, dtype, monkeypatch):
     assert TrainConfig("t", "d", dtype="fp32").dtype == EvalConfig("t", "d", "f", dtype="fp32").dtype == "fp32"
 
 
+def test_beside_a_target_in_fp16_a_drafter_is_multiplied_in_bf16(config, tmp_path, monkeypatch):
+    """fp16 has no range for gradients."""
+    dtypes, linear = {True: set(), False: set()}, torch.nn.functional.linear
+
+    def noting(*args):
+        result = linear(*args)
+        dtypes[result.requires_grad].add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noting)
+    monkeypatch.setattr(Trainer, "acceptance", lambda self, drafter, held_out: Acceptance([4], [2]))
+    train(dataclasses.replace(config, dtype="fp16", steps=2), paths(tmp_path), overwrite=False)
+    assert torch.float16 in dtypes[False]
+    assert torch.bfloat16 in dtypes[True] and torch.float16 not in dtypes[True]
+    assert all(weight.isfinite().all() for weight in load_file(tmp_path / "model.safetensors").values())
+
+
 def test_nothing_is_loaded_or_claimed_while_a_run_is_prepared(config, from_prompts, tmp_path, monkeypatch):
     """The engine that answers needs the memory, and the weights may be needed in other processes alone."""
     monkeypatch.setattr(Target, "load", None)

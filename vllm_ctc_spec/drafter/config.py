@@ -9,6 +9,7 @@ unknown or contradictory field, and none is ignored.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ class DrafterConfig:
             head_dim=getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
             intermediate_size=target_config.intermediate_size,
             rms_norm_eps=getattr(target_config, "rms_norm_eps", 1e-6),
-            max_position_embeddings=target_config.max_position_embeddings,
+            max_position_embeddings=positions_of(target_config),
             target=target,
             target_architecture=(getattr(target_config, "architectures", None) or ["LlamaForCausalLM"])[0],
         )
@@ -322,6 +323,23 @@ class DrafterConfig:
                 f"The CTC drafter at {folder} has no {WEIGHTS_NAME}; train it again or restore the file."
             )
         return config
+
+
+def positions_of(target_config: Any, at_most: float = math.inf) -> int:
+    """How many positions vLLM serves a target with by default (`_get_and_verify_max_len` in its vllm/config/model.py).
+
+    target_config: the Hugging Face configuration of its language model. Where rotary embeddings are scaled linearly,
+    `max_position_embeddings` counts the positions before that; with "longrope", more than the original ones change all
+    others, so vLLM has to be asked for them. With "dynamic" vLLM allows more than this, but its table of angles ends
+    here (layers/rotary_embedding/dynamic_ntk_scaling_rope.py). at_most: the tokenizer's bound.
+    """
+    positions = int(min(target_config.max_position_embeddings, at_most))
+    rope = getattr(target_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "linear":
+        return int(positions * rope["factor"])
+    if rope.get("rope_type") == "longrope":
+        return min(positions, int(rope["original_max_position_embeddings"]))
+    return positions
 
 
 def _check_integer(name: str, value: Any, smallest: int, largest: int) -> None:

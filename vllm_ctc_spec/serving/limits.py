@@ -113,6 +113,11 @@ def _slots_beyond_a_batch(config: Any) -> int | None:
     return slots if slots > config.scheduler_config.max_num_batched_tokens else None
 
 
+def _default_min_p(config: Any) -> float | None:
+    """`min_p` of requests that do not set it (`SamplingParams._validate_spec_decode` refuses them, 0.32 and 0.33)."""
+    return config.model_config.get_diff_sampling_param().get("min_p")
+
+
 ALWAYS: tuple[tuple[str, Test], ...] = (
     (
         "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM fall back "
@@ -137,6 +142,11 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
     (  # vLLM 0.33 lets it pass with "dflash", which watermarks its drafts.
         "The CTC drafter does not watermark the tokens that it drafts; remove watermark_config, or the drafter.",
         lambda config: config.watermark_config is not None,
+    ),
+    (
+        "The target's generation_config.json sets min_p to {found}, which vLLM refuses in a request with any drafter; "
+        "add --override-generation-config '{{\"min_p\": 0}}' for those that do not set it themselves.",
+        _default_min_p,
     ),
     (
         "The CTC drafter needs {found} draft slots a request, but max_num_batched_tokens is "

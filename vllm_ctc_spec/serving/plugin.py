@@ -195,6 +195,7 @@ def _checking(original: Callable) -> Callable:
             from vllm_ctc_spec.serving.attention_backend import select_for_trees
 
             select_for_trees(config)
+            _report_penalties(config.model_config.get_diff_sampling_param())
         if not drafter.ctc_rule.exact:
             _mark_responses()
         _fit_requests(config.scheduler_config, drafter.num_query_rows)
@@ -204,6 +205,18 @@ def _checking(original: Callable) -> Callable:
         return config
 
     return create_engine_config
+
+
+def _report_penalties(defaults: dict[str, Any]) -> None:
+    """defaults: sampling parameters of requests that do not set them, out of the target's generation_config.json."""
+    neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    for name, value in neutral.items():
+        if defaults.get(name, value) != value:
+            logger.warning(
+                "The target's generation_config.json sets %s to %s, and requests with a penalty draft chains in place "
+                "of trees: --override-generation-config '{\"%s\": %s}' gives trees to those that do not set it.",
+                name, defaults[name], name, value,
+            )  # fmt: skip
 
 
 def _fit_requests(scheduler: Any, slots: int) -> None:

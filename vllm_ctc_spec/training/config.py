@@ -11,7 +11,7 @@ from vllm_ctc_spec.drafter.config import ARCHITECTURES, FRAME_ATTENTION, LATTICE
 from vllm_ctc_spec.errors import TrainingError
 
 SETTINGS_NAME = "train_config.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # our names, and those of torch and vLLM
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names, and those of torch and vLLM
 PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
 MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
@@ -116,7 +116,8 @@ class TrainConfig:
     save_every: int = setting("steps between checkpoints", 100)
     eval_every: int = setting("steps between measurements of the held-out acceptance length; the best one is kept", 500)
     dtype: str | None = setting(
-        f"of the target, and of the drafter's matrix products (default: {DEFAULT_DTYPE})",
+        f"of the target, as it will be served, and of the drafter's matrix products, which are in bf16 with fp16 "
+        f"(default: {DEFAULT_DTYPE})",
         None,
         choices=tuple(DTYPES),
     )

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.config import as_in_training, option, setting
+from vllm_ctc_spec.training.config import DTYPES, as_in_training, option, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class DataConfig:
     held_out: int = as_in_training("held_out")
     hidden_states: bool = setting("store what a drafter reads of the target too", False)
     dtype: str = setting(
-        "of the target, as in `vllm serve`; auto: float32 on a CPU", "auto", choices=("auto", "float32", "bfloat16")
+        "of the target, as in `vllm serve`; auto: float32 on a CPU", "auto", choices=("auto", *DTYPES.values())
     )
     aux_layers: tuple[int, ...] | None = as_in_training("aux_layers", metavar="1,2,3")
     tensor_parallel_size: int = setting("GPUs of an engine, as in `vllm serve`", 1, metavar="N")

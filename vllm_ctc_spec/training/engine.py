@@ -123,10 +123,11 @@ class Engine:
 
 
 class UnseenBar(tqdm):
-    """vLLM's own bar, of one shard: passes on how many requests have ended."""
+    """vLLM's own bar, of one shard: passes on how many requests have ended. vLLM divides by the time that it shows, which
+    is 0 with TQDM_DISABLE in the environment."""
 
     def __init__(self, advance: Advance, *args: Any, **options: Any):
-        super().__init__(*args, **{**options, "file": io.StringIO()})
+        super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
         self._advance = advance
 
     def update(self, n: float | None = 1) -> bool | None:

@@ -14,7 +14,7 @@ from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
-from vllm_ctc_spec.training.config import TrainConfig
+from vllm_ctc_spec.training.config import DTYPES, TrainConfig
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.hidden_states import HiddenStates
 from vllm_ctc_spec.training.loss import LOSSES
@@ -24,7 +24,7 @@ from vllm_ctc_spec.training.muon import Muon
 from vllm_ctc_spec.training.vocabulary import label_scores
 from vllm_ctc_spec.training.workers import SINGLE_PROCESS, Workers
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {name: getattr(torch, of_torch) for name, of_torch in DTYPES.items()}
 FINAL_LR_SHARE = 0.02
 
 
@@ -63,7 +63,9 @@ class TrainingStep(nn.Module):
     def forward(self, hidden_states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [B, S, A * H]; returns the sum of the anchors' losses, the number of labels that counted, and
         the number of labels that, with all labels before them, are in the draft vocabulary."""
-        drafter, dtype = self.drafter, TORCH_DTYPES[self.config.dtype]
+        drafter = self.drafter
+        # Beside a target in fp16 too, which has no range for gradients.
+        dtype = torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
         kept = batch.valid[..., 0]
         with torch.autocast(hidden_states.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             hidden = drafter.forward_hidden(hidden_states, batch.anchors, batch.positions)[kept]

@@ -22,7 +22,7 @@ class Skipped:
 
     unusable: int = 0  # without any known field
     too_long: int = 0  # no room for a response in the target's positions
-    refusals: list[str] = dataclasses.field(default_factory=list)  # why the target's chat template refused each
+    refusals: list[str] = dataclasses.field(default_factory=list)  # why the target refused each
 
     def __str__(self) -> str:
         text = ""
@@ -30,7 +30,7 @@ class Skipped:
             text += f"; {self.unusable} rows skipped: none of the fields {FIELD_NAMES}"
         if self.refusals:
             text += (
-                f"; {len(self.refusals)} rows skipped: refused by the target's chat template (the first: "
+                f"; {len(self.refusals)} rows skipped: refused by the target's chat template or vocabulary (the first: "
                 f"{self.refusals[0]})"
             )
         if self.too_long:
@@ -52,12 +52,10 @@ class Prompts:
 
 
 class RefusedRow(ValueError):
-    """The target's chat template, or its tokenizer, refuses a dialogue; the message says why."""
+    """The target's chat template, its tokenizer or its embedding has no room for a dialogue; the message says why."""
 
 
-def token_ids(
-    messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
+def token_ids(messages: Messages, target: TargetText, chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
     """The prompt after which the target answers the dialogue (RefusedRow)."""
     try:
         text = target.tokenizer.apply_chat_template(
@@ -67,10 +65,16 @@ def token_ids(
             strftime_now=TODAY.strftime,
             **chat_template_kwargs or {},
         )
-        return target.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = target.tokenizer(text, add_special_tokens=False).input_ids
     except (TemplateError, TypeError) as error:  # such as roles in another order, or a content that is no text
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RefusedRow(f"{type(error).__name__}: {reason.rstrip('.')}") from error
+    vocab_size = target.config.get_text_config().vocab_size
+    unknown = next((token for token in ids if token >= vocab_size), None)
+    if unknown is not None:  # such as a token that somebody has added to the tokenizer alone
+        token = target.tokenizer.convert_ids_to_tokens(unknown)
+        raise RefusedRow(f"it has the token {token!r}, number {unknown}, and the model has {vocab_size}")
+    return ids
 
 
 def fits(ids: Sequence[int], target: TargetText, max_new_tokens: int) -> bool:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from vllm_ctc_spec.drafter.config import positions_of
 from vllm_ctc_spec.errors import TrainingError
 
 UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
@@ -74,7 +75,7 @@ class TargetText:
                 f"The tokenizer at {folder} has no chat template, so its prompts cannot be built; "
                 "use a chat model or add chat_template.jinja to the folder."
             )
-        return cls(tokenizer, config, text.max_position_embeddings, text.num_hidden_layers)
+        return cls(tokenizer, config, max_length(config, tokenizer), text.num_hidden_layers)
 
     def check_layers(self, folder: str) -> None:
         """Refuse a target whose layers a drafter cannot read, before weights load (TrainingError)."""
@@ -117,7 +118,7 @@ class Target:
 
     @property
     def max_length(self) -> int:
-        return self.config.get_text_config().max_position_embeddings
+        return max_length(self.config, self.tokenizer)
 
     @classmethod
     def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> "Target":
@@ -126,11 +127,16 @@ class Target:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
         _check_layers(folder, model)
         eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        eos_ids = frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+        # As vLLM ends an answer: at each of these, and at the tokenizer's own.
+        eos_ids = frozenset([*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]) - {None}
         model.generation_config = GenerationConfig()  # penalties and the like are a request's, not the target's
         model.requires_grad_(False)
         return cls(model.to(device).eval(), tokenizer, eos_ids)
+
+
+def max_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Positions of a prompt and its answer together: a tokenizer may allow fewer than the model."""
+    return positions_of(config.get_text_config(), tokenizer.model_max_length)
 
 
 def _check_layers(folder: str, model: PreTrainedModel) -> None:
