@@ -14,15 +14,17 @@ import torch
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames, TreeRows
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames, TreeRows
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
 from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
+from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Texts, history_tree
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
 from vllm_ctc_spec.kernels.tree_mask import tree_mask, tree_mask_reference
+from vllm_ctc_spec.kernels.tree_merge import tree_merge
 from vllm_ctc_spec.kernels.tree_walk import tree_walk, tree_walk_reference
 
 RANK = 64  # of the label-conditional head
@@ -59,7 +61,7 @@ class Case(NamedTuple):
     name: str
     least_bytes: int
     run: Callable[[], object]
-    reference: Callable[[], object] | None  # None where the reference itself runs on this device
+    reference: Callable[[], object] | None = None  # None where the reference itself runs on this device, or nowhere
     on_host: bool = False  # the reference runs on a CPU, with its inputs there already
 
 
@@ -77,7 +79,9 @@ def cases(shape: Shape, model: Model, device: torch.device) -> list[Case]:
     """One case or more for each kernel."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [*frame_cases(shape, dtype, device), *tree_cases(shape, model, dtype, device)]
+    return [
+        *frame_cases(shape, dtype, device), *tree_cases(shape, model, dtype, device), *source_cases(shape, device),
+    ]  # fmt: skip
 
 
 def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -223,6 +227,30 @@ def tree_cases(shape: Shape, model: Model, dtype: torch.dtype, device: torch.dev
             partial(compact, storage, caches, *move), partial(compact_in_torch, storage, *move) if on_gpu else None,
         ),
     ]  # fmt: skip
+
+
+def source_cases(shape: Shape, device: torch.device) -> list[Case]:
+    """Two full trees, half of which is common, become one; a tree of what followed in a text of 2048 tokens that the
+    last token of each request is found in once in 64."""
+    b, n = shape.batch, shape.nodes
+    node = torch.arange(1 + n, device=device).expand(b, -1)
+    parents = torch.where(node > 0, (node - 1) // 2, -1).int()
+    zeros = torch.zeros_like(parents)
+    trees = [
+        DraftTree(torch.where(node > n // 2, node + s * n, node), parents, zeros, -node.float(), zeros.long())
+        for s in range(2)
+    ]
+    log_weights = torch.full((b, 2), 0.5, device=device).log()
+    text = torch.randint(0, 64, (b, 2048), dtype=torch.int32, device=device)
+    lengths, requests = torch.full((b,), 2048, dtype=torch.int32, device=device), torch.arange(b, device=device)
+    hazards = torch.full((CLASSES, RANKS), 0.3, device=device)
+    history = Texts(text, lengths, text, lengths), requests, requests, hazards, n, n
+    return [
+        # tokens, parents and scores of both; the tree, and where its nodes stand
+        Case("tree_merge", b * (1 + n) * (2 * 16 + 28 + 16), partial(tree_merge, trees, log_weights)),
+        # the text in each of three rounds, for one leader and then for four
+        Case("history_tree", b * (9 * 4 * 2048 + (1 + n) * 36), partial(history_tree, *history)),
+    ]
 
 
 def attention_arguments(

@@ -52,6 +52,8 @@ def own_methods(drafter: Path) -> list[Method]:
         ctc("chain", "chain"),
         ctc("chain, sampled", "chain", draft_sample_method="probabilistic"),
         *(ctc(f"tree {nodes}", "tree", num_speculative_tokens=nodes) for nodes in TREE_SIZES),
+        Method("cache 16", {"method": "ctc", "ctc_sources": "cache", "num_speculative_tokens": 16}),
+        Method("ctc+cache 16", {**ctc_config(drafter), "ctc_sources": "ctc+cache", "num_speculative_tokens": 16}),
         ctc(TRANSFORM.removeprefix("ctc "), "tree", num_speculative_tokens=16, ctc_search="transform"),
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from vllm_ctc_spec.edge.config import EdgeConfig
 from vllm_ctc_spec.errors import TrainingError, UserError
 from vllm_ctc_spec.plan.config import PlanConfig
+from vllm_ctc_spec.training.cache_config import CacheConfig
 from vllm_ctc_spec.training.config import TrainConfig, WorkerOptions, kind_of, option
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.eval_config import EvalConfig
@@ -191,6 +192,23 @@ def run_eval(args: argparse.Namespace) -> None:
     print(evaluate(config, args.json))
 
 
+def add_cache(commands) -> None:
+    parser = commands.add_parser(
+        "cache",
+        help="make a table of what commonly follows each token",
+        description="Write, from a dataset of the target's answers, the table of the option ctc_cache_table.",
+    )
+    add_settings(parser, CacheConfig)
+    parser.set_defaults(run=run_cache, after_interrupt="nothing was written")
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    config = asked(CacheConfig, args)
+    from vllm_ctc_spec.training.cache import make_table  # as in run_train: --help needs no torch
+
+    print(make_table(config))
+
+
 def add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
@@ -245,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_eval(commands)
     add_plan(commands)
     add_edge(commands)
+    add_cache(commands)
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -1,11 +1,9 @@
 """Serves a CPU: `prefix_search` in loops that numba compiles. The oracle is `drafter/oracle.py`."""
 
-from collections.abc import Callable
-
-import numba
 import numpy as np
 import torch
 
+from vllm_ctc_spec.kernels._compiled import compiled
 from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 
 
@@ -46,14 +44,6 @@ def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor |
         )  # fmt: skip
         tree["tokens"][row, 1 : 1 + len(columns)] = tokens[columns]
     return DraftTree(**{name: torch.from_numpy(values) for name, values in tree.items()})
-
-
-def compiled(function: Callable) -> Callable:
-    """`function`, compiled at its first call; the next process finds it where a cache can be written."""
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # no folder for the cache is writable
-        return numba.njit(function)
 
 
 @compiled

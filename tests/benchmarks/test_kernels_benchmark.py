@@ -15,6 +15,7 @@ KERNELS = [
     "collapse",
     "ctc_transform",
     "frame_stats",
+    "history_tree",
     "kv_compaction",
     "prefix_chain, sampled",
     "prefix_search",
@@ -22,6 +23,7 @@ KERNELS = [
     "tree_attention",
     "tree_layout",
     "tree_mask",
+    "tree_merge",
     "tree_walk",
 ]
 

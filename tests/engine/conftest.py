@@ -7,6 +7,7 @@ layers disturb it. Part of the drafts is then accepted, without any training.
 
 import functools
 import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,8 +31,12 @@ CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120", "\u010a"]  # t
 SPECIAL = ["<pad>", "<eos>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HIDDEN = 64
+SOURCES_VARIABLE = "CTC_TEST_SOURCES"  # of all trees that tests draft, for `test_sources.py`
 # Trees of full size in batches of any size.
-TREE = {"ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20}
+TREE = {
+    "ctc_draft": "tree", "num_speculative_tokens": 16, "ctc_tree_rows": 2**20,
+    **({"ctc_sources": os.environ[SOURCES_VARIABLE]} if SOURCES_VARIABLE in os.environ else {}),
+}  # fmt: skip
 FEW_LABELS = {"draft_vocab_size": 60}  # of 98 tokens
 TRANSITIONS = {"lattice": "transitions", "transition_rank": 16}
 SPECFORMER = {"architecture": "specformer"}

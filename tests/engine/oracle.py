@@ -26,8 +26,8 @@ class OracleSource:
         self.random = random.Random(seed)
         self.calls: Counter[str] = Counter()
 
-    def prepare(self, requests: torch.Tensor, num_sampled: torch.Tensor) -> None:
-        assert requests.shape == num_sampled.shape
+    def prepare(self, requests: torch.Tensor, num_sampled: torch.Tensor, num_logits: torch.Tensor) -> None:
+        assert requests.shape == num_sampled.shape == num_logits.shape
         self.calls["prepare"] += 1
 
     def reset(self, request: int) -> None:

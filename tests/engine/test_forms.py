@@ -1,6 +1,7 @@
 """Every form in which a user may ask for the drafter ends in the same engine configuration."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_ctc_spec.drafter.config import ARCHITECTURE, CONFIG_NAME, DRAFTER_SUBFOLDER
 from vllm_ctc_spec.serving import plugin
+from vllm_ctc_spec.serving.limits import options_of
+from vllm_ctc_spec.serving.options import ServingOptions
 
 from ..releases import SINCE_33
 
@@ -83,6 +86,15 @@ def test_the_command_line(tiny_pair, form):
     config = EngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
     check(config, tiny_pair.target, tiny_pair.drafter, 5)
     assert config.speculative_config.draft_model_config.hf_config.ctc_options.search == "argmax"
+
+
+def test_a_cache_alone_and_its_way_to_other_processes(tiny_pair):
+    """No draft model, no key/value slots of a drafter, and our options travel with vLLM's configuration."""
+    speculative = {"method": "ctc", "ctc_sources": "cache", "num_speculative_tokens": 5}
+    config = pickle.loads(pickle.dumps(configure(tiny_pair.target, speculative_config=speculative)))
+    assert options_of(config.speculative_config) == ServingOptions(sources="cache", draft="tree")
+    assert (config.speculative_config.method, config.num_speculative_tokens) == ("ngram_gpu", 5)
+    assert config.use_v2_model_runner and config.num_lookahead_tokens == 0
 
 
 def test_serving_the_drafters_folder_serves_its_target(tiny_pair, tmp_path):

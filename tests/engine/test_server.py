@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from openai import BadRequestError
 from server import Server
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
@@ -33,11 +34,13 @@ TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
 
 @pytest.fixture(scope="module", params=["chain", "tree"])
 def server(request, demo_pair, tmp_path_factory):
-    """A server that drafts chains, and one that drafts trees, each for all tests here. Its processes are those of a
-    user: no setting of the tests reaches them."""
+    """A server that drafts chains, and one that drafts trees from all sources, each for all tests here. Its processes
+    are those of a user: no setting of the tests reaches them."""
     log_path = tmp_path_factory.mktemp("server") / "server.log"
     drafter = {"method": "ctc", "model": str(demo_pair.drafter), "num_speculative_tokens": BUDGET}
     drafter["ctc_draft"] = request.param
+    if request.param == "tree":
+        drafter["ctc_sources"] = "ctc+cache+client"
     with pytest.MonkeyPatch.context() as environment:
         for name in (plugin.V2_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
             environment.delenv(name, raising=False)
@@ -92,6 +95,33 @@ def test_a_streamed_chat_brings_several_tokens_at_once(server, expected):
     assert "".join(delta.delta.content or "" for delta in deltas) == expected[1]
     assert deltas[-1].finish_reason in ("stop", "length")
     assert max(len((delta.model_extra or {}).get("token_ids") or []) for delta in deltas) > 1
+
+
+def test_a_guess_of_the_answer(server, expected):
+    """Right, wrong, as text or as ids: the answer is the same. What is no guess is an error of that request alone."""
+
+    def ask(guess: dict) -> tuple[str, float]:
+        before = server.metrics()["vllm:spec_decode_num_drafts_total"]
+        answer = chat(server, QUESTIONS[0], extra_body={"vllm_xargs": guess})
+        return answer.choices[0].message.content, server.metrics()["vllm:spec_decode_num_drafts_total"] - before
+
+    if "--speculative-config" in server.command and '"chain"' in server.command[-1]:
+        with pytest.raises(BadRequestError, match="This server takes no guess of an answer"):
+            ask({"ctc_draft": [1]})
+        return
+    ids = chat(server, QUESTIONS[0], extra_body={"return_token_ids": True}).choices[0].model_extra["token_ids"]
+    text, steps = ask({"ctc_draft": []})
+    for guess in ({"ctc_draft": ids}, {"ctc_draft_text": expected[0]}):
+        with_guess, fewer = ask(guess)
+        assert with_guess == text == expected[0] and fewer < steps
+    assert ask({"ctc_draft": [1, 2, 3] * 100})[0] == ask({"ctc_draft_text": expected[1]})[0] == expected[0]
+    for guess, says in (
+        ({"ctc_draft": [10**6]}, "holds ids that the vocabulary"),
+        ({"ctc_draft": [1] * 1000}, "token ids, and the context at most 512"),
+        ({"ctc_draft": "words"}, "must be a list of token ids"),
+    ):
+        with pytest.raises(BadRequestError, match=says):
+            ask(guess)
 
 
 def test_concurrent_requests(server, expected):

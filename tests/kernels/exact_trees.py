@@ -5,11 +5,16 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ctc_spec.kernels.contract import TreeRows
+from vllm_ctc_spec.kernels.contract import DTYPES, DraftTree, TreeRows
+from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, USUAL_GROWTH, Texts
+from vllm_ctc_spec.kernels.history_tree.gpu import history_tree_triton
+from vllm_ctc_spec.kernels.history_tree.reference import history_tree_reference
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_reference, compact_kv_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 from vllm_ctc_spec.kernels.tree_layout import tree_layout_reference, tree_layout_triton
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_triton
+from vllm_ctc_spec.kernels.tree_merge.gpu import tree_merge_triton
+from vllm_ctc_spec.kernels.tree_merge.reference import tree_merge_reference
 from vllm_ctc_spec.kernels.tree_walk import tree_walk_reference, tree_walk_triton
 
 from ..oracle.trees import node_path, random_tree, starts, tree_tables
@@ -92,6 +97,51 @@ def walk_error(case: Case) -> Error:
     return differences(found, expected), 0.0
 
 
+def tree_error(found: DraftTree, expected: DraftTree) -> float:
+    """How far scores are off, and 1 for everything else that differs."""
+    off = (found.scores.cpu() - expected.scores).nan_to_num(0.0, posinf=1.0).abs().max().item()
+    names = [name for name in DTYPES if name != "scores"]
+    pairs = [getattr(found, name) for name in names], [getattr(expected, name) for name in names]
+    return off + differences(*pairs) + int((found.scores.cpu().isinf() != expected.scores.isinf()).sum())
+
+
+def merge_error(case: Case) -> Error:
+    """Trees of few tokens, so that many nodes are in both."""
+    draw, forests = case.generator(), [random_forest(case._replace(seed=case.seed + s)) for s in range(2)]
+    tokens, scores = [], []
+    for forest in forests:
+        tokens.append(torch.zeros_like(forest.ancestors))
+        scores.append(torch.full(tokens[-1].shape, -torch.inf))
+        for row, tree in enumerate(forest.trees):
+            scores[-1][row, 0] = 0
+            for node in range(1, len(tree)):
+                tokens[-1][row, node] = tree[:node].count(tree[node])
+                scores[-1][row, node] = scores[-1][row, tree[node]] - torch.rand((), generator=draw)
+    parents = torch.stack([forest.parents for forest in forests], 1)
+    log_weights = torch.randn(len(parents), 2, generator=draw).log_softmax(1)
+    inputs = torch.stack(tokens, 1), parents, torch.stack(scores, 1), log_weights
+    found, expected = tree_merge_triton(*(x.to(case.device) for x in inputs)), tree_merge_reference(*inputs)
+    used = expected.tree.parents >= 0
+    return tree_error(found.tree, expected.tree) + differences([found.rows.cpu()[used]], [expected.rows[used]]), 1e-4
+
+
+def history_error(case: Case) -> Error:
+    """Texts of few tokens, of many lengths, beyond one block of the scan on a GPU; the last request is inert."""
+    draw, batch = case.generator(), min(case.shape.batch, 6)
+    longest, num_tokens = (3000, 40) if case.device == "cuda" else (60, 6)
+    text = torch.randint(0, num_tokens, (batch, longest), generator=draw, dtype=torch.int32)
+    lengths = torch.randint(longest // 2, longest + 1, (batch,), generator=draw, dtype=torch.int32)
+    requests, anchor = torch.arange(batch), torch.randint(0, num_tokens, (batch,), generator=draw)
+    requests[-1] = -1
+    hazards = 0.05 + 0.9 * torch.rand(CLASSES, RANKS, generator=draw)
+    numbers = case.shape.nodes, case.shape.nodes, None, None, USUAL_GROWTH
+    expected = history_tree_reference(Texts(text, lengths, text, lengths), requests, anchor, hazards, *numbers)
+    text, lengths = text.to(case.device), lengths.to(case.device)
+    inputs = (x.to(case.device) for x in (requests, anchor, hazards))
+    found = history_tree_triton(Texts(text, lengths, text, lengths), *inputs, *numbers)
+    return tree_error(found.tree, expected.tree) + differences([found.edges], [expected.edges]), 1e-4
+
+
 def compaction_error(case: Case) -> Error:
     """All of the caches is compared, so that an entry that must stay is seen as well."""
     forest, draw = random_forest(case), case.generator()
@@ -156,5 +206,7 @@ CHECKS = {
     "tree_layout": layout_error,
     "tree_attention": attention_error,
     "tree_walk": walk_error,
+    "tree_merge": merge_error,
+    "history_tree": history_error,
     "kv_compaction": compaction_error,
 }

@@ -19,11 +19,13 @@ from vllm_ctc_spec.kernels import (
     collapse,
     ctc_transform,
     frame_stats,
+    history_tree,
     kv_compaction,
     prefix_chain,
     prefix_search,
     tree_attention,
     tree_layout,
+    tree_merge,
     tree_walk,
 )
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames, TreeRows
@@ -168,6 +170,30 @@ def verification(num_nodes: int, batch: int = BATCH) -> None:
     reordering(width, batch)
 
 
+def merging(num_nodes: int, num_sources: int = 2, batch: int = BATCH) -> None:
+    shape = batch, num_sources, 1 + num_nodes
+    trees = empty(*shape, dtype=torch.int64), empty(*shape, dtype=torch.int32), empty(*shape)
+    tree_merge.gpu.tree_merge_triton(*trees, empty(batch, num_sources), empty(batch, dtype=torch.bool))
+
+
+def history(
+    num_nodes: int,
+    batch: int = BATCH,
+    is_guess: bool = False,
+    table: int = 0,
+    growth: history_tree.Growth | None = None,
+) -> None:
+    """is_guess: of another text than the request's own; table: followers of the frozen table."""
+    text, lengths = empty(batch, 32768, dtype=torch.int32), empty(batch, dtype=torch.int32)
+    texts = history_tree.Texts(text, lengths, text, lengths, lengths if is_guess else None)
+    words = empty(batch, dtype=torch.int64)
+    frozen = empty(VOCABULARY, table, 3, dtype=torch.int32) if table else None
+    history_tree.gpu.history_tree_triton(
+        texts, words, words, empty(history_tree.CLASSES, history_tree.RANKS), num_nodes, num_nodes,
+        empty(batch, dtype=torch.bool), frozen, growth or history_tree.USUAL_GROWTH,
+    )  # fmt: skip
+
+
 def compaction(dtype: torch.dtype, width: int, batch: int = BATCH) -> None:
     cache = empty(1024, 8, 16, 256, dtype=dtype)
     caches = kv_compaction.CachePointers([cache] * 32)
@@ -212,6 +238,8 @@ def default_shapes() -> None:
     transform(frames_of(12, torch.bfloat16, 0), 16)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
+        merging(num_nodes)
+        history(num_nodes)
     for max_rows in TREE_ROWS:
         for requests in (1, BATCH):
             attention(128, torch.bfloat16, group=4, requests=requests, max_rows=max_rows)
@@ -229,6 +257,8 @@ def largest_shapes() -> None:
     search(frames_of(64, torch.bfloat16, 256, steps=True, **large), 64, width=128, chains=True)
     transform(frames_of(64, torch.bfloat16, 0, batch=LARGE_BATCH), 64)
     verification(64, LARGE_BATCH)
+    merging(64, 3, LARGE_BATCH)
+    history(64, LARGE_BATCH, table=8)
     attention(128, torch.bfloat16, group=4, requests=LARGE_BATCH, num_blocks=2**17)
     attention(128, torch.bfloat16, group=4, requests=1, num_blocks=2**17)
 
@@ -271,7 +301,12 @@ def other_searches() -> None:
 
 
 def other_trees() -> None:
-    """Other sizes of heads and of elements."""
+    """Three sources; a guess, a table, the paper's growth; other sizes of heads and of elements."""
+    merging(64, 3)
+    merging(33, 1)
+    history(31, is_guess=True)
+    history(64, table=8)
+    history(1, growth=history_tree.Growth(1, 3, scanned=8, nodes=64, by_match=False))
     for dtype in (torch.float8_e4m3fn, torch.float32):
         compaction(dtype, 65)
     for head_size in (64, 80, 192):

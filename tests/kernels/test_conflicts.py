@@ -9,9 +9,12 @@ import triton.language as tl
 
 from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_triton
+from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Growth, Texts
+from vllm_ctc_spec.kernels.history_tree.gpu import history_tree_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
+from vllm_ctc_spec.kernels.tree_merge.gpu import tree_merge_triton
 
 from ..oracle.frames import markov_head, random_frames, sampling_for, transitions_between
 from .conflicts import watched
@@ -46,7 +49,20 @@ def compaction() -> None:
     compact_kv_triton(CachePointers(caches), slots, anchor_rows, path, torch.tensor([4, 3], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("run", [chain, search, search_with_transitions, transform, compaction])
+def merge() -> None:
+    tree = prefix_search_triton(FRAMES, BUDGET)
+    fields = (torch.stack([x, x], 1) for x in (tree.tokens, tree.parents, tree.scores))
+    tree_merge_triton(*fields, torch.full((2, 2), -0.7))
+
+
+def history() -> None:
+    text = torch.tensor([[1, 2, 3, 1, 2, 4, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5]], dtype=torch.int32)
+    lengths, requests = torch.full((2,), 8, dtype=torch.int32), torch.arange(2)
+    hazards, growth = torch.full((CLASSES, RANKS), 0.5), Growth(leaders=2, rounds=2, scanned=3, nodes=16)
+    history_tree_triton(Texts(text, lengths, text, lengths), requests, requests, hazards, 6, 6, growth=growth)
+
+
+@pytest.mark.parametrize("run", [chain, search, search_with_transitions, transform, compaction, merge, history])
 def test_nothing_is_left_to_chance(run: Callable[[], None], triton_device: str) -> None:
     with watched() as found:
         run()
@@ -55,7 +71,14 @@ def test_nothing_is_left_to_chance(run: Callable[[], None], triton_device: str) 
 
 @pytest.mark.parametrize(
     ("run", "kernel"),
-    [(chain, "extend_kernel"), (search, "search_kernel"), (transform, "beam_kernel"), (transform, "rank_kernel")],
+    [
+        (chain, "extend_kernel"),
+        (search, "search_kernel"),
+        (transform, "beam_kernel"),
+        (transform, "rank_kernel"),
+        (merge, "_tree_merge_kernel"),
+        (history, "_grow_kernel"),
+    ],
 )
 def test_missing_barriers_are_found(run: Callable[[], None], kernel: str, triton_device: str) -> None:
     with watched(with_barriers=False) as found:

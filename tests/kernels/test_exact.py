@@ -61,6 +61,8 @@ SLIPS = {
     "tree_layout": (exact_trees, "tree_layout_triton", lambda r, a: a[6][-1:].fill_(1)),
     "tree_attention": (exact_trees, "tree_attention_triton", lambda r, a: a[3][0].add_(0.01)),
     "tree_walk": (exact_trees, "tree_walk_triton", lambda r, a: r[2][0, -1].sub_(1)),
+    "tree_merge": (exact_trees, "tree_merge_triton", lambda r, a: scores_off(r.tree, a)),
+    "history_tree": (exact_trees, "history_tree_triton", lambda r, a: scores_off(r.tree, a)),
     "kv_compaction": (exact_trees, "compact_kv_triton", lambda r, a: a[0].layers()[-1][0, 0, 0].zero_()),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from vllm_ctc_spec.serving import limits
 def on_a_gpu(monkeypatch):
     """What these tests make up is judged by the tables of trees and CPUs alone."""
     monkeypatch.setattr(limits, "ALWAYS", ())
+    monkeypatch.setattr(limits, "WITH_DRAFTER", ())
     monkeypatch.setattr(limits.cpu, "is_needed", lambda: False)
 
 
@@ -23,7 +24,7 @@ def on_a_cpu(monkeypatch):
 
 def configuration(draft: str = "tree", **changes) -> SimpleNamespace:
     """A configuration that every table lets pass, with `part__field=value` changed."""
-    hf_config = SimpleNamespace(ctc_options=SimpleNamespace(draft=draft))
+    hf_config = SimpleNamespace(ctc_options=SimpleNamespace(draft=draft, source_names=("ctc",)))
     parts = {
         "parallel_config": dict(
             prefill_context_parallel_size=1, decode_context_parallel_size=1, use_ubatching=False,

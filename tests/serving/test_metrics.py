@@ -122,6 +122,28 @@ def test_the_last_step_is_published_without_another_one(meter, tmp_path):
         assert exposed(tmp_path) == {f"vllm_ctc_spec:{name}_total": steps * each for name, each in expected.items()}
 
 
+def test_sources_are_published_by_name_and_forgotten_with_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "PUBLISH_SECONDS", 0.01)
+    counts, names = torch.tensor([[5, 7], [2, 3]]), ("ctc", "cache")
+    file = metrics.CounterFile(str(tmp_path), ("m", "0", "exact"), names)
+    meter = metrics.DraftMeter(file, REQUESTS, NODES, FRAMES, CPU, counts)
+
+    def published() -> dict[tuple[str, str], float]:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(tmp_path))
+        samples = [sample for metric in registry.collect() for sample in metric.samples]
+        return {(s.name, s.labels["source"]): s.value for s in samples if "source" in s.labels}
+
+    meter.observe(torch.tensor([1]), torch.tensor([1 + NODES]))
+    nodes, accepted = (f"{name}_total" for name in metrics.SOURCE_COUNTERS)
+    expected = {(nodes, "ctc"): 5, (nodes, "cache"): 7, (accepted, "ctc"): 2, (accepted, "cache"): 3}
+    wait_until(lambda: published() == expected)
+    meter.reset()
+    wait_until(lambda: published() == dict.fromkeys(expected, 0))
+    assert not counts.any()
+    wait_for_timers()
+
+
 class SlowCopy:
     """Counts on the host that arrive when the test says so."""
 

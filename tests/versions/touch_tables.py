@@ -8,6 +8,11 @@ VARIABLES = {
     "serving.release.changed_hooks.engine_args": "type:vllm.engine.arg_utils.EngineArgs",
     "serving.release.changed_hooks.vllm_config": "type:vllm.config.VllmConfig",
     "serving.release.changed_hooks.scheduler": "type:vllm.v1.core.sched.scheduler.Scheduler",
+    "serving.release.changed_hooks.sampling_params": "type:vllm.sampling_params.SamplingParams",
+    "serving.drafts._make_meter.config": "vllm.config.VllmConfig",
+    "serving.guesses.check.params": "vllm.sampling_params.SamplingParams",
+    "serving.guesses.check.model_config": "vllm.config.ModelConfig",
+    "serving.options._for_vllm.target": "vllm.config.ModelConfig",
     "serving.plugin._is_ctc.speculative_config": "vllm.config.SpeculativeConfig",
     "serving.plugin._replace_init_speculator.spec_decode": f"type:{GPU}.spec_decode",
     "serving.plugin._replace_init_speculator.runner": f"type:{GPU}.model_runner",
@@ -70,6 +75,7 @@ NAMES = (
     f"{BACKENDS}.triton_attn.TritonAttentionImpl.sinks",
     f"{BACKENDS}.triton_attn.TritonAttentionMetadata.block_table",
     f"{BACKENDS}.triton_attn.TritonAttentionMetadata.seq_lens",
+    f"{GPU}.spec_decode.speculator.DraftModelSpeculator.observe_verification",
     "vllm.LLM.generate",
     "vllm.LLM.llm_engine",
     "vllm.v1.engine.llm_engine.LLMEngine.engine_core",
@@ -77,7 +83,10 @@ NAMES = (
     "vllm.outputs.CompletionOutput.token_ids",
 )
 # Attributes that we add to what is vLLM's: they must not be there already.
-ADDED = {"CPUAttentionMetadata.ctc_rows", "TritonPlaceholder.next_power_of_2"}
+ADDED = {
+    "CPUAttentionMetadata.ctc_rows", "SpeculativeConfig.ctc_options", "SpeculativeConfig.ctc_rule",
+    "TritonPlaceholder.next_power_of_2",
+}  # fmt: skip
 # What a release has not yet: setting it there is of no consequence, or we ask whether it is there.
 FLY = {f"SpeculativeConfig.fly_{name}" for name in ("window_size", "entropy_threshold", "entropy_top_k")}
 MISSING = {"0.32": {"vllm.v1.worker.gpu_worker.HAS_TRITON", *FLY}}
@@ -112,7 +121,7 @@ RELIED_ON = {
     f"{BACKENDS}.triton_attn": ("kv_cache.transpose(1, 2).split(self.head_size, dim=-1)",),
 }  # fmt: skip
 # A constructor of ours that takes other arguments than the one it overrides, because we call it ourselves.
-OWN_CONSTRUCTORS = {"RejectionSampler.__init__"}
+OWN_CONSTRUCTORS = {"DFlashSpeculator.__init__", "DraftModelSpeculator.__init__", "RejectionSampler.__init__"}
 KERNELS = "a CPU's counterparts take the arguments of both"
 # What is not the same in every supported version, and why that is no matter. Digests stand for bodies.
 DIFFERENCES = {
@@ -122,6 +131,7 @@ DIFFERENCES = {
     "DFlashSpeculator._generate_draft": "passes the number of steps to the sampling that we replace",
     "DFlashSpeculator.propose": "stages hidden states for the graph; skips the forward itself where nothing is drafted",
     "DefaultModelState.prepare_attn": "multimodal prefixes and context parallelism, which trees refuse",
+    "DraftModelSpeculator.__init__": "max_model_len is a property that may shrink; our buffers keep the first one",
     "EngineArgs.create_engine_config": "more options; what we wrap it for is done with its result",
     "RejectionSampler.__init__": "FLy, which our own samplers apply by our own rule",
     "RejectionSampler._verify": "FLy, which our own samplers apply by our own rule",

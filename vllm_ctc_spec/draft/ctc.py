@@ -4,10 +4,12 @@
     argmax      chain         the paper's: the best symbol of each frame, collapsed
     transform   tree          the paper's: the best alignments of the frames' best symbols, collapsed
 
-Labels, anchors and trees are in the labels of the frames: with a draft vocabulary, not the target's token ids. Shapes
-are fixed and nothing is read on the host: all of it is part of the drafter's CUDA graph.
+Labels, anchors and trees are in the labels of the frames: with a draft vocabulary, not the target's token ids, until
+`CTCSource.draft` hands its tree over. Shapes are fixed and nothing is read on the host: all of it is part of the
+drafter's CUDA graph.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -90,12 +92,15 @@ class CTCSource:
         """search: a key of TREES, or of CHAINS."""
         self.search = search
 
-    def prepare(self, requests: Tensor, num_sampled: Tensor) -> None:
+    def prepare(self, requests: Tensor, num_sampled: Tensor, num_logits: Tensor) -> None:
         """Frames are made anew in every step."""
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
         assert step.frames is not None, "the step of a source that reads frames has them"
-        return draft_tree(self.search, step.frames, budget, step.chain_only)
+        tree = draft_tree(self.search, step.frames, budget, step.chain_only)
+        if step.vocabulary is None:
+            return tree
+        return dataclasses.replace(tree, tokens=step.vocabulary.to_tokens(tree.tokens))
 
     def chain(
         self, frames: Frames, stats: FrameStats, num_labels: int, sampling: ChainSampling | None

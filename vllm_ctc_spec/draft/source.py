@@ -5,20 +5,29 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
+
+
+class RequestTokens(NamedTuple):
+    """All requests' tokens so far, prompt and output, on the device, by request slot. Whoever owns them keeps them up
+    to date in place: the tensors stay the same."""
+
+    token_ids: Tensor  # [S, L] int32
+    lengths: Tensor  # [S] int32
 
 
 class DraftStep(NamedTuple):
     """The part of a step that a source may read: B rows, one a request, of fixed shapes and addresses.
 
-    Every field has a source that reads it. The first source that needs them adds the tokens of a request so far
-    (`history` [S, L] int32 and `lengths` [S] int32, by request slot) or the target's hidden states (`hidden` [B, H]).
+    Every field has a source that reads it. A source of the target's hidden states would add `hidden` [B, H].
     """
 
     requests: Tensor  # [B] int64, the request slot; -1 is an inert row
-    anchor: Tensor  # [B] int64, the last decided token, as a label of the frames
+    anchor: Tensor  # [B] int64, the last decided token
     chain_only: Tensor  # [B] bool, requests whose tree has to be a chain
     frames: Frames | None  # of the parallel drafter; None where the source does not read them
+    vocabulary: DraftVocabulary | None = None  # of the frames' labels; None: they are the target's tokens
 
 
 class DraftSource(Protocol):
@@ -27,19 +36,23 @@ class DraftSource(Protocol):
     name: ClassVar[str]  # in SOURCES
     reads: ClassVar[frozenset[str]]  # of {"frames"}: the drafter's module runs only for a source that reads them
 
-    def prepare(self, requests: Tensor, num_sampled: Tensor) -> None:
-        """Called between a verification and the next draft, outside the CUDA graph. requests [R] int32: slots of the
-        verified batch; num_sampled [R] int32: tokens that each of them has emitted."""
+    def prepare(self, requests: Tensor, num_sampled: Tensor, num_logits: Tensor) -> None:
+        """Called between a verification and the next draft, outside the CUDA graph, when `RequestTokens` has its
+        tokens. Of the verified batch: requests [R] int32, slots; num_sampled [R] int32, tokens that each has emitted;
+        num_logits [R] int32, rows that were verified, the anchor's included. Nothing is read on the host."""
 
     def draft(self, step: DraftStep, budget: Budget) -> DraftTree:
-        """[B, 1 + N] trees in the labels of the frames: with a draft vocabulary, not the target's token ids. Part of
-        the drafter's CUDA graph: nothing is read on the host."""
+        """[B, 1 + N] trees of the target's tokens. Part of the drafter's CUDA graph: nothing is read on the host."""
 
     def reset(self, request: int) -> None:
         """A new request takes this slot."""
 
 
-SOURCES = {"ctc": "vllm_ctc_spec.draft.ctc:CTCSource"}
+SOURCES = {
+    "ctc": "vllm_ctc_spec.draft.ctc:CTCSource",
+    "cache": "vllm_ctc_spec.draft.cache:CacheSource",
+    "client": "vllm_ctc_spec.draft.client:ClientSource",
+}
 
 
 def source_class(name: str) -> type[DraftSource]:

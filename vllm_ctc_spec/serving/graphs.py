@@ -43,14 +43,17 @@ def capture_sizes(config: VllmConfig, default: list[int]) -> list[int]:
     largest batch of drafts with one row a request is a size of its own.
     """
     scheduler = config.scheduler_config
-    draft_rows = config.speculative_config.draft_model_config.hf_config.num_query_rows
+    # Without a drafter a draft is no pass.
+    draft_rows = getattr(config.speculative_config.draft_model_config.hf_config, "num_query_rows", None)
     max_num_reqs = min(
-        scheduler.max_num_active_seqs or scheduler.max_num_seqs, scheduler.max_num_batched_tokens // draft_rows
+        scheduler.max_num_active_seqs or scheduler.max_num_seqs, scheduler.max_num_batched_tokens // (draft_rows or 1)
     )
     most_requests: dict[int, int] = {}  # by rows a request; larger batches come later
     for requests, drafted in enumerate(num_drafted_by_batch(config, max_num_reqs)):
         if requests and drafted:
-            most_requests[1 + drafted] = most_requests[draft_rows] = requests
+            most_requests[1 + drafted] = requests
+            if draft_rows is not None:
+                most_requests[draft_rows] = requests
     largest = min(LARGEST_GRAPH, scheduler.max_num_batched_tokens)
     sizes = set(default)
     if draft_rows == 1 and most_requests:

@@ -32,11 +32,13 @@ def check_options(speculative: Mapping[str, Any], draft: str | None) -> None:
 
 def check(config: Any) -> None:
     """Refuse a VllmConfig that the drafter cannot serve (DrafterConfigError)."""
-    for sentence, test in ALWAYS:
+    options = options_of(config.speculative_config)
+    has_drafter = "ctc" in options.source_names
+    for sentence, test in (*ALWAYS, *(WITH_DRAFTER if has_drafter else WITHOUT_DRAFTER)):
         found = test(config)
         if found:
             raise DrafterConfigError(sentence.format(found=found, config=config))
-    if _drafter(config).ctc_options.draft == "tree":
+    if options.draft == "tree":
         for feature, test in TREES:
             found = test(config)
             if found:
@@ -54,6 +56,22 @@ def refused_with_trees(feature: str) -> DrafterConfigError:
     return DrafterConfigError(
         f'CTC draft trees do not work with {feature}; draft chains ("ctc_draft": "chain") or change that option.'
     )
+
+
+def options_of(speculative_config: Any) -> Any:
+    """The `ServingOptions` of vLLM's SpeculativeConfig or None; None where it is not ours. They are on the drafter's
+    configuration, and on vLLM's own where there is no drafter (`plugin._resolving`)."""
+    own = getattr(speculative_config, "ctc_options", None)
+    if own is not None:
+        return own
+    drafter = getattr(speculative_config, "draft_model_config", None)
+    return getattr(getattr(drafter, "hf_config", None), "ctc_options", None)
+
+
+def rule_of(speculative_config: Any) -> Any:
+    """The rule of acceptance, where `options_of` are."""
+    own = getattr(speculative_config, "ctc_rule", None)
+    return speculative_config.draft_model_config.hf_config.ctc_rule if own is None else own
 
 
 def _drafter(config: Any) -> Any:
@@ -125,16 +143,6 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
         lambda config: not config.use_v2_model_runner,
     ),
     (
-        "The CTC drafter reads hidden states of the target's layers, which vLLM's {found} does not report; serve this "
-        "target without drafter, or one that vLLM supports for EAGLE-3.",
-        _model_without_hidden_states,
-    ),
-    (  # vLLM would leave the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
-        "The CTC drafter runs on a pipeline's last stage and shares the target's embedding, which is on the first; use "
-        "--tensor-parallel-size in place of --pipeline-parallel-size.",
-        lambda config: config.parallel_config.pipeline_parallel_size > 1,
-    ),
-    (
         "With a drafter, vLLM would adapt the wrong rows of logits if an adapter may change the target's head; add "
         "--lora-target-modules with what your adapters change, without lm_head.",
         _adapts_the_head,
@@ -148,10 +156,31 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
         "add --override-generation-config '{{\"min_p\": 0}}' for those that do not set it themselves.",
         _default_min_p,
     ),
+)
+
+WITH_DRAFTER: tuple[tuple[str, Test], ...] = (
+    (
+        "The CTC drafter reads hidden states of the target's layers, which vLLM's {found} does not report; serve this "
+        "target without drafter, or one that vLLM supports for EAGLE-3.",
+        _model_without_hidden_states,
+    ),
+    (  # vLLM would leave the drafter's embedding uninitialised (`maybe_share_target_embed`, 0.32 and 0.33).
+        "The CTC drafter runs on a pipeline's last stage and shares the target's embedding, which is on the first; use "
+        "--tensor-parallel-size in place of --pipeline-parallel-size.",
+        lambda config: config.parallel_config.pipeline_parallel_size > 1,
+    ),
     (
         "The CTC drafter needs {found} draft slots a request, but max_num_batched_tokens is "
         "{config.scheduler_config.max_num_batched_tokens}; raise --max-num-batched-tokens.",
         _slots_beyond_a_batch,
+    ),
+)
+
+WITHOUT_DRAFTER: tuple[tuple[str, Test], ...] = (
+    (  # Other stages have no drafts, whose rows their attention would have to know.
+        "Draft trees are made on a pipeline's last stage; use --tensor-parallel-size in place of "
+        "--pipeline-parallel-size.",
+        lambda config: config.parallel_config.pipeline_parallel_size > 1,
     ),
 )
 

@@ -17,6 +17,7 @@ import logging
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 
 import torch
 from prometheus_client import REGISTRY
@@ -37,6 +38,11 @@ COUNTERS = {
     "vllm_ctc_spec:draft_frames": "Frames from which verified drafts were made.",
 }
 """Prometheus' names: on `/metrics` each ends in `_total`. The device counts all but the last, in this order."""
+SOURCE_COUNTERS = {
+    "vllm_ctc_spec:source_nodes": "Nodes of verified trees that this source has drafted, alone or with others.",
+    "vllm_ctc_spec:source_accepted": "Those of them that the target accepted.",
+}
+"""The same by source of drafts, where a tree is merged of several."""
 BROKEN = list(COUNTERS).index("vllm_ctc_spec:broken_frames")
 # The column of verified requests. The host counts them too, and so knows whether the last copy has arrived.
 SEEN = BROKEN + 1
@@ -62,12 +68,17 @@ def _own_folder() -> tempfile.TemporaryDirectory:
 class CounterFile:
     """The counters of one engine, in a file of Prometheus' multiprocess mode. The file's name says their type."""
 
-    def __init__(self, where: str, label_values: tuple[str, str, str]):
+    def __init__(self, where: str, label_values: tuple[str, str, str], sources: Sequence[str] = ()):
         handle, path = tempfile.mkstemp(prefix="counter_", suffix=".db", dir=where)
         os.close(handle)
         self._file = MmapedDict(path)
         self._keys = [mmap_key(name, f"{name}_total", LABELS, label_values, text) for name, text in COUNTERS.items()]
-        self.write([0] * len(COUNTERS))
+        self._keys += [
+            mmap_key(name, f"{name}_total", (*LABELS, "source"), (*label_values, source), text)
+            for name, text in SOURCE_COUNTERS.items()
+            for source in sources
+        ]
+        self.write([0] * len(self._keys))
 
     def write(self, values: list[int]) -> None:
         for key, value in zip(self._keys, values):
@@ -83,8 +94,17 @@ class DraftMeter:
     """
 
     def __init__(
-        self, file: CounterFile | None, max_num_reqs: int, num_drafted: int, num_frames: int, device: torch.device
+        self,
+        file: CounterFile | None,
+        max_num_reqs: int,
+        num_drafted: int,
+        num_frames: int,
+        device: torch.device,
+        source_counts: Tensor | None = None,
     ):
+        """num_frames: T, 0 without a drafter; source_counts: [2, S] int64, SOURCE_COUNTERS as `MergedSource` counts
+        them, None for one source."""
+        self._source_counts = source_counts
         self._counter_file = file
         self._num_frames = num_frames
         self._rows = torch.arange(1 + num_drafted, dtype=torch.int32, device=device)
@@ -99,7 +119,8 @@ class DraftMeter:
         self._by_num_logits[..., SEEN] = 1
         self._by_num_drafted = self._by_num_logits[:, 1:]
         self.totals = torch.zeros(num_counts, dtype=torch.int64, device=device)
-        self._host = torch.zeros(num_counts, dtype=torch.int64, pin_memory=device.type == "cuda")
+        num_copied = num_counts + (0 if source_counts is None else source_counts.numel())
+        self._host = torch.zeros(num_copied, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._num_seen = 0  # the device's SEEN will be this when it has done all that was asked of it
         self._timer: threading.Timer | None = None
         self._publishing = threading.Lock()
@@ -134,16 +155,27 @@ class DraftMeter:
     def observe(self, requests: Tensor, num_logits: Tensor) -> None:
         """The target has verified `num_logits` [R] rows, the anchor's included, of the drafts of `requests` [R]."""
         self.totals += self._by_num_logits[requests, num_logits].sum(0)
-        self._host.copy_(self.totals, non_blocking=True)
+        self._copy_out()
         self._num_seen += requests.shape[0]
         self._start_timer()
 
     def reset(self) -> None:
         """Forget what was counted."""
         self.totals.zero_()
-        self._host.copy_(self.totals, non_blocking=True)
+        if self._source_counts is not None:
+            self._source_counts.zero_()
+        self._copy_out()
         self._num_seen = 0
         self._start_timer()
+
+    def _copy_out(self) -> None:
+        """Those of the sources first: whoever finds SEEN up to date finds all of it so."""
+        if self._source_counts is None:
+            self._host.copy_(self.totals, non_blocking=True)
+            return
+        counts = len(self.totals)
+        self._host[counts:].copy_(self._source_counts.flatten(), non_blocking=True)
+        self._host[:counts].copy_(self.totals, non_blocking=True)
 
     def _start_timer(self) -> None:
         if self._timer is None:
@@ -156,7 +188,8 @@ class DraftMeter:
         one. A copy that has not arrived does so too."""
         self._timer = None
         with self._publishing:
-            *counts, seen = self._host.tolist()
+            copied = self._host.tolist()
+            counts, seen, of_sources = copied[:SEEN], copied[SEEN], copied[SEEN + 1 :]
             if counts[BROKEN] and not self._warned:
                 self._warned = True
                 logger.warning(
@@ -165,6 +198,6 @@ class DraftMeter:
                     counts[BROKEN],
                 )
             if self._counter_file is not None:
-                self._counter_file.write([*counts, counts[0] * self._num_frames])
+                self._counter_file.write([*counts, counts[0] * self._num_frames, *of_sources])
         if seen != self._num_seen:
             self._start_timer()

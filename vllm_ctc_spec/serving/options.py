@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vllm_ctc_spec.accept.rule import AcceptanceRule
+from vllm_ctc_spec.draft.cache_table import CacheTable
+from vllm_ctc_spec.draft.source import SOURCES
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
@@ -38,7 +40,7 @@ the next one, which may differ. A CTC drafter's depend on the target's hidden st
 those without drafts too. vLLM 0.33 knows this of "dflash" by itself (`SpeculativeConfig.needs_eagle_block_drop`)."""
 IN_A_PLAN = (
     "ctc_draft", "num_speculative_tokens", "ctc_tree_rows", SCHEDULE, "ctc_search", "ctc_tree_width", "ctc_tree_depth",
-    "draft_sample_method", "rejection_sample_method",
+    "ctc_sources", "draft_sample_method", "rejection_sample_method",
 )  # fmt: skip
 """Keys that contradict a plan: it says them, or was measured with their defaults."""
 TREE_SIZES = (63, 31, 15, 7, 3)
@@ -61,6 +63,10 @@ class ServingOptions:
     tree_rows: how many rows, anchors and nodes of all requests together, a step may verify: larger batches draft
         smaller trees. None: a default for the device.
     plan: file that says what is drafted at which batch size, in place of all of these (`serving/plan.py`).
+    sources: where drafts come from: "ctc", the drafter; "cache", what followed the last tokens earlier in the request;
+        "client", guesses of the answer that requests bring along; or several, as "ctc+cache". Without "ctc" no drafter
+        is loaded.
+    cache_table: file of `vllm-ctc cache`, followers that the cache knows from the start.
     """
 
     draft: str | None = None
@@ -69,6 +75,8 @@ class ServingOptions:
     tree_depth: int | None = None
     tree_rows: int | None = None
     plan: str | None = None
+    sources: str = "ctc"
+    cache_table: str | None = None
 
     @classmethod
     def given_in(cls, speculative: Mapping[str, Any]) -> "ServingOptions":
@@ -83,9 +91,56 @@ class ServingOptions:
                 )
         return cls(**given)
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """In the order of SOURCES (DrafterConfigError)."""
+        given = self.sources.split("+") if isinstance(self.sources, str) else []
+        if not given or len(set(given)) < len(given) or not set(given) <= set(SOURCES):
+            raise DrafterConfigError(
+                f"ctc_sources is {shown(self.sources)}; name one or more of {', '.join(SOURCES)}, joined by +, such as "
+                "'ctc+cache'."
+            )
+        return tuple(name for name in SOURCES if name in given)
+
+    def check_sources(self, vocab_size: int) -> None:
+        """What holds with a drafter and without (DrafterConfigError). vocab_size: of the target."""
+        names = self.source_names
+        if names != ("ctc",) and self.draft == "chain":
+            raise DrafterConfigError(
+                f'ctc_sources {self.sources!r} drafts trees; remove "ctc_draft": "chain", or draft by \'ctc\' alone.'
+            )
+        if self.cache_table is not None:
+            if "cache" not in names:
+                raise DrafterConfigError("ctc_cache_table is read by the cache; add it to ctc_sources, as 'ctc+cache'.")
+            CacheTable.load(self.cache_table).check_vocabulary(vocab_size)
+
+    def without_drafter(self, speculative: Mapping[str, Any], vocab_size: int) -> "ServingOptions":
+        """The same where "ctc" is not among the sources (DrafterConfigError)."""
+        for key in ("model", "ctc_search", "ctc_tree_width", "ctc_tree_depth", "ctc_plan"):
+            if speculative.get(key) is not None:
+                raise DrafterConfigError(
+                    f"{key} is about a CTC drafter, and ctc_sources {self.sources!r} uses none; remove {key}, or add "
+                    "'ctc' to ctc_sources."
+                )
+        options = dataclasses.replace(self, draft=self.draft or "tree")
+        if options.draft not in DRAFTS:
+            raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {shown(options.draft)}.")
+        options.check_sources(vocab_size)
+        options.check_rows(speculative)
+        return options
+
+    def check_rows(self, speculative: Mapping[str, Any]) -> None:
+        if self.tree_rows is None:
+            return
+        if SCHEDULE in speculative:
+            raise DrafterConfigError(f"ctc_tree_rows and {SCHEDULE} say the same thing twice; remove one of them.")
+        if type(self.tree_rows) is not int or not 1 <= self.tree_rows <= MAX_TREE_ROWS:
+            raise DrafterConfigError(f"ctc_tree_rows must be 1 to {MAX_TREE_ROWS}, not {shown(self.tree_rows)}.")
+
     def for_drafter(self, drafter: DrafterConfig, speculative: Mapping[str, Any]) -> "ServingOptions":
         """The same with the checkpoint's defaults, checked against it and vLLM's own options (DrafterConfigError)."""
-        draft = self.draft or ("tree" if drafter.tree_nodes else "chain")
+        self.check_sources(drafter.vocab_size)
+        draft = self.draft or ("tree" if drafter.tree_nodes or self.source_names != ("ctc",) else "chain")
         if draft not in DRAFTS:
             raise DrafterConfigError(f"ctc_draft must be one of {', '.join(DRAFTS)}, not {shown(draft)}.")
         if self.search not in SEARCHES[draft]:
@@ -117,13 +172,14 @@ class ServingOptions:
                 raise DrafterConfigError(f"ctc_{name} must be 1 to {largest}, not {shown(value)}.")
         return dataclasses.replace(self, draft=draft, tree_depth=self.tree_depth or drafter.num_labels)
 
-    def check_budget(self, budget: Any, drafter: DrafterConfig, is_data_parallel: bool = False) -> int:
-        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError).
+    def check_budget(self, budget: Any, drafter: DrafterConfig | None, is_data_parallel: bool = False) -> int:
+        """`num_speculative_tokens`, or the default where it is None (DrafterConfigError). drafter: None without one.
 
         is_data_parallel: several engines serve the target, without a schedule of smaller trees.
         """
         if self.draft == "tree":
-            default, largest, what = drafter.tree_nodes or DEFAULT_TREE_NODES, MAX_NODES, "trees have 1 to {} nodes"
+            default = (drafter and drafter.tree_nodes) or DEFAULT_TREE_NODES
+            largest, what = MAX_NODES, "trees have 1 to {} nodes"
             if is_data_parallel and default > DATA_PARALLEL_TREE_NODES:
                 default = DATA_PARALLEL_TREE_NODES
                 if budget is None:
@@ -133,6 +189,7 @@ class ServingOptions:
                         default,
                     )
         else:
+            assert drafter is not None, "chains are a drafter's"
             default, largest = drafter.num_labels, drafter.num_frames
             what = "this drafter's {0} frames hold 1 to {0} labels"
         if budget is None:
@@ -149,8 +206,8 @@ class Resolved(NamedTuple):
     """A user's `{"method": "ctc", ...}`, checked."""
 
     options: ServingOptions
-    drafter: DrafterConfig
-    for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands
+    drafter: DrafterConfig | None  # None: no source reads one
+    for_vllm: dict[str, Any]  # what vLLM's own method "dflash" understands; without drafter, "ngram_gpu"
     rule: AcceptanceRule
     plan: Plan | None = None  # that is followed
 
@@ -162,6 +219,8 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     served model. parallel: its ParallelConfig; None: one device.
     """
     given = ServingOptions.given_in(speculative)
+    if "ctc" not in given.source_names:
+        return _without_drafter(given, speculative, target, parallel)
     folder = find_drafter(speculative.get("model"), speculative.get("revision"), target.model)
     drafter = DrafterConfig.load(folder)
     drafter.check_target(target.get_hidden_size(), target.get_vocab_size(), target.get_total_num_hidden_layers())
@@ -174,6 +233,23 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
             **speculative, "num_speculative_tokens": plan.num_speculative_tokens, SCHEDULE: plan.schedule,
         }  # fmt: skip
     options = given.for_drafter(drafter, speculative)
+    for_vllm, rule = _for_vllm(options, drafter, speculative, target, parallel)
+    for_vllm.setdefault(KEEP_LAST_BLOCK, True)
+    for_vllm.update(method="dflash", model=str(folder))
+    return Resolved(options, drafter, for_vllm, rule, plan)
+
+
+def _without_drafter(given: ServingOptions, speculative: Mapping[str, Any], target: Any, parallel: Any) -> Resolved:
+    """vLLM's method "ngram_gpu" drafts on the device, by Model Runner V2, and without a model of its own."""
+    options = given.without_drafter(speculative, target.get_vocab_size())
+    for_vllm, rule = _for_vllm(options, None, speculative, target, parallel)
+    for_vllm.update(method="ngram_gpu")
+    return Resolved(options, None, for_vllm, rule)
+
+
+def _for_vllm(
+    options: ServingOptions, drafter: DrafterConfig | None, speculative: Mapping[str, Any], target: Any, parallel: Any
+) -> tuple[dict[str, Any], AcceptanceRule]:
     is_data_parallel = parallel is not None and parallel.data_parallel_size > 1 and SCHEDULE not in speculative
     budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter, is_data_parallel)
     limits.check_options(speculative, options.draft)
@@ -181,12 +257,9 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     if options.draft == "tree" and SCHEDULE not in speculative:
         rows, smallest = default_tree_rows(target)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
-    depth = min(budget, options.tree_depth) if options.draft == "tree" else budget
+    depth = min(budget, options.tree_depth or budget) if options.draft == "tree" else budget
     rule = choose_rule(speculative, Drafts(options.draft, depth, for_vllm.get(SCHEDULE)))
-    for_vllm = told_to_vllm(for_vllm, rule, options.draft)
-    for_vllm.setdefault(KEEP_LAST_BLOCK, True)
-    for_vllm.update(method="dflash", model=str(folder), num_speculative_tokens=budget)
-    return Resolved(options, drafter, for_vllm, rule, plan)
+    return {**told_to_vllm(for_vllm, rule, options.draft), "num_speculative_tokens": budget}, rule
 
 
 # Rows per step up to which verifying more of them brings more than it costs, and the smallest tree of a larger batch.

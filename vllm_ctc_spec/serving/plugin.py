@@ -9,12 +9,13 @@ hashing, async scheduling) then hold unpatched. The complete list:
 3. `EngineArgs.create_speculative_config`, wrapped: resolves the alias and checks it, before weights load.
 4. `EngineArgs.create_engine_config`, wrapped: what can only be judged on the whole configuration; the attention backend
    of trees; where metrics go.
-5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`.
+5. `init_speculator`, wrapped: a CTC draft architecture builds `CTCProposer`; other sources alone, `ModelFreeProposer`.
 6. `VllmConfig.num_lookahead_tokens`, wrapped: the drafter writes 1 + T key/value slots, or one, not 1 + N.
 7. `VllmConfig._set_cudagraph_sizes`, wrapped: sizes for drafts and their verification, before vLLM fixes its own.
 8. `Scheduler.__init__`, wrapped: a plan's drafts follow what is accepted (`plan.follow`).
-9. `get_system_fingerprint`, wrapped where a lossy rule of acceptance is asked for: responses say so.
-10. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
+9. `SamplingParams.verify`, wrapped: a request's guess of its answer is judged in the API server (`guesses.py`).
+10. `get_system_fingerprint`, wrapped where a lossy rule of acceptance is asked for: responses say so.
+11. On a CPU without Triton: `vllm_ctc_spec.serving.cpu` (development, demo and CI only).
 
 It runs in the API server, the engine core and every worker, and may run more than once in each.
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 from vllm_ctc_spec.drafter.config import ARCHITECTURE, SPECULATORS_TYPE, DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
-from vllm_ctc_spec.serving import limits, metrics
+from vllm_ctc_spec.serving import guesses, limits, metrics
 from vllm_ctc_spec.serving.acceptance import lossy_mark
 from vllm_ctc_spec.serving.options import Resolved, parse
 from vllm_ctc_spec.serving.release import changed_hooks, unsupported_release
@@ -61,10 +62,11 @@ def register() -> None:
     problem = unsupported_release(vllm.__version__)
     if problem is None:  # only then is what follows known to exist
         from vllm.config import VllmConfig
+        from vllm.sampling_params import SamplingParams
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.worker.gpu import spec_decode
 
-        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode, Scheduler)
+        problem = changed_hooks(EngineArgs, VllmConfig, spec_decode, Scheduler, SamplingParams)
     if problem:
         EngineArgs.create_speculative_config = _refusing(EngineArgs.create_speculative_config, problem)
         return
@@ -81,6 +83,7 @@ def register() -> None:
     VllmConfig.num_lookahead_tokens = _looking_ahead(VllmConfig.num_lookahead_tokens)
     VllmConfig._set_cudagraph_sizes = _sizing_graphs(VllmConfig._set_cudagraph_sizes)
     _replace_init_speculator(spec_decode)
+    SamplingParams.verify = _checking_guess(SamplingParams.verify)
     Scheduler.__init__ = _following_plan(Scheduler.__init__)
     if cpu.is_needed() and os.environ.get(V2_VARIABLE) == "1":
         cpu.install()
@@ -123,6 +126,10 @@ def _resolving(original: Callable) -> Callable:
         _select_v2_runner()
         with _attributes(self, speculative_config=resolved.for_vllm, **short):
             config = original(self, target_model_config, target_parallel_config)
+        if resolved.drafter is None:
+            config.ctc_options, config.ctc_rule = resolved.options, resolved.rule
+            _report(resolved, "")
+            return config
         hf_config = config.draft_model_config.hf_config
         hf_config.ctc_options, hf_config.ctc_rule = resolved.options, resolved.rule
         hf_config.ctc_plan = resolved.plan
@@ -149,17 +156,21 @@ def _attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 def _report(resolved: Resolved, dtype: str) -> None:
     options, drafter, for_vllm, rule, _ = resolved
-    logger.info(
-        "CTC drafter %s (%s, served as dflash): %d frames, %s of %d speculative tokens, search %s.",
-        for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"],
-        options.search,
-    )  # fmt: skip
+    if options.sources != "ctc":
+        logger.info("Drafts of %d tokens come from: %s.", for_vllm["num_speculative_tokens"], options.sources)
     if not rule.exact:
         logger.warning(
             "Drafts are accepted by %s: tokens are accepted that the target would not say, and the output is NOT "
             "distributed as the target's. Responses say so in their system_fingerprint (%s), /metrics in the label "
             "acceptance.", rule, lossy_mark(rule),
         )  # fmt: skip
+    if drafter is None:
+        return
+    logger.info(
+        "CTC drafter %s (%s, served as dflash): %d frames, %s of %d speculative tokens, search %s.",
+        for_vllm["model"], drafter.architecture, drafter.num_frames, options.draft, for_vllm["num_speculative_tokens"],
+        options.search,
+    )  # fmt: skip
     if drafter.target_dtype not in ("", dtype):
         logger.warning(
             "CTC drafter %s was trained on what the target says in %s, and the target is served in %s: it will say "
@@ -187,18 +198,21 @@ def _checking(original: Callable) -> Callable:
     @functools.wraps(original)
     def create_engine_config(self, *args, **kwargs):
         config = original(self, *args, **kwargs)
-        if not _is_ctc(config.speculative_config):
+        options = limits.options_of(config.speculative_config)
+        if options is None:
             return config
         limits.check(config)
-        drafter = config.speculative_config.draft_model_config.hf_config
-        if drafter.ctc_options.draft == "tree":
+        if options.draft == "tree":
             from vllm_ctc_spec.serving.attention_backend import select_for_trees
 
             select_for_trees(config)
             _report_penalties(config.model_config.get_diff_sampling_param())
-        if not drafter.ctc_rule.exact:
+        if not limits.rule_of(config.speculative_config).exact:
             _mark_responses()
-        _fit_requests(config.scheduler_config, drafter.num_query_rows)
+        if _is_ctc(config.speculative_config):
+            _fit_requests(
+                config.scheduler_config, config.speculative_config.draft_model_config.hf_config.num_query_rows
+            )
         if not self.disable_log_stats:
             # Workers get it with the configuration; on the drafter's it would be hashed into the compile cache's key.
             setattr(config.observability_config, metrics.FOLDER, metrics.folder())
@@ -247,7 +261,7 @@ def _sizing_graphs(original: Callable) -> Callable:
     @functools.wraps(original)
     def _set_cudagraph_sizes(self):
         """Where the configuration is made; the engine core and the workers get it with its sizes."""
-        if _is_ctc(self.speculative_config):
+        if limits.options_of(self.speculative_config) is not None:
             from vllm_ctc_spec.serving.graphs import choose_sizes
 
             choose_sizes(self, original)
@@ -282,16 +296,31 @@ def _replace_init_speculator(spec_decode: Any) -> None:
 
     @functools.wraps(original)
     def init_speculator(vllm_config, device, req_states):
-        if not _is_ctc(vllm_config.speculative_config):
+        options = limits.options_of(vllm_config.speculative_config)
+        if options is None:
             return original(vllm_config, device, req_states)
+        if "ctc" not in options.source_names:
+            from vllm_ctc_spec.serving.model_free import ModelFreeProposer
+
+            return ModelFreeProposer(vllm_config, device, req_states)
         from vllm_ctc_spec.serving.proposer import CTCProposer
 
-        return CTCProposer(vllm_config, device)
+        return CTCProposer(vllm_config, device, req_states)
 
     spec_decode.init_speculator = init_speculator
     runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if runner is not None:  # imported before this plugin ran, with the function under its own name
         runner.init_speculator = init_speculator
+
+
+def _checking_guess(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def verify(self, model_config, speculative_config, structured_outputs_config, tokenizer):
+        original(self, model_config, speculative_config, structured_outputs_config, tokenizer)
+        if self.extra_args and not guesses.KEYS.isdisjoint(self.extra_args):
+            guesses.check(self, model_config, limits.options_of(speculative_config), tokenizer)
+
+    return verify
 
 
 def _following_plan(original: Callable) -> Callable:

@@ -8,7 +8,6 @@ vllm/v1/worker/gpu/spec_decode/dflash/speculator.py; model for the overrides: it
 
 import copy
 import itertools
-import os
 from typing import Any
 
 import torch
@@ -17,19 +16,15 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_ctc_spec.accept.rule import AcceptanceRule
-from vllm_ctc_spec.draft.ctc import default_width, read_frames
-from vllm_ctc_spec.draft.source import DraftSource, DraftStep, source_class
-from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
-from vllm_ctc_spec.serving import metrics
+from vllm_ctc_spec.draft.ctc import read_frames
+from vllm_ctc_spec.kernels.contract import ChainSampling
 from vllm_ctc_spec.serving.acceptance import is_ours
 from vllm_ctc_spec.serving.chain import attach_rule
+from vllm_ctc_spec.serving.drafts import ProposesFromSources
 from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
-from vllm_ctc_spec.serving.options import ServingOptions
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
-from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
-from vllm_ctc_spec.serving.tree.table import TreeTable
 
 
 def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
@@ -39,31 +34,18 @@ def most_verified_rows(vllm_config: VllmConfig) -> list[int]:
     return list(itertools.accumulate((reqs * (1 + drafted) for reqs, drafted in enumerate(num_drafted)), max))
 
 
-class CTCProposer(DFlashSpeculator):
+class CTCProposer(ProposesFromSources, DFlashSpeculator):
     _speculator_name = "CTC"
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, request_states: RequestState):
         # Before the base class is constructed: vLLM 0.33 sizes buffers there by `_num_graph_context_tokens`.
         self._most_verified_rows = most_verified_rows(vllm_config)
         super().__init__(vllm_config, device)
-        self.num_drafted: int = vllm_config.speculative_config.num_speculative_tokens  # N
         hf_config = self.draft_model_config.hf_config
         self.num_frames: int = hf_config.num_frames  # T
-        self.options: ServingOptions = hf_config.ctc_options
-        self.rule: AcceptanceRule = hf_config.ctc_rule
-        self.source: DraftSource = source_class("ctc")(self.options.search)
-        self.trees: TreeTable | None = None
-        self.layout: TreeLayout | None = None
-        if self.options.draft == "tree":  # not with the weights: a sleeping engine gives back their memory
-            self.trees = TreeTable(self.max_num_reqs, self.num_drafted, device)
-            sizes = {self.num_drafted, *num_drafted_by_batch(vllm_config, self.max_num_reqs)}
-            self.layout = TreeLayout.allocate(self.max_num_reqs, self.max_num_tokens, sizes, device)
-        width = self.options.tree_width or default_width(self.num_drafted)
-        self.budget = Budget(self.num_drafted, width, self.options.tree_depth)  # of a tree
+        self.set_up(self.num_frames, request_states)
         self.label_logits: torch.Tensor | None = None  # [R, N, L] fp32, with a draft vocabulary
-        self.meter = self._make_meter(vllm_config)
         self._idle = False  # nothing is to be drafted for this batch; goes with vLLM 0.32, see `propose`
-        self._verdict: Verdict | None = None  # of a verification of trees, until `propose` has read its rows
         self.num_query_per_req: int = hf_config.num_query_rows
         # Rows that vLLM takes for samples: the frames, or the anchor where frames are no rows of the query.
         self.sample_from_anchor = self.num_query_per_req == 1
@@ -72,19 +54,6 @@ class CTCProposer(DFlashSpeculator):
         self.sample_indices = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_pos = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sample_idx_mapping = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-
-    def _make_meter(self, vllm_config: VllmConfig) -> metrics.DraftMeter | None:
-        """None on all but the first of the ranks that draft the same (vllm/distributed/parallel_state.py: those of one
-        pipeline stage are neighbours). The meter has no file where statistics are off or the API server is on another
-        machine."""
-        folder = getattr(vllm_config.observability_config, metrics.FOLDER, None)
-        parallel = vllm_config.parallel_config
-        drafts_first = parallel.rank % (parallel.world_size // parallel.pipeline_parallel_size) == 0
-        if not drafts_first:
-            return None
-        labels = vllm_config.model_config.served_model_name, str(parallel.data_parallel_index), self.rule.name
-        file = metrics.CounterFile(folder, labels) if folder is not None and os.path.isdir(folder) else None
-        return metrics.DraftMeter(file, self.max_num_reqs, self.num_drafted, self.num_frames, self.device)
 
     def load_model(self, target_model: nn.Module) -> None:
         layers = target_layers(self.vllm_config)
@@ -143,23 +112,6 @@ class CTCProposer(DFlashSpeculator):
             input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, *args, **kwargs
         )
 
-    def new_request(self, request: int) -> None:
-        """Called by the model state of trees: the slot has another request."""
-        self.source.reset(request)
-
-    def verified(self, verdict: Verdict) -> None:
-        """Called by the tree's sampler, in the step whose hidden states `propose` gets next."""
-        self._verdict = verdict
-
-    def observe_verification(
-        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
-    ) -> None:
-        """vLLM's hook between a verification and the next draft."""
-        super().observe_verification(idx_mapping, num_sampled, num_rejected)
-        self.source.prepare(idx_mapping, num_sampled)
-        if self.meter is not None:
-            self.meter.observe(idx_mapping, num_sampled + num_rejected)
-
     def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
         """log q(v | prefix) up to a constant, fp32; -inf marks tokens that a row cannot propose."""
         return torch.float32, float("-inf")
@@ -185,8 +137,6 @@ class CTCProposer(DFlashSpeculator):
         requests = self.sample_idx_mapping[: num_reqs * self.num_speculative_steps : self.num_speculative_steps]
         anchor = self.input_buffers.input_ids[: num_queries : self.num_query_per_req].long()
         vocabulary = self.model.vocabulary
-        if vocabulary is not None:
-            anchor = vocabulary.to_labels(anchor)
         frames = stats = None
         if "frames" in self.source.reads:
             hidden = self._run_model(
@@ -194,20 +144,17 @@ class CTCProposer(DFlashSpeculator):
             )
             num_rows = 1 + self.num_frames
             hidden = hidden[: num_reqs * num_rows].unflatten(0, (num_reqs, num_rows))  # [R, 1 + T, H]
-            frames, stats = read_frames(self.model.compute_frames(hidden), anchor, self.model.markov_tables)
-        if self.trees is None:  # chains are CTC's own
-            labels, draft = self.source.chain(frames, stats, self.num_drafted, self._sampling(num_reqs))
-            most = None
-        else:
-            chain_only = self.trees.chain_only[requests]
-            draft = self.source.draft(DraftStep(requests, anchor, chain_only, frames), self.budget)
-            self.trees.store(requests, draft)
-            labels, most = draft.tokens[:, 1:], torch.where(chain_only, self.budget.depth, self.budget.nodes)
+            label = anchor if vocabulary is None else vocabulary.to_labels(anchor)
+            frames, stats = read_frames(self.model.compute_frames(hidden), label, self.model.markov_tables)
+        if self.trees is not None:
+            self.draft_tokens[:num_reqs] = self.draft_trees(requests, anchor, frames, vocabulary)
+            return
+        labels, lengths = self.source.chain(frames, stats, self.num_drafted, self._sampling(num_reqs))
         self.draft_tokens[:num_reqs] = labels if vocabulary is None else vocabulary.to_tokens(labels)
         if self.label_logits is not None:
             spread_label_logits(self.label_logits, vocabulary.token_ids, requests, self.draft_logits)
         if self.meter is not None:
-            self.meter.record(requests, draft, most=most, frames=frames)
+            self.meter.record(requests, lengths, frames=frames)
 
     def _sampling(self, num_reqs: int) -> ChainSampling | None:
         """None for greedy drafts. `sample_pos` of a request's first sample is the first label's position; like the

@@ -22,7 +22,9 @@ def unsupported_release(version: str) -> str | None:
     )
 
 
-def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any, scheduler: type) -> str | None:
+def changed_hooks(
+    engine_args: type, vllm_config: type, spec_decode: Any, scheduler: type, sampling_params: type
+) -> str | None:
     """One sentence where a function that `plugin.register` wraps is not the one it was written for."""
     expected: dict[str, tuple[Any, list[str]]] = {
         "EngineArgs.create_speculative_config": (
@@ -35,6 +37,10 @@ def changed_hooks(engine_args: type, vllm_config: type, spec_decode: Any, schedu
             ["self"],
         ),
         "VllmConfig._set_cudagraph_sizes": (getattr(vllm_config, "_set_cudagraph_sizes", None), ["self"]),
+        "SamplingParams.verify": (
+            getattr(sampling_params, "verify", None),
+            ["self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"],
+        ),
         "Scheduler.make_spec_decoding_stats": (
             getattr(scheduler, "make_spec_decoding_stats", None),
             [

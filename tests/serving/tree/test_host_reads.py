@@ -21,11 +21,14 @@ import vllm_ctc_spec.serving.tree.model_state
 import vllm_ctc_spec.serving.tree.verification
 from vllm_ctc_spec.accept.rule import Rows, make_rule
 from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.draft.cache import CacheSource
+from vllm_ctc_spec.draft.client import ClientSource
 from vllm_ctc_spec.draft.ctc import CTCSource, default_width, read_frames
-from vllm_ctc_spec.draft.source import DraftStep
+from vllm_ctc_spec.draft.merged import MergedSource
+from vllm_ctc_spec.draft.source import DraftStep, RequestTokens
 from vllm_ctc_spec.drafter.lattice import FrameOutputs, TransitionHead, read_lattice
 from vllm_ctc_spec.drafter.vocabulary import DraftVocabulary
-from vllm_ctc_spec.kernels import kv_compaction, prefix_search
+from vllm_ctc_spec.kernels import kv_compaction
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.frame_stats import FrameStats
 from vllm_ctc_spec.serving.metrics import CounterFile, DraftMeter
@@ -96,7 +99,11 @@ def launched(monkeypatch) -> list[str]:
         if function != "prefix_search":
             monkeypatch.setattr(module, f"{function}_reference", getattr(module, f"{function}_triton"))
     monkeypatch.setattr(kv_compaction, "compact_kv_reference", kv_compaction.compact_kv_triton)
-    monkeypatch.setattr(prefix_search.cpu, "prefix_search_cpu", prefix_search.gpu.prefix_search_triton)
+    for function in ("prefix_search", "tree_merge", "history_tree"):
+        of_cpu, of_gpu = (
+            importlib.import_module(f"vllm_ctc_spec.kernels.{function}.{part}") for part in ("cpu", "gpu")
+        )
+        monkeypatch.setattr(of_cpu, f"{function}_cpu", getattr(of_gpu, f"{function}_triton"))
     return names
 
 
@@ -160,6 +167,33 @@ def test_a_tree_is_drafted_kept_and_counted_without_the_host(search, lattice, ke
     meter.record(requests, tree, most=torch.where(step.chain_only, 8, NODES), frames=frames)
     assert tree.tokens.shape == (REQUESTS, 1 + NODES)
     assert {"_frame_stats_kernel", kernel} <= set(launched)
+
+
+def test_sources_are_asked_merged_and_told_without_the_host(launched, tmp_path):
+    """As the proposer has them: every T-th slot, and vLLM's own tensors behind a verification."""
+    words = empty(REQUESTS, dtype=torch.int32)
+    tokens, size = RequestTokens(empty(REQUESTS, 512, dtype=torch.int32), words), (REQUESTS, NODES)
+    frozen = empty(VOCABULARY, 8, 3, dtype=torch.int32)
+    sources = (
+        CTCSource("prefix"), CacheSource(tokens, *size, frozen),
+        ClientSource(tokens, tokens.token_ids, words, words, NODES),
+    )  # fmt: skip
+    merged = MergedSource(sources, tokens, *size)
+    frames, _ = emitted("transitions", LABELS)
+    vocabulary = DraftVocabulary(empty(LABELS, dtype=torch.int64), empty(VOCABULARY, dtype=torch.int64))
+    anchor, chain_only = empty(REQUESTS, dtype=torch.int64), empty(REQUESTS, dtype=torch.bool)
+    step = DraftStep(slots_of_requests(), anchor, chain_only, frames, vocabulary)
+    tree = merged.draft(step, Budget(NODES, default_width(NODES), 8))
+    merged.prepare(words, words, words)
+    merged.reset(1)
+    meter = DraftMeter(
+        CounterFile(str(tmp_path), ("m", "0", "exact"), ("a", "b")), REQUESTS, NODES, 0, META, merged.counts
+    )
+    meter._timer, meter._host = object(), empty(len(meter._host), dtype=torch.int64)
+    meter.record(step.requests, tree, most=words.long())
+    meter.observe(words, words.long())
+    assert tree.tokens.shape == (REQUESTS, 1 + NODES)
+    assert {"_scan_kernel", "_grow_kernel", "_tree_merge_kernel", "search_kernel"} <= set(launched)
 
 
 def test_a_rule_is_walked_without_the_host(launched):

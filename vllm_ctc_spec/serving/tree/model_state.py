@@ -22,10 +22,13 @@ from vllm_ctc_spec.serving.tree.verification import TreeRejectionSampler
 
 
 class Proposer(Protocol):
-    """The two messages that the proposer gets."""
+    """The messages that the proposer gets."""
 
-    def new_request(self, request: int) -> None:
+    def new_request(self, request: int, data: NewRequestData) -> None:
         """A new request takes this slot."""
+
+    def apply_staged_writes(self) -> None:
+        """All new requests of this step have come."""
 
     def verified(self, verdict: Verdict) -> None:
         """The verdict on the step whose hidden states it reads next."""
@@ -44,7 +47,11 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         self.trees.reset(req_index, _depends_on_history(new_req_data.sampling_params))
-        self.proposer.new_request(req_index)
+        self.proposer.new_request(req_index, new_req_data)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.proposer.apply_staged_writes()
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
