@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
+from vllm_ctc_spec.accept.rule import make_rule
+from vllm_ctc_spec.draft.ctc import CTCSource
 from vllm_ctc_spec.drafter.config import WEIGHTS_NAME
 from vllm_ctc_spec.drafter.lattice import FrameOutputs
 from vllm_ctc_spec.kernels.contract import Frames
@@ -131,13 +133,15 @@ def test_frames_of_any_kind(spoiled, drafting, plain, expected, monkeypatch):
 
 def test_broken_frames_are_looked_for_without_statistics():
     proposer = object.__new__(CTCProposer)
-    vars(proposer).update(max_num_reqs=2, num_drafted=3, num_frames=4, device=torch.device("cpu"))
-    config = SimpleNamespace(
+    vars(proposer).update(
+        max_num_reqs=2, num_drafted=3, device=torch.device("cpu"), rule=make_rule("exact"), source=CTCSource("prefix")
+    )
+    proposer.vllm_config = SimpleNamespace(
         observability_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(rank=0, world_size=1, pipeline_parallel_size=1, data_parallel_index=0),
         model_config=SimpleNamespace(served_model_name="m"),
     )
-    meter = proposer._make_meter(config)
+    meter = proposer._make_meter(num_frames=4)
     not_numbers = torch.full((1, 4), NAN)
     frames = Frames(not_numbers[..., None], not_numbers, not_numbers, torch.tensor([0]))
     meter.record(torch.tensor([0]), torch.tensor([0], dtype=torch.int32), frames=frames)

@@ -69,7 +69,7 @@ CASES = [
     ({"ctc_sources": "cache", "num_speculative_tokens": 65}, "trees have 1 to 64 nodes"),
     ({"ctc_sources": "cache", "ctc_tree_rows": 0}, "ctc_tree_rows must be 1 to"),
     ({"ctc_sources": "cache", "ctc_tree_rows": 9, SCHEDULE: [(1, 2, 3)]}, "say the same thing twice"),
-    ({"ctc_sources": "cache", "rejection_sample_method": "synthetic"}, "accepts tokens that the target would not say"),
+    ({"ctc_sources": "cache", "rejection_sample_method": "synthetic"}, "accepts drafts by chance"),
     ({**DRAFTER, "ctc_sources": "ctc+cache", "ctc_plan": "p.json"}, "ctc_plan and ctc_sources both say"),
     ({**DRAFTER, "ctc_cache_table": "t"}, "is read by the cache; add it"),
     ({"ctc_sources": "cache", "ctc_cache_table": "/no/such/file"}, "is no table of `vllm-ctc cache`"),

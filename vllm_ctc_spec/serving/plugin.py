@@ -283,9 +283,9 @@ def _marking(original: Callable) -> Callable:
     def get_system_fingerprint(vllm_config):
         """Asked for once by each of the API server's endpoints, by this module's name."""
         fingerprint = original(vllm_config)
-        if fingerprint is None or not _is_ctc(vllm_config.speculative_config):
+        if fingerprint is None or limits.options_of(vllm_config.speculative_config) is None:
             return fingerprint
-        rule = vllm_config.speculative_config.draft_model_config.hf_config.ctc_rule
+        rule = limits.rule_of(vllm_config.speculative_config)
         return fingerprint if rule.exact else f"{fingerprint}-{lossy_mark(rule)}"
 
     return get_system_fingerprint
