@@ -24,6 +24,7 @@ from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.serving import metrics
 from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
 from vllm_ctc_spec.serving.options import ServingOptions
+from vllm_ctc_spec.serving.scores import attach_scores
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
 from vllm_ctc_spec.serving.tree.layout import TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.table import TreeTable
@@ -90,6 +91,8 @@ class CTCProposer(DFlashSpeculator):
             self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
             attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self)
+        else:
+            attach_scores(self.vllm_config, target_model)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """A schedule of smaller drafts for larger batches changes the rows that are verified, never the draft's forward
