@@ -195,9 +195,10 @@ def test_topk_scores(agree, num_logprobs, max_token_ids, logits_mode):
         num_token_ids=SimpleNamespace(gpu=ints([6, 0, 0, 0, 2])),
         token_ids=SimpleNamespace(gpu=torch.randint(VOCAB, (MAX_REQS, 16), dtype=torch.int32)),
     )
+    requests = torch.cat([REQUESTS, ints([1, 0])])  # more rows than requests
     agree(
-        "sample.logprob.compute_topk_scores", torch.randn(5, VOCAB), num_logprobs, torch.randint(VOCAB, (5,)), None,
-        state, REQUESTS, max_token_ids, logits_mode,
+        "sample.logprob.compute_topk_scores", torch.randn(7, VOCAB), num_logprobs, torch.randint(VOCAB, (7,)), None,
+        state, requests, max_token_ids, logits_mode,
     )  # fmt: skip
 
 
