@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from .conftest import CHARACTERS, SPECIAL, Pair, save_tokenizer
 
-# What stands for which letter. Markers that end something are said every 30 to 60 tokens, and the end of the text hardly
+# What stands for which letter. What ends something is said every 30 to 60 tokens, and the end of the text hardly
 # ever, unless a grammar asks for it. Like those of real targets, markers are added tokens and no special ones:
 # they stay in the text, where parsers look for them.
 MARKERS = {"W": "<think>", "Q": "</think>", "G": "<tool_call>", "F": "</tool_call>"}
