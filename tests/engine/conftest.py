@@ -57,9 +57,9 @@ class Pair:
     drafter: Path
 
 
-def save_tokenizer(folder: Path) -> int:
-    """The special tokens, then one token for each ASCII character; returns the vocabulary size."""
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
+def save_tokenizer(folder: Path, tokens: list[str] = SPECIAL + CHARACTERS) -> int:
+    """By default the special tokens, then one token for each ASCII character; returns the vocabulary size."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from overlay import lay_over
+from request_fields import request_fields
 from touch_tables import ADDED, DIFFERENCES, MISSING, OWN_CONSTRUCTORS, VARIABLES
 from touches import snapshot_path, touches, version
 from vllm_source import VllmSource, parameters
@@ -36,22 +37,23 @@ def found(installed):
     return touches(installed)
 
 
-def snapshot(release: str) -> dict[str, str | None]:
-    return json.loads(snapshot_path(release).read_text(encoding="utf-8"))
+def snapshot(release: str, kind: str = "vllm") -> dict[str, str | None]:
+    return json.loads(snapshot_path(release, kind).read_text(encoding="utf-8"))
 
 
-def assert_is_snapshot(names: dict[str, str | None], folder: Path) -> None:
-    recorded, release = snapshot(version(folder)), version(folder)
+def assert_is_snapshot(names: dict[str, str | None], folder: Path, kind: str = "vllm") -> None:
+    recorded, release = snapshot(version(folder), kind), version(folder)
     changed = {n: (recorded.get(n, "absent"), names.get(n, "absent")) for n in recorded.keys() | names.keys()}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, (
-        f"{snapshot_path(release).name} is out of date: after reading what changed in vLLM or in what we touch, run "
-        f"`python tests/versions/touches.py FOLDER` with each supported version of vLLM ({changed})"
+        f"{snapshot_path(release, kind).name} is out of date: after reading what changed in vLLM or in what we touch, "
+        f"run `python tests/versions/touches.py FOLDER` with each supported version of vLLM ({changed})"
     )
 
 
 def test_the_installed_vllm_is_the_one_of_its_snapshot(found, installed):
     assert_is_snapshot(found.names, installed)
+    assert_is_snapshot(request_fields(installed), installed, "requests")
 
 
 def test_everything_that_we_touch_is_in_every_version():
@@ -196,6 +198,7 @@ def test_an_unpacked_release_is_the_one_of_its_snapshot(tmp_path):
     folder = Path(os.environ.get("VLLM_SOURCE") or download(tmp_path))
     assert version(folder) in RELEASES
     assert_is_snapshot(touches(folder).names, folder)
+    assert_is_snapshot(request_fields(folder), folder, "requests")
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@
 writes `vllm-MAJOR.MINOR.json` beside this file: each touched name, and what it is in that version. Found are imports,
 attributes and calls of what was imported, of parameters annotated with a class of vLLM's, and of `self` in subclasses;
 base classes, overridden methods and patched names, both with a digest of their bodies; and the kernels that have a
-counterpart for a CPU. What cannot be found is in `touch_tables.py`.
+counterpart for a CPU. What cannot be found is in `touch_tables.py`. `requests-MAJOR.MINOR.json` has the fields of a
+request (`request_fields.py`).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from request_fields import request_fields
 from touch_tables import ADDED, NAMES, RELIED_ON, VARIABLES
 from vllm_source import Definition, Function, VllmSource, body_digest
 
@@ -264,8 +266,12 @@ def version(folder: Path) -> str:
     return sorted(match[1] for match in names if match)[0]
 
 
-def snapshot_path(release: str) -> Path:
-    return HERE / f"vllm-{release}.json"
+def snapshot_path(release: str, kind: str = "vllm") -> Path:
+    return HERE / f"{kind}-{release}.json"
+
+
+def write(snapshot: dict, path: Path) -> None:
+    path.write_text(json.dumps(snapshot, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -274,7 +280,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     path = snapshot_path(version(folder))
     names = touches(folder).names
-    path.write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+    write(names, path)
+    write(request_fields(folder), snapshot_path(version(folder), "requests"))
     missing = [name for name, text in names.items() if text is None and name not in ADDED]
     print(f"{path}: {len(names)} names; not in this vLLM: {', '.join(missing) or 'none'}")
 

@@ -8,10 +8,10 @@ from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.serving.scores import ScoringRejectionSampler
 from vllm_ctc_spec.serving.tree.verification import draw_target_tokens
 
 
@@ -26,7 +26,7 @@ def attach_rule(vllm_config: VllmConfig, target: nn.Module, rule: AcceptanceRule
     target.get_model_state_cls = lambda: ChainModelState
 
 
-class ChainRejectionSampler(RejectionSampler):
+class ChainRejectionSampler(ScoringRejectionSampler):
     """Draws a token of the target after each row of a chain, and walks by the rule. Drafts are deterministic given the
     context: for sampled ones the draw would have to be the rejection sampler's."""
 

@@ -135,6 +135,34 @@ def test_bad_words(agree):
     assert masked == [[7, 30, 31], [7, 33], [7, 35], [7, 30, 31], []]
 
 
+@pytest.mark.parametrize("is_first_look", [True, False])
+@pytest.mark.parametrize(
+    ("begin", "natural_end", "forced"),
+    [([1], [2], [2]), ([1, 3], [2, 4], [5, 3, 2, 4])],
+    ids=["one token each", "several tokens each"],
+)
+def test_thinking_budget(agree, begin, natural_end, forced, is_first_look):
+    """Requests of few different tokens, so that markers, parts of them and forced ends are everywhere. The first look
+    at request 0 reads two blocks; request 4 is shorter than what was seen of the one that had its slot."""
+    num_forced = 0
+    for _ in range(6):
+        all_token_ids = torch.randint(1, 7, (MAX_REQS, 1500), dtype=torch.int32)
+        total_len = ints([1200, 0, 0, torch.randint(2, 40, ()).item(), 12])
+        all_token_ids[0, 100:] = 9
+        last_start, last_end, scanned = (torch.full((MAX_REQS,), value, dtype=torch.int32) for value in (-1, -1, 0))
+        if not is_first_look:
+            last_start[3], last_end[3], scanned[3], scanned[4] = 1, 0, max(int(total_len[3]) - 5, 1), 20
+        ours = agree(
+            "sample.thinking_budget.apply_thinking_budget", torch.zeros(5, VOCAB), ints([3, 0, 4], torch.int64),
+            REQUESTS, ints([9, -1, -1, 1, 3]), all_token_ids, total_len, torch.randint(1, 7, (5,), dtype=torch.int32),
+            LOCAL_POS, last_start, last_end, scanned, ints(begin), ints(natural_end), ints(forced),
+        )  # fmt: skip
+        rows, tokens = (ours.args[0] > 0).nonzero(as_tuple=True)
+        assert len(set(rows.tolist())) == len(rows) and set(tokens.tolist()) <= set(forced)
+        num_forced += len(rows)
+    assert 4 < num_forced < 26
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grammar_bitmask(agree, dtype):
     stride = 4
@@ -167,9 +195,10 @@ def test_topk_scores(agree, num_logprobs, max_token_ids, logits_mode):
         num_token_ids=SimpleNamespace(gpu=ints([6, 0, 0, 0, 2])),
         token_ids=SimpleNamespace(gpu=torch.randint(VOCAB, (MAX_REQS, 16), dtype=torch.int32)),
     )
+    requests = torch.cat([REQUESTS, ints([1, 0])])  # more rows than requests
     agree(
-        "sample.logprob.compute_topk_scores", torch.randn(5, VOCAB), num_logprobs, torch.randint(VOCAB, (5,)), None,
-        state, REQUESTS, max_token_ids, logits_mode,
+        "sample.logprob.compute_topk_scores", torch.randn(7, VOCAB), num_logprobs, torch.randint(VOCAB, (7,)), None,
+        state, requests, max_token_ids, logits_mode,
     )  # fmt: skip
 
 

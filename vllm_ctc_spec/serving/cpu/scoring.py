@@ -33,6 +33,8 @@ def fill_logprob_token_ids(
     is_valid[:, 0] = True
     for row, request in enumerate(expanded_idx_mapping_ptr.tolist()):
         count = counts[request]
+        if count == 0 and NUM_TOPK == 0:  # `top` is then any tensor, and may have fewer rows
+            continue
         source = chosen[request, :count] if count > 0 else top[row, :NUM_TOPK]
         token_ids[row, 1 : 1 + len(source)] = source
         is_valid[row, 1 : 1 + len(source)] = True

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from vllm_ctc_spec.serving.cpu import batch, drafting, rejection, sampling, scoring
+from vllm_ctc_spec.serving.cpu import batch, drafting, rejection, sampling, scoring, thinking
 
 PACKAGE = "vllm.v1.worker.gpu"
 # module: {function: digests, separated by blanks}; the kernel of `function` is `_function_kernel`
@@ -57,6 +57,10 @@ KERNELS: dict[str, dict[Callable, str]] = {
     },
     "sample.bad_words": {
         sampling.bad_words: "28ba2da3ae84",
+    },
+    "sample.thinking_budget": {
+        thinking.update_committed_marker_cache: "eaa9ab8ef873",
+        thinking.thinking_budget: "a23dadcbe605",
     },
     "structured_outputs": {
         sampling.apply_grammar_bitmask: "cb21ab19bb8e",

@@ -10,9 +10,9 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.serving.scores import ScoringRejectionSampler
 from vllm_ctc_spec.serving.tree.layout import Verdict, in_path_order
 
 
@@ -36,7 +36,7 @@ def draw_target_tokens(
     )
 
 
-class TreeRejectionSampler(RejectionSampler):
+class TreeRejectionSampler(ScoringRejectionSampler):
     """Draws a token of the target at each node, and walks down the tree by the rule of acceptance.
 
     The exact rule steps to the child whose token was drawn, else emits that token and stops. The tree is deterministic
@@ -117,7 +117,7 @@ class TreeRejectionSampler(RejectionSampler):
         max_num_logprobs: int,
     ) -> LogprobsTensors | None:
         """vLLM pairs the k-th emitted token with the request's k-th row: put the accepted nodes' rows there."""
-        if max_num_logprobs == NO_LOGPROBS:
+        if max_num_logprobs == NO_LOGPROBS and not self._num_named:
             return None
         rows = in_path_order(cu_num_logits[:-1], Verdict(self._paths[-1], num_sampled), logits.shape[0])
         return super()._get_logprobs_tensors(
