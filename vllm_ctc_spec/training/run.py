@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.answers import Generate, answer, generate_here
+from vllm_ctc_spec.training.answers import Generate, answer, generate_here, prompt_builder
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
-from vllm_ctc_spec.training.data_config import DataConfig
+from vllm_ctc_spec.training.data_config import DataConfig, is_dataset
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, responses_dtype, target_fingerprint
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
 from vllm_ctc_spec.training.hidden_states import in_process, stored
@@ -78,7 +78,7 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Gen
         text.check_layers(config.target)
     drafter_config = drafter_shape(config, text.config)
     folder = Path(config.data)
-    if not folder.is_dir():
+    if not is_dataset(folder):
         folder = paths.labels
         answer_prompts(config, text, folder, overwrite, generate)
     layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
@@ -105,18 +105,16 @@ def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrit
             f"--features stored needs hidden states, and {config.data} is no dataset: write one with "
             "`vllm-ctc data --hidden-states`."
         )
-    shared = ("target", "max_new_tokens", "temperature", "seed", "held_out", "chat_template_kwargs")
+    shared = ("target", "max_new_tokens", "temperature", "seed", "held_out", "regenerate", "chat_template_kwargs")
     asked = DataConfig(
         prompts=config.data, output=folder, dtype=DTYPES[config.dtype],
         **{name: getattr(config, name) for name in shared},
     )  # fmt: skip
-    prompts = read_prompts(config.data, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
+    prompts = read_prompts(config.data, prompt_builder(asked, text), config.held_out, config.regenerate)
     answer(asked, text, prompts, overwrite, generate)
 
 
-def run_worker(
-    prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS
-) -> str | None:
+def run_worker(prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
