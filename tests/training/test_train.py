@@ -26,11 +26,11 @@ from vllm_ctc_spec.training.dataset_writer import plan_shards, write_states
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.loop import Trainer
-from vllm_ctc_spec.training.prompts import read_prompts
+from vllm_ctc_spec.training.prompts import PromptBuilder, read_prompts
 from vllm_ctc_spec.training.run import drafter_shape, prepare, train
 from vllm_ctc_spec.training.target import Target, TargetText
 
-from .tiny import by_transformers
+from .tiny import answers_of, by_transformers
 
 SMALL = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=12, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
@@ -55,7 +55,7 @@ def paths(folder: Path, labels: Path | None = None) -> RunPaths:
 
 def read_log(folder: Path) -> list[dict]:
     entries = [json.loads(line) for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+    return [{key: value for key, value in entry.items() if not key.endswith("seconds")} for entry in entries]
 
 
 def changed(config: TrainConfig, **change) -> TrainConfig:
@@ -206,7 +206,8 @@ def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(
             ids = [torch.tensor([e.prompt + e.response]) for e in read_shard(shard.path(labels))]
             yield shard, torch.cat([run([], each)[0] for each in ids])
 
-    prompts = read_prompts(config.data, TargetText.load(config.target), 20, 2)
+    text = TargetText.load(config.target)
+    prompts = read_prompts(config.data, PromptBuilder(text, text.max_length, 20), 2)
     write_states(labels, plan_shards(prompts, 0.0), layer_ids, states)
     with monkeypatch.context() as patch:
         patch.setattr(Target, "load", None)  # such a run needs the target's tables alone
@@ -306,7 +307,7 @@ def test_nothing_is_loaded_or_claimed_while_a_run_is_prepared(config, from_promp
 
     def recorded(engine, shards, advance):
         for shard in shards:
-            yield shard, [examples[tuple(prompt)] for prompt in shard.prompts]
+            yield shard, answers_of(shard, lambda prompt: examples[tuple(prompt)])
 
     prepared = prepare(from_prompts, paths(tmp_path / "prompts"), False, recorded)
     assert [path.name for path in (tmp_path / "prompts" / "work").iterdir()] == ["labels"]

@@ -16,7 +16,7 @@ PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
 PROMPT_FILES = "rows with question, prompt, instruction, turns, messages or conversations (jsonl, json or parquet)"
 MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
-MAY_CHANGE = ("accumulate", "save_every", "eval_every")
+MAY_CHANGE = ("accumulate", "save_every", "eval_every", "license", "base_model")
 """Settings that may differ when a run is resumed, because the weights of a step do not depend on them. The interval of
 measurements decides only which weights are known to be the best."""
 
@@ -120,6 +120,11 @@ class TrainConfig:
     )
     save_every: int = setting("steps between checkpoints", 100)
     eval_every: int = setting("steps between measurements of the held-out acceptance length; the best one is kept", 500)
+    license: str = setting("of the drafter, for its README.md (default: the target's, by its README.md)", "")
+    base_model: str = setting(
+        "the target's name on the model hub, for the drafter's README.md (default: what its folder or files say)",
+        "",
+    )
     dtype: str | None = setting(
         f"of the target, as it will be served, and of the drafter's matrix products, which are in bf16 with fp16 "
         f"(default: {DEFAULT_DTYPE})",

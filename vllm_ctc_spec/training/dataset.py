@@ -48,7 +48,8 @@ class Example:
     response: list[int]
     turn: int = 1  # user messages in the prompt
     states: StoredStates | None = dataclasses.field(default=None, compare=False, repr=False)
-    conversation: Hashable = dataclasses.field(default=None, compare=False, repr=False)  # the same in all of its turns
+    # The same in all turns of one.
+    conversation: Hashable = dataclasses.field(default_factory=object, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -47,7 +47,8 @@ class Prompts:
 def amount(conversations: Sequence[Conversation], what: str = "") -> str:
     """The number of prompts, and of conversations if these are fewer."""
     num_prompts = sum(conversation.num_answers for conversation in conversations)
-    among = f" in {len(conversations)} conversations" if num_prompts != len(conversations) else ""
+    rows = len(conversations)
+    among = f" in {rows} conversation{'s' * (rows != 1)}" if num_prompts != rows else ""
     return f"{num_prompts} {what}".rstrip() + among
 
 
