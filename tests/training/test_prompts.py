@@ -130,7 +130,7 @@ def test_the_engine_has_room_for_what_a_conversation_may_become(text, tmp_path):
     path = write(tmp_path / "rows.jsonl", {"turns": ["a", "bc"]}, {"turns": ["d", "e"]}, chat("f", "g" * 30, "h"))
     large = dataclasses.replace(builder(text), max_length=10_000)
     given = read_prompts(path, large, 1)
-    assert large.longest(given.train + given.held_out) == len("uf_e_a") - 2 + 30 + 4
+    assert large.longest(given.train + given.held_out) == 4 + 30 + 5  # with the marks of the template
     own = read_prompts(path, large, 1, regenerate=True)
     assert large.longest(own.train) == 4 + 2 + 8 + 64  # first prompt, later question, an answer, and a template's marks
     assert builder(text).longest(own.train) == 64

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -52,8 +53,8 @@ def license_of(config: TrainConfig) -> str:
     if config.license:
         return config.license
     try:
-        given = ModelCard.load(Path(config.target) / CARD_NAME).data.to_dict().get("license")
-    except (OSError, ValueError):
+        given = (metadata_load(Path(config.target) / CARD_NAME) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
         given = None
     return given if isinstance(given, str) and given else UNKNOWN_LICENSE
 

@@ -83,7 +83,7 @@ class Pace:
     def seconds_left(self, step: int) -> float:
         """Behind this step; the measurements count once one has been made."""
         steps, every = self._config.steps, self._config.eval_every
-        measurements = steps // every - step // every + (steps % every > 0)
+        measurements = steps // every - step // every + (steps % every > 0 and step < steps)
         return (steps - step) * statistics.median(self._steps) + measurements * (self._measurement or 0)
 
     def left(self, step: int) -> str:

@@ -22,6 +22,7 @@ TODAY = datetime.datetime(2026, 1, 1)
 TOO_LONG = "longer than the target's positions"
 DUPLICATE = "the same as one before"
 REFUSED = "refused by the target's chat template"
+NO_TOKEN = "with a token that the model lacks"
 ROOM_OF_A_TURN = 64  # tokens of a chat template around the messages of one
 UNANSWERED = "the file has no answer before them, which --regenerate lets the target give"
 
@@ -81,10 +82,17 @@ class PromptBuilder:
                 **given,
                 **self.chat_template_kwargs or {},
             )
-            return tokenizer(text, add_special_tokens=False).input_ids
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         except Exception as error:  # a template is the target's own program, which may raise anything
             reason = (str(error).strip().splitlines() or [""])[0]
             raise LeaveOut(REFUSED, f", {type(error).__name__}: {reason.rstrip('.')}") from error
+
+        vocab_size = self.text.config.get_text_config().vocab_size
+        unknown = next((token for token in ids if token >= vocab_size), None)
+        if unknown is not None:  # such as one that somebody has added to the tokenizer alone
+            token = tokenizer.convert_ids_to_tokens(unknown)
+            raise LeaveOut(NO_TOKEN, f", {token!r}, number {unknown} of {vocab_size}")
+        return ids
 
     def fits(self, ids: Sequence[int]) -> bool:
         """Whether there is room for a response in the target's positions."""
