@@ -195,9 +195,11 @@ def test_acceptance_is_told_turn_by_turn(target, config, tmp_path):
     ]
     for number in (1, 2, 3):
         of_turn = measure_chain(drafter, hidden_states, [e for e in examples if e.turn == number])
-        (line,) = [line for line in table[: table.index(table[5])] if line.startswith(f"  turn {number}")]
-        assert line.split()[2:] == ["0", f"{of_turn.length:.3f}", "+-", f"{of_turn.half_width:.3f}",
-                                    f"{of_turn.length / 5:.3f}", str(len(of_turn.steps)), f"{sum(of_turn.steps):.0f}"]  # fmt: skip
+        line = table[1 + number]
+        assert line.startswith(f"  turn {number} ") and line.split()[2:] == [
+            "0", f"{of_turn.length:.3f}", "+-", f"{of_turn.half_width:.3f}", f"{of_turn.length / 5:.3f}",
+            str(len(of_turn.steps)), f"{sum(of_turn.steps):.0f}",
+        ]  # fmt: skip
     total = measure_chain(drafter, hidden_states, examples).grouped([e.conversation for e in drafted])
     assert table[1].split()[4:7] == [f"{total.length:.3f}", "+-", f"{total.half_width:.3f}"]
     assert written[0]["half_width"] == pytest.approx(total.half_width)
@@ -214,7 +216,8 @@ def test_turns_may_follow_from_the_targets_own_answers(target, config, tmp_path)
 
 
 def test_many_turns_are_one_line_of_the_table():
-    result = Result("chain of 4", 4, 0.0, Acceptance([3] * 7, [1, 1, 2, 2, 3, 3, 3]), [1, 1, 2, 3, 4, 5, 9], [*range(7)])
+    acceptance = Acceptance([3] * 7, [1, 1, 2, 2, 3, 3, 3])
+    result = Result("chain of 4", 4, 0.0, acceptance, [1, 1, 2, 3, 4, 5, 9], [*range(7)])
     assert [*result.by_turn()] == ["turn 1", "turn 2", "turn 3", "turn 4 and later"]
     assert result.by_turn()["turn 4 and later"] == Acceptance([3] * 3, [3] * 3)
     assert Result("chain of 4", 4, 0.0, Acceptance([3], [1]), [1], [0]).by_turn() == {}
@@ -230,7 +233,8 @@ def test_two_drafters_are_compared_on_the_same_responses(config, save_drafter, t
         alone[folder] = json.loads((tmp_path / "one.json").read_text())["results"]
     both = json.loads((tmp_path / "both.json").read_text())
     assert both["results"] == alone[first] and both["against"] == alone[second]
-    upper, lower = table.split(f"\n\nAgainst {second}, on the same responses; the interval is of the difference:\n")
+    between = f"\n\nAgainst {second}, on the same responses; the interval is of the difference:\n"
+    upper, lower = table.removesuffix(f"\n{ACCEPTANCE}").split(between)
     assert upper.splitlines()[0] == HEADER and lower.splitlines()[0] == COMPARED_HEADER
     for line, mine, theirs, difference in zip(
         lower.splitlines()[1:], both["results"], both["against"], both["differences"], strict=True

@@ -486,7 +486,7 @@ def test_a_diverging_run_says_so(config, tmp_path):
 
 def test_a_target_that_says_nothing_is_refused(from_prompts, tmp_path):
     def end_at_once(engine, shards, advance):
-        return ((shard, [[3]] * len(shard.prompts)) for shard in shards)
+        return ((shard, answers_of(shard, lambda _: [3])) for shard in shards)
 
     with pytest.raises(TrainingError, match="nothing to draft"):
         train(from_prompts, paths(tmp_path), overwrite=False, generate=end_at_once)

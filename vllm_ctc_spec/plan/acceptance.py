@@ -7,6 +7,7 @@ from tqdm import tqdm
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.plan.solve import Draft
 from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import OOM_REMEDIES, EvalPrompts, check_responses, load_drafter, load_target
 from vllm_ctc_spec.training.hidden_states import in_process
@@ -30,4 +31,5 @@ def acceptance_lengths(config: EvalConfig, prompts: EvalPrompts, drafts: Sequenc
             if sizes[kind]:
                 bar = tqdm(examples, desc=f"{kind}s", unit="prompt")
                 measured[kind] = measure(drafter, hidden_states, bar, sizes[kind])
-    return {str(draft): measured[draft.kind][draft.size] for draft in drafts}
+        conversations = [example.conversation for example in examples if anchor_positions(example)]
+    return {str(draft): measured[draft.kind][draft.size].grouped(conversations) for draft in drafts}

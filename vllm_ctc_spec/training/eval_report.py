@@ -101,11 +101,11 @@ def _finite(value: float) -> float | None:
 
 def table(results: Sequence[Result], others: Sequence[Result], against: str | None) -> str:
     """others: of the drafter `against`, for the same drafts in the same order, or none."""
-    lines = [HEADER, *(row for result in results for row in result.rows()), ACCEPTANCE]
+    lines = [HEADER, *(row for result in results for row in result.rows())]
     if others:
         lines += ["", f"Against {against}, on the same responses; the interval is of the difference:", COMPARED_HEADER]
         lines += [mine.compared_with(theirs) for mine, theirs in zip(results, others, strict=True)]
-    return "\n".join(lines)
+    return "\n".join([*lines, ACCEPTANCE])
 
 
 def write(path: Path, config: EvalConfig, report: str, results: Sequence[Result], others: Sequence[Result]) -> None:
