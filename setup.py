@@ -31,7 +31,7 @@ setup(
         "bench": ["gguf", "matplotlib", "rich"],
         "ray": ["ray[data,train]"],
         "test": ["hypothesis", "mypy", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
-        "train": ["tensorboard"],
+        "train": ["pyarrow", "tensorboard"],
     },
     entry_points={
         "vllm.general_plugins": ["ctc = vllm_ctc_spec.serving.plugin:register"],

@@ -83,7 +83,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def rows_of(path: Path) -> list[Row]:
     try:
-        rows = read_rows(path, FIELDS)
+        rows = list(read_rows(path, FIELDS))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     if not rows or not all(row.fields for row in rows):
@@ -92,9 +92,9 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def first_turn(row: Row, path: Path) -> str:
-    if row.messages is None:
+    if row.dialogue is None:
         raise SystemExit(f"error: a row of {path} has none of the keys {', '.join(FIELDS)}.")
-    return row.messages[0]["content"]
+    return row.dialogue.turns[0].asked[-1]["content"]
 
 
 def fitting(prompts: PromptSet, tokenizer, room: int, limit: int) -> PromptSet:

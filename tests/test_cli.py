@@ -52,7 +52,7 @@ CHANGED = {
     "init": "other", "steps": 7, "batch_size": 3, "accumulate": 2, "anchors": 5, "position_decay": 2.0,
     "optimizer": "adamw", "lr": 0.5, "warmup": 1, "clip": 2.0, "seed": 4, "temperature": 0.7, "max_new_tokens": 11,
     "held_out": 13, "save_every": 17, "eval_every": 19, "dtype": "bf16",
-    "chat_template_kwargs": {"enable_thinking": False},
+    "chat_template_kwargs": {"enable_thinking": False}, "regenerate": True, "license": "mit", "base_model": "a/b",
 }  # fmt: skip
 
 
@@ -66,7 +66,9 @@ def as_typed(value) -> str:
 def test_every_setting_has_an_option(name, asked):
     needed = {"transition_rank": {"lattice": "transitions"}}.get(name, {})  # what the setting is refused without
     given = {name: CHANGED[name], **needed}
-    options = [part for key, value in given.items() for part in ("--" + key.replace("_", "-"), as_typed(value))]
+    options = []
+    for key, value in given.items():
+        options += ["--" + key.replace("_", "-"), *([] if value is True else [as_typed(value)])]
     assert cli.main([*REQUIRED, *options]) == 0
     assert asked[0][0] == TrainConfig(target="t", data="d", **given) != TrainConfig(target="t", data="d", **needed)
 
@@ -74,11 +76,12 @@ def test_every_setting_has_an_option(name, asked):
 def test_a_configuration_file_gives_settings_and_the_command_line_wins(asked, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
-        'target = "from-file"\ndata = "d"\nlr = 1\naux_layers = [1, 2]\nnum_labels = 4\n[chat_template_kwargs]\na = 1\n'
+        'target = "from-file"\ndata = "d"\nlr = 1\naux_layers = [1, 2]\nnum_labels = 4\nregenerate = true\n'
+        "[chat_template_kwargs]\na = 1\n"
     )
     assert cli.main(["train", "--config", str(file), "--output", "o", "--target", "given", "--num-labels", "5"]) == 0
     expected = TrainConfig(
-        target="given", data="d", lr=1, aux_layers=(1, 2), num_labels=5, chat_template_kwargs={"a": 1}
+        target="given", data="d", lr=1, aux_layers=(1, 2), num_labels=5, regenerate=True, chat_template_kwargs={"a": 1}
     )
     assert asked[0][0] == expected
 
@@ -89,6 +92,7 @@ def test_a_configuration_file_gives_settings_and_the_command_line_wins(asked, tm
         ("learning_rate = 1", "unknown setting 'learning_rate'; the settings are target"),
         ('steps = "many"', "steps must be"),
         ("steps = true", "steps must be"),
+        ("regenerate = 1", "regenerate must be"),
         ("steps =", "cannot be read"),
         ("", "--target is missing"),
         ('target = "t"', "--data is missing"),
@@ -228,7 +232,8 @@ def test_a_run_from_the_command_line(tmp_path):
 EVAL = ["eval", "--target", "t", "--drafter", "d", "--data", "f"]
 EVAL_CHANGED = {
     "num_prompts": ("7", 7), "nodes": ("4,2", (4, 2)), "temperature": ("1", (1.0,)), "max_new_tokens": ("9", 9),
-    "seed": ("3", 3), "category": ("qa", "qa"), "dtype": ("bf16", "bf16"),
+    "seed": ("3", 3), "category": ("qa", "qa"), "dtype": ("bf16", "bf16"), "against": ("other", "other"),
+    "regenerate": ("", True),
     "chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
 }  # fmt: skip
 
@@ -253,7 +258,7 @@ def test_eval_has_the_defaults_of_its_settings(evaluated, capsys):
 )
 def test_every_setting_of_eval_has_an_option(name, evaluated):
     text, value = EVAL_CHANGED[name]
-    assert cli.main([*EVAL, "--" + name.replace("_", "-"), text]) == 0
+    assert cli.main([*EVAL, "--" + name.replace("_", "-"), *([text] if text else [])]) == 0
     assert evaluated == [(EvalConfig("t", "d", "f", **{name: value}), None)]
 
 
@@ -292,7 +297,7 @@ DATA = ["data", "--target", "t", "--prompts", "p", "--output", "o"]
 DATA_DEFAULTS = {
     "target": "t", "prompts": "p", "output": Path("o"), "max_new_tokens": 256, "temperature": 0.0, "seed": 0,
     "held_out": 100, "hidden_states": False, "dtype": "auto", "aux_layers": None, "tensor_parallel_size": 1,
-    "chat_template_kwargs": None,
+    "chat_template_kwargs": None, "regenerate": False,
 }  # fmt: skip
 
 
@@ -334,6 +339,11 @@ def test_data_defaults(data_asked, capsys):
 def test_data_options_reach_the_settings(data_asked, name, value):
     assert cli.main([*DATA, "--" + name.replace("_", "-"), as_typed(value)]) == 0
     assert data_asked[0][0] == DataConfig(**{**DATA_DEFAULTS, name: value})
+
+
+def test_data_of_whole_conversations(data_asked):
+    assert cli.main([*DATA, "--regenerate"]) == 0
+    assert data_asked[0][0] == DataConfig(**{**DATA_DEFAULTS, "regenerate": True})
 
 
 @pytest.mark.parametrize("text", ["{enable_thinking: false}", "[1]", "false", ""])

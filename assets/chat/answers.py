@@ -16,11 +16,12 @@ from pathlib import Path
 
 from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.config import TrainConfig
+from vllm_ctc_spec.training.conversations import Answer
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import Shard, read_shard
-from vllm_ctc_spec.training.dataset_writer import Advance, Responses, plan_shards
+from vllm_ctc_spec.training.dataset_writer import Advance, Answers, plan_shards
 from vllm_ctc_spec.training.engine import EngineConfig
-from vllm_ctc_spec.training.prompts import read_prompts
+from vllm_ctc_spec.training.prompts import PromptBuilder, read_prompts
 from vllm_ctc_spec.training.target import TargetText
 
 PACKED = Path(__file__).with_name("answers.jsonl.xz")
@@ -38,7 +39,10 @@ def maths_questions(path: Path | None) -> list[str]:
 def pack(args: argparse.Namespace) -> None:
     """One line a prompt: its row, or the place of its question in gsm8k_train.jsonl, and the answer's token ids."""
     places = {question: place for place, question in enumerate(maths_questions(args.maths))}
-    prompts = read_prompts(str(args.prompts), TargetText.load(args.target), MAX_NEW_TOKENS, TrainConfig.held_out)
+    text = TargetText.load(args.target)
+    prompts = read_prompts(
+        str(args.prompts), PromptBuilder(text, text.max_length, MAX_NEW_TOKENS), TrainConfig.held_out
+    )
     answers: dict[str, dict[int, list[int]]] = {"train": {}, "held-out": {}}
     for shard in plan_shards(prompts, 0.0):
         examples = read_shard(shard.path(args.dataset))
@@ -67,10 +71,11 @@ def unpack(args: argparse.Namespace) -> None:
     prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     num_train = len(rows) - min(TrainConfig.held_out, len(rows) // 10)
 
-    def look_up(_: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Responses]]:
+    def look_up(_: EngineConfig, shards: Sequence[Shard], advance: Advance) -> Iterator[tuple[Shard, Answers]]:
         for shard in shards:
             first = num_train if shard.part == "held-out" else 0
-            yield shard, [answers[first + row] for row in shard.rows]
+            prompts = [conversation.prompts[0] for conversation in shard.conversations]
+            yield shard, [[Answer(prompt, answers[first + row])] for prompt, row in zip(prompts, shard.rows)]
 
     config = DataConfig(
         target=args.target, prompts=str(prompts), output=args.folder / "dataset", max_new_tokens=MAX_NEW_TOKENS,

@@ -77,7 +77,7 @@ def test_every_batch_size_gets_its_fastest_draft_and_what_was_measured_is_writte
         SCHEDULE: [(1, UNBOUNDED, 2)],
     }  # fmt: skip
     assert measurements.asked[-1][2][SCHEDULE] == plan.schedule
-    assert len(measurements.prompts) == 3 and measurements.asked[0][0].batch_sizes == (1, 2, 4)
+    assert len(measurements.prompts.conversations) == 3 and measurements.asked[0][0].batch_sizes == (1, 2, 4)
     assert (1, 16, 4.0, 2.5) in plan.expected and (1, 4, 2.4, pytest.approx(2.4 * 10 / 14)) in plan.expected
     assert {(row.batch_size, row.tokens) for row in plan.expected} == {(b, size) for b in (1, 2, 4) for size in (4, 16)}
     measured = json.loads(path.read_text())["measured"]
@@ -199,7 +199,6 @@ def test_every_setting_has_an_option(name, planned):
         (["--min-speedup", "0"], "--min-speedup must be more than 0, not 0"),
         (["--min-speedup", "nan"], "--min-speedup must be more than 0, not nan"),
         (["--output", "."], "--output . is a folder; give a file"),
-        (["--prompts", "."], "--prompts . is a folder; give a file of prompts"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message, planned, capsys):
@@ -215,3 +214,9 @@ def test_an_interrupt_promises_nothing(monkeypatch, capsys):
     monkeypatch.setattr(run, "make_plan", interrupted)
     assert cli.main(COMMAND) == 130
     assert capsys.readouterr().err == "vllm-ctc: interrupted; nothing was written.\n"
+
+
+def test_a_dataset_has_no_prompts_to_answer(planned, tmp_path, capsys):
+    (tmp_path / "settings.json").touch()
+    assert cli.main([*COMMAND, "--prompts", str(tmp_path)]) == 1
+    assert "is a dataset; give a file of prompts" in capsys.readouterr().err and not planned

@@ -246,3 +246,48 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         hits += abs(measured.length - truth) <= measured.half_width
     assert 0.91 <= hits / trials <= 0.985
     assert Acceptance([5], [2]).half_width == math.inf
+
+
+def measured(tokens, per_step) -> Acceptance:
+    return Acceptance(tokens.tolist(), (tokens / per_step).tolist())
+
+
+def test_the_interval_of_a_difference_covers_it_and_is_narrower_than_those_of_its_terms():
+    """Two drafters on prompts of which some are harder for both."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drafters(count: int) -> tuple[Acceptance, Acceptance]:
+        tokens = torch.randint(20, 200, (count,), generator=generator)
+        ease = 0.5 * torch.randn(count, generator=generator).clamp(-3, 3)
+        noise = 0.1 * torch.randn(2, count, generator=generator)
+        return measured(tokens, 3.2 + ease + noise[0]), measured(tokens, 3.0 + ease + noise[1])
+
+    one, other = drafters(200_000)
+    truth, trials, hits, narrower = one.length - other.length, 400, 0, 0
+    for _ in range(trials):
+        one, other = drafters(60)
+        difference, half_width = one.minus(other)
+        hits += abs(difference - truth) <= half_width
+        narrower += half_width < 0.5 * math.hypot(one.half_width, other.half_width)
+    assert 0.91 <= hits / trials <= 0.985 and narrower > 0.95 * trials
+    assert one.minus(one) == (0, 0)
+    assert Acceptance([5], [2]).minus(Acceptance([5], [3])) == (5 / 2 - 5 / 3, math.inf)
+
+
+def test_the_interval_over_conversations_covers_the_truth_where_the_one_over_prompts_does_not():
+    """Turns of a conversation are as easy as each other."""
+    generator, trials = torch.Generator().manual_seed(0), 400
+    turns, hits = 6, {"conversations": 0, "prompts": 0}
+
+    def conversations(count: int) -> Acceptance:
+        ease = 0.5 * torch.randn(count, 1, generator=generator).clamp(-3, 3).expand(-1, turns)
+        return measured(torch.randint(20, 200, (count * turns,), generator=generator), 3 + ease.flatten())
+
+    truth = conversations(50_000).length
+    for _ in range(trials):
+        prompts = conversations(40)
+        grouped = prompts.grouped([row // turns for row in range(40 * turns)])
+        assert grouped.length == pytest.approx(prompts.length) and len(grouped.steps) == 40
+        for name, acceptance in (("prompts", prompts), ("conversations", grouped)):
+            hits[name] += abs(acceptance.length - truth) <= acceptance.half_width
+    assert 0.91 <= hits["conversations"] / trials <= 0.985 and hits["prompts"] / trials < 0.8

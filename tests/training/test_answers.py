@@ -1,6 +1,7 @@
 """Responses by vLLM: those of transformers, independent of shards, with hidden states that a drafter can read."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from unittest.mock import Mock
 
 import pytest
@@ -21,14 +23,15 @@ from vllm_ctc_spec.serving import cpu, plugin
 from vllm_ctc_spec.training import answers, dataset, dataset_writer, extract_hidden_states, target
 from vllm_ctc_spec.training import engine as engine_module
 from vllm_ctc_spec.training.answers import make_dataset
+from vllm_ctc_spec.training.conversations import Conversation
 from vllm_ctc_spec.training.data_config import DataConfig
-from vllm_ctc_spec.training.dataset import open_dataset, responses_dtype, stored_states, target_fingerprint
+from vllm_ctc_spec.training.dataset import Shard, open_dataset, responses_dtype, stored_states, target_fingerprint
 from vllm_ctc_spec.training.engine import Engine, EngineConfig
 from vllm_ctc_spec.training.generate import respond
-from vllm_ctc_spec.training.prompts import read_prompts
+from vllm_ctc_spec.training.prompts import PromptBuilder, read_prompts
 from vllm_ctc_spec.training.target import AuxHiddenStates, Target, TargetText
 
-from .tiny import make_target, write_rows
+from .tiny import answers_of, make_target, write_rows
 
 NEW_TOKENS = 20
 
@@ -58,7 +61,8 @@ def engine(folder):
 
 @pytest.fixture
 def config(folder, rows_file, tmp_path):
-    return DataConfig(str(folder), str(rows_file), tmp_path / "data", NEW_TOKENS, 0.0, 3, 2, False, "float32")
+    data = tmp_path / "data"
+    return DataConfig(str(folder), str(rows_file), data, NEW_TOKENS, 0.0, 3, held_out=2, dtype="float32")
 
 
 @pytest.fixture
@@ -118,11 +122,41 @@ def test_sampled_responses_depend_on_seed_and_row_alone(config, generate, engine
     assert opened(other)[0] != first
 
 
-def test_equal_prompts_get_samples_of_their_own(config, generate, tmp_path):
-    (tmp_path / "rows").write_text('{"question": "abc"}\n' * 6)
-    sampled = dataclasses.replace(config, temperature=1.0, prompts=str(tmp_path / "rows"))
-    make_dataset(sampled, False, generate)
-    assert len({tuple(example.response) for example in opened(sampled)[0]}) > 1
+def test_every_row_and_every_turn_is_sampled_for_itself(engine):
+    prompt = TargetText.load(engine._config.target).tokenizer("<u>abc<e><a>").input_ids
+    same = Shard("train", 0, [*range(4)], [Conversation([prompt] * 4, [1, 2, 3, 4])] * 4, 1.0)
+    answers = engine.responses(same)
+    assert len({tuple(answer.response) for of_row in answers for answer in of_row}) > 8
+    assert engine.responses(same) == answers
+
+
+def test_conversations_go_on_with_the_targets_own_answers(config, generate, engine, target32, tmp_path, capsys):
+    """Every turn's prompt holds what the target said before, and each is answered as any prompt is."""
+    rows = [{"turns": [c, c + "b", c + "c"]} for c in "defghi"]
+    rows += [{"turns": ["j" * 20, "k" * 30, "l"]}, {"question": "m"}]
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = dataclasses.replace(config, prompts=str(tmp_path / "rows"), regenerate=True, max_new_tokens=8, held_out=1)
+    settings = dataclasses.replace(engine._config, max_new_tokens=8, max_model_len=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_config", settings)
+        report = make_dataset(own, False, generate)
+        given = dataclasses.replace(own, regenerate=False)
+        with pytest.raises(TrainingError, match="--regenerate True -> None"):
+            make_dataset(given, False, generate)
+    train, held_out = opened(own)
+    assert [example.turn for example in held_out] == [1] and max(example.turn for example in train) == 3
+    ended = 22 - len(train) - len(held_out)
+    assert ended >= 1 and report.endswith(f"held out; {ended} later turns left out: {answers.CONVERSATION_ENDED}.")
+    conversations = defaultdict(list)
+    for example in train:
+        conversations[example.conversation].append(example)
+        assert [dataclasses.replace(example, turn=1)] == respond(target32, [example.prompt], 8)
+    decode = functools.partial(target32.tokenizer.decode, skip_special_tokens=True)
+    for first, *later in conversations.values():
+        for before, example in zip([first, *later], later):
+            said = decode(before.response).replace(" ", "")
+            assert decode(example.prompt).replace(" ", "").startswith(decode(before.prompt).replace(" ", "") + said)
+    assert "21 prompts in 7 conversations for training, 1 held out" in capsys.readouterr().out
 
 
 def test_hidden_states_are_those_that_the_drafter_reads(folder, rows_file, config, target32):
@@ -268,7 +302,7 @@ def test_other_settings_are_refused_before_anything_is_generated(config, generat
         with pytest.raises(TrainingError, match=message):
             make_dataset(dataclasses.replace(config, **change), False, lambda *args: pytest.fail("too late"))
     shorter = dataclasses.replace(config, max_new_tokens=5)
-    make_dataset(shorter, True, lambda config, shards, advance: ((s, [[4] for _ in s.prompts]) for s in shards))
+    make_dataset(shorter, True, lambda config, shards, advance: ((s, answers_of(s, lambda _: [4])) for s in shards))
     assert {len(example.response) for example in opened(shorter)[0]} == {1}
 
 
@@ -306,7 +340,7 @@ def test_prompts_are_checked_without_loading_a_model(config, tmp_path, monkeypat
     refused(dataclasses.replace(config, target=str(tmp_path)), "config.json is missing")
     refused(dataclasses.replace(config, prompts="nowhere.jsonl"), "nowhere.jsonl cannot be read")
     (tmp_path / "rows").write_text('{"answer": "x"}\n')
-    refused(dataclasses.replace(config, prompts=str(tmp_path / "rows")), "0 usable rows of 1")
+    refused(dataclasses.replace(config, prompts=str(tmp_path / "rows")), "0 usable rows")
     config.output.mkdir()
     (config.output / "thesis.txt").write_text("")
     with pytest.raises(TrainingError, match="not a dataset"):
@@ -426,7 +460,7 @@ def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):
 
         def responses(self, shard, advance):
             events.append(shard.part)
-            return [[4] for _ in shard.prompts]
+            return answers_of(shard, lambda _: [4])
 
         def close(self):
             events.append("close")
@@ -440,7 +474,8 @@ def test_the_engine_is_closed_when_the_shards_are_done(config, monkeypatch):
 def test_prompts_are_those_of_train(config, target32):
     text = TargetText.load(config.target)
     assert (text.max_length, text.num_layers) == (64, 3)
-    assert read_prompts(config.prompts, text, 8, 2) == read_prompts(config.prompts, target32, 8, 2)
+    both = [read_prompts(config.prompts, PromptBuilder(each, each.max_length, 8), 2) for each in (text, target32)]
+    assert both[0] == both[1]
 
 
 def test_rows_of_every_kind_are_answered(config, generate, tmp_path):

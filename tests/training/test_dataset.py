@@ -1,6 +1,7 @@
 """The dataset's files: whole or absent, continued, never mixed, and readable by position."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,12 +13,17 @@ from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset, dataset_writer
+from vllm_ctc_spec.training.conversations import Conversation, answer_all
 from vllm_ctc_spec.training.dataset import Example, open_dataset, read_examples, stored_states, target_fingerprint
 from vllm_ctc_spec.training.dataset_writer import check_room, plan_shards, write_responses, write_states
 from vllm_ctc_spec.training.files import new_file
 from vllm_ctc_spec.training.prompts import Prompts
+from vllm_ctc_spec.training.rows import Dialogue, Turn
 
-PROMPTS = Prompts([[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]], [[1, 9, 2]], 0, 0)
+from .tiny import answers_of
+
+TRAIN = [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 9, 2], [1, 3, 2], [1, 4, 4, 4, 4, 2]]
+PROMPTS = Prompts([*map(Conversation.of_one, TRAIN)], [Conversation.of_one([1, 9, 2])])
 SETTINGS = {
     "prompts": "p", "train_prompts": 5, "held_out": 1, "target_weights": "w", "temperature": 0.0, "max_new_tokens": 4,
 }  # fmt: skip
@@ -35,7 +41,7 @@ def answer(prompt):
 
 def respond(shards, advance):
     for shard in shards:
-        yield shard, [answer(prompt) for prompt in shard.prompts]
+        yield shard, answers_of(shard, answer)
 
 
 def state_rows(examples):
@@ -67,16 +73,79 @@ def test_what_is_written_is_read(tmp_path):
     write(tmp_path / "new" / "folder")
     train, held_out = open_dataset(tmp_path / "new" / "folder", "w")
     assert names(tmp_path / "new" / "folder") == RESPONSE_FILES
-    assert train == [Example(prompt, answer(prompt)) for prompt in sorted(PROMPTS.train, key=len)]
+    assert train == [Example(prompt, answer(prompt)) for prompt in sorted(TRAIN, key=len)]
     assert held_out == [Example([1, 9, 2], [2, 9, 1, 3])]
     assert json.loads((tmp_path / "new/folder/train-00000.jsonl").read_text().splitlines()[0]) == {
         "prompt": [1, 7, 2], "response": [2, 7, 1, 3],
     }  # fmt: skip
 
 
+ASKED = [Turn([{"role": "user", "content": "a"}]), Turn([{"role": "user", "content": "b"}])]
+CHATS = Prompts(
+    [Conversation([[1, 2], [1, 2, 3, 4]], [1, 2]), Conversation([[1, 6]], [2]), Conversation.of_one([1, 7])],
+    [Conversation([[1, 9]], [1], Dialogue(ASKED))],
+)
+
+
+def converse(shards, advance):
+    """The second prompt of a conversation that goes on is the first answer and a 5."""
+
+    def follow(dialogue, responses):
+        return responses[0] + [5] if len(responses) < len(dialogue.turns) else None
+
+    for shard in shards:
+        yield shard, answer_all(shard.conversations, lambda asked: [answer(each.prompt) for each in asked], follow)
+
+
+def test_turns_of_a_conversation_lie_in_one_line(tmp_path):
+    settings = {**SETTINGS, "train_prompts": 3}
+    write_responses(tmp_path, settings, plan_shards(CHATS, 0.0), converse, False)
+    train, held_out = open_dataset(tmp_path, "w")
+    assert train == [
+        Example([1, 6], [6, 1, 3], 2), Example([1, 7], [7, 1, 3]), Example([1, 2], [2, 1, 3]),
+        Example([1, 2, 3, 4], [4, 3, 2, 1, 3], 2),
+    ]  # fmt: skip
+    assert held_out == [Example([1, 9], [9, 1, 3]), Example([9, 1, 3, 5], [5, 3, 1, 9, 3], 2)]
+    assert [example.conversation for example in train].count(train[-1].conversation) == 2
+    lines = [json.loads(line) for path in sorted(tmp_path.glob("train-*")) for line in path.read_text().splitlines()]
+    assert lines[1:] == [
+        {"prompt": [1, 7], "response": [7, 1, 3]},
+        {"turns": [{"prompt": [1, 2], "response": [2, 1, 3], "turn": 1},
+                   {"prompt": [1, 2, 3, 4], "response": [4, 3, 2, 1, 3], "turn": 2}]},
+    ]  # fmt: skip
+
+
+def test_states_of_turns_are_found(tmp_path):
+    write_responses(tmp_path, {**SETTINGS, "train_prompts": 3}, plan_shards(CHATS, 0.0), converse, False)
+
+    def compute(shards, advance):
+        for shard in shards:
+            yield shard, state_rows(dataset.read_shard(shard.path(tmp_path)))
+
+    write_states(tmp_path, plan_shards(CHATS, 0.0), LAYERS, compute)
+    train, held_out = open_dataset(tmp_path, "w", LAYERS)
+    for example in train + held_out:
+        assert torch.equal(stored_states([example], LAYERS)[0], state_rows([example]))
+
+
+def test_a_run_that_answers_itself_is_another_dataset(target_folder):
+    """And rows of one prompt are recorded as they always were, so that older datasets are continued."""
+
+    def recorded(prompts):
+        return dataset_writer.dataset_settings(str(target_folder), prompts, 8, 0.0, 0, "float32")
+
+    own = Prompts([Conversation([[1, 2]], [1], Dialogue(ASKED))], [Conversation.of_one([1, 9])])
+    given = Prompts([Conversation.of_one([1, 2])], [Conversation.of_one([1, 9])])
+    assert (recorded(own)["regenerate"], recorded(given)["regenerate"]) == (True, None)
+    assert recorded(given)["prompts"] == hashlib.sha256(b"[[[1, 2]], [[1, 9]]]").hexdigest()[:16]
+    other = Prompts([Conversation([[1, 2]], [1], Dialogue(ASKED[::-1]))], own.held_out)
+    assert len({recorded(each)["prompts"] for each in (own, given, other)}) == 3
+
+
 def test_rows_do_not_depend_on_the_size_of_shards(monkeypatch):
     def rows():
-        return {tuple(p): row for s in plan_shards(PROMPTS, 1.0) for row, p in zip(s.rows, s.prompts)}
+        shards = plan_shards(PROMPTS, 1.0)
+        return {tuple(c.prompts[0]): row for shard in shards for row, c in zip(shard.rows, shard.conversations)}
 
     small = rows()
     monkeypatch.setattr(dataset_writer, "SHARD_PROMPTS", 100)
@@ -120,7 +189,7 @@ def test_a_killed_run_is_incomplete_and_continued(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, respond=killed)
-    with pytest.raises(TrainingError, match=r"incomplete \(3 responses of 6\)"):
+    with pytest.raises(TrainingError, match=r"incomplete \(responses to 3 rows of 6\)"):
         open_dataset(tmp_path, "w")
     write(tmp_path)
     assert len(open_dataset(tmp_path, "w")[0]) == 5
@@ -285,7 +354,7 @@ def test_hidden_states_that_the_disk_has_no_room_for_are_refused(tmp_path, monke
     assert "of 0 tokens" in check_room(tmp_path, shards, LAYERS, width)
     assert check_room(tmp_path, shards, LAYERS[::-1], width)
     (tmp_path / "train-00001.safetensors").unlink()
-    with pytest.raises(TrainingError, match=f"of {len(PROMPTS.train[0]) * 2 + len(PROMPTS.train[2]) * 2 + 2} tokens"):
+    with pytest.raises(TrainingError, match=f"of {len(TRAIN[0]) * 2 + len(TRAIN[2]) * 2 + 2} tokens"):
         check_room(tmp_path, shards, LAYERS, width)
 
 

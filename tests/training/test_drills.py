@@ -23,13 +23,14 @@ from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving import plugin
 from vllm_ctc_spec.training.answers import make_dataset
 from vllm_ctc_spec.training.checkpoint import CHECKPOINT_NAME, DAMAGED_NAME, PREVIOUS_NAME
+from vllm_ctc_spec.training.conversations import Conversation
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import Example, Shard, StoredStates, _check_stored_layers
 from vllm_ctc_spec.training.dataset_writer import write_states
 from vllm_ctc_spec.training.loop import Trainer
 from vllm_ctc_spec.training.metrics import LOG_NAME
 
-from .tiny import make_target, write_rows
+from .tiny import answers_of, make_target, write_rows
 
 OPTIONS = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=12, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
@@ -203,9 +204,10 @@ def finish_data(target: Path, rows: Path, output: Path) -> list[Shard]:
     def generate(config, shards, advance):
         for shard in shards:
             generated.append(shard)
-            yield shard, [[4] for _ in shard.prompts]
+            yield shard, answers_of(shard, lambda _: [4])
 
-    make_dataset(DataConfig(str(target), str(rows), output, 40, 0.0, 0, 2, False, "float32"), False, generate)
+    asked = DataConfig(str(target), str(rows), output, 40, held_out=2, dtype="float32")
+    make_dataset(asked, False, generate)
     return generated
 
 
@@ -381,7 +383,7 @@ def test_a_shard_of_responses_that_was_cut_is_generated_again(damage, target_fol
 
 
 def test_damaged_hidden_states_are_computed_again(tmp_path):
-    shards = [Shard("train", index, [0], [[1, 2]], 0.0) for index in range(2)]
+    shards = [Shard("train", index, [0], [Conversation.of_one([1, 2])], 0.0) for index in range(2)]
     computed = []
 
     def compute(missing, advance):

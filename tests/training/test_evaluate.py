@@ -21,15 +21,9 @@ from vllm_ctc_spec.training import evaluate as module
 from vllm_ctc_spec.training.acceptance import Acceptance, walk
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.eval_config import EvalConfig
-from vllm_ctc_spec.training.evaluate import (
-    ACCEPTANCE,
-    HEADER,
-    Result,
-    evaluate,
-    read_eval_prompts,
-    response_log_probs,
-)
-from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.eval_report import ACCEPTANCE, COMPARED_HEADER, HEADER, Result
+from vllm_ctc_spec.training.evaluate import evaluate, read_eval_prompts, response_log_probs
+from vllm_ctc_spec.training.generate import converse, respond
 from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.measure import (
     draft_everywhere,
@@ -46,7 +40,7 @@ LATTICES = {"ctc": {}, "transitions": {"transition_rank": 3}, "slots": {}}
 def save_drafter(target, tmp_path):
     def save(lattice: str = "ctc", **overrides) -> str:
         torch.manual_seed(3)
-        shape = dict(num_frames=6, num_labels=4, markov_rank=5, lattice=lattice, **LATTICES[lattice], **overrides)
+        shape = dict(num_frames=6, num_labels=4, markov_rank=5, lattice=lattice) | LATTICES[lattice] | overrides
         drafter = CTCDrafter(DrafterConfig.for_target(target.model.config, **shape), target.embedding, target.head)
         drafter.save(tmp_path / lattice)
         return str(tmp_path / lattice)
@@ -118,7 +112,7 @@ def test_the_table_and_the_file_say_the_same(config, tmp_path, capsys):
 def test_one_prompt_has_no_interval(config, tmp_path):
     evaluate(config(num_prompts=1, temperature=(0.0,)), tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["results"][0]["half_width"] is None
-    assert "inf" in Result("chain of 4", 4, 0.0, Acceptance([5], [2])).row()
+    assert "inf" in Result("chain of 4", 4, 0.0, Acceptance([5], [2]), [1], [0]).rows()[0]
 
 
 @pytest.mark.parametrize("at_once", [3, 128])
@@ -133,10 +127,10 @@ def test_log_probs_are_those_of_one_forward(target, monkeypatch, at_once):
 
 
 def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target, config, tmp_path):
-    strict = "{% if messages[0].content is none %}{{ raise_exception('no text') }}{% endif %}"
+    strict = "{% if messages[0].content == 'no' %}{{ raise_exception('no text') }}{% endif %}"
     template = strict + target.tokenizer.chat_template + "{% if enable_thinking %}hm{% endif %}"
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": None}]}) + '\n{"question": "abc"}\n')
+    path.write_text('{"question": "no"}\n{"question": "abc"}\n')
     tokenizer = copy.deepcopy(target.tokenizer)
     tokenizer.chat_template = template
     thinking = dataclasses.replace(target, tokenizer=tokenizer)
@@ -145,20 +139,20 @@ def test_the_chat_template_gets_its_arguments_and_what_it_refuses_is_told(target
         for given in (None, {"enable_thinking": True})
     )
     assert found.prompts == [ids + tokenizer("hm").input_ids for ids in plain.prompts]
-    assert "1 rows skipped: refused by the target's chat template or vocabulary (the first: TemplateError: no text)" in found.report()
+    reason = "refused by the target's chat template (the first: rows.jsonl:1, TemplateError: no text)"
+    assert f"1 prompt left out: {reason}" in found.report()
 
 
-def test_skipped_rows_are_counted(target, config, tmp_path):
+def test_what_is_left_out_is_counted(target, config, tmp_path):
     rows = [{"answer": "x"}, {"question": "a" * 80}, {"question": "abc"}, {"question": "abd"}, {"answer": "y"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_eval_prompts(config(data=str(path), num_prompts=2), target)
     assert len(found.prompts) == 2
-    assert (found.skipped.unusable, found.skipped.too_long) == (1, 1)  # nothing behind the last prompt counts
-    assert "2 prompts; 1 rows skipped: none of the fields question" in found.report()
-    assert "1 rows skipped: longer than the target's positions." in found.report()
+    assert "2 prompts; 1 row left out: none of the fields question" in found.report()
+    assert found.report().endswith("; 1 prompt left out: longer than the target's positions (the first: rows.jsonl:2).")
     path.write_text('{"answer": "x"}\n')
-    with pytest.raises(TrainingError, match="no usable row among 1"):
+    with pytest.raises(TrainingError, match="has no usable row: .*1 row left out: none of the fields"):
         read_eval_prompts(config(data=str(path)), target)
 
 
@@ -168,12 +162,101 @@ def test_a_category_is_all_that_is_read(target, config, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"question": "d"}\nno json\n')
     found = read_eval_prompts(config(data=str(path), category="qa"), target)
     shown = [target.tokenizer.decode(ids).replace(" ", "") for ids in found.prompts]
-    assert shown == ["<u>a<e><a>", "<u>c<e><a>"] and not found.skipped.unusable
+    assert shown == ["<u>a<e><a>", "<u>c<e><a>"] and not found.left_out.found
     with pytest.raises(TrainingError, match="no category 'code': there are math, qa"):
         read_eval_prompts(config(data=str(path), category="code"), target)
     path.write_text('{"question": "d"}\n')
     with pytest.raises(TrainingError, match="no field `category`"):
         read_eval_prompts(config(data=str(path), category="qa"), target)
+
+
+CHATS = [
+    {"messages": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, texts)]}
+    for texts in ("abcde", "fgh", "ij", "k", "lmnop")
+]
+
+
+def test_acceptance_is_told_turn_by_turn(target, config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    settings = config(data=str(path), num_prompts=5, temperature=(0.0,), nodes=(2,))
+    table = evaluate(settings, tmp_path / "eval.json").splitlines()
+    written = json.loads((tmp_path / "eval.json").read_text())["results"]
+    drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
+    hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
+    rows = read_eval_prompts(settings, target)
+    assert [row.turns for row in rows.conversations] == [[1, 2, 3], [1, 2], [1], [1], [1, 2, 3]]
+    assert rows.report() == "10 prompts in 5 conversations."
+    examples = converse(target, rows.conversations, rows.build.follow, settings.max_new_tokens)
+    drafted = [example for example in examples if len(example.response) > 1]
+    assert written[0]["turns"] == [example.turn for example in drafted]
+    assert written[0]["conversations"] == [
+        sorted({e.conversation for e in drafted}).index(e.conversation) for e in drafted
+    ]
+    for number in (1, 2, 3):
+        of_turn = measure_chain(drafter, hidden_states, [e for e in examples if e.turn == number])
+        line = table[1 + number]
+        assert line.startswith(f"  turn {number} ") and line.split()[2:] == [
+            "0", f"{of_turn.length:.3f}", "+-", f"{of_turn.half_width:.3f}", f"{of_turn.length / 5:.3f}",
+            str(len(of_turn.steps)), f"{sum(of_turn.steps):.0f}",
+        ]  # fmt: skip
+    total = measure_chain(drafter, hidden_states, examples).grouped([e.conversation for e in drafted])
+    assert table[1].split()[4:7] == [f"{total.length:.3f}", "+-", f"{total.half_width:.3f}"]
+    assert written[0]["half_width"] == pytest.approx(total.half_width)
+
+
+def test_turns_may_follow_from_the_targets_own_answers(target, config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"turns": [c, c + "b"]}) + "\n" for c in "defg"))
+    own = config(data=str(path), temperature=(0.0,), nodes=(2,), regenerate=True)
+    evaluate(own, tmp_path / "own.json")
+    evaluate(dataclasses.replace(own, regenerate=False), tmp_path / "given.json")
+    turns = [json.loads((tmp_path / name).read_text())["results"][0]["turns"] for name in ("own.json", "given.json")]
+    assert set(turns[0]) == {1, 2} and set(turns[1]) == {1}
+
+
+def test_many_turns_are_one_line_of_the_table():
+    acceptance = Acceptance([3] * 7, [1, 1, 2, 2, 3, 3, 3])
+    result = Result("chain of 4", 4, 0.0, acceptance, [1, 1, 2, 3, 4, 5, 9], [*range(7)])
+    assert [*result.by_turn()] == ["turn 1", "turn 2", "turn 3", "turn 4 and later"]
+    assert result.by_turn()["turn 4 and later"] == Acceptance([3] * 3, [3] * 3)
+    assert Result("chain of 4", 4, 0.0, Acceptance([3], [1]), [1], [0]).by_turn() == {}
+
+
+def test_two_drafters_are_compared_on_the_same_responses(config, save_drafter, tmp_path):
+    first, second = save_drafter("ctc"), save_drafter("slots", num_labels=3)
+    settings = config(drafter=first, against=second)
+    table = evaluate(settings, tmp_path / "both.json")
+    alone = {}
+    for folder in (first, second):
+        evaluate(config(drafter=folder), tmp_path / "one.json")
+        alone[folder] = json.loads((tmp_path / "one.json").read_text())["results"]
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert both["results"] == alone[first] and both["against"] == alone[second]
+    between = f"\n\nAgainst {second}, on the same responses; the interval is of the difference:\n"
+    upper, lower = table.removesuffix(f"\n{ACCEPTANCE}").split(between)
+    assert upper.splitlines()[0] == HEADER and lower.splitlines()[0] == COMPARED_HEADER
+    for line, mine, theirs, difference in zip(
+        lower.splitlines()[1:], both["results"], both["against"], both["differences"], strict=True
+    ):
+        one, other = (Acceptance(result["tokens"], result["steps"]) for result in (mine, theirs))
+        value, half_width = one.minus(other)
+        assert difference == {"drafts": mine["drafts"], "temperature": mine["temperature"],
+                              "difference": pytest.approx(value), "half_width": pytest.approx(half_width)}  # fmt: skip
+        name = mine["drafts"] if mine["drafts"].startswith("tree") else f"{mine['drafts']} / 3"
+        assert line.startswith(name)
+        assert line.removeprefix(name).split() == [
+            f"{mine['temperature']:g}", f"{mine['acceptance_length']:.3f}", f"{theirs['acceptance_length']:.3f}",
+            f"{value:+.3f}", "+-", f"{half_width:.3f}",
+        ]  # fmt: skip
+
+
+def test_a_drafter_is_as_good_as_itself(config, save_drafter, tmp_path):
+    first = save_drafter("ctc")
+    second = str(shutil.copytree(first, tmp_path / "same"))
+    evaluate(config(drafter=first, against=second), tmp_path / "both.json")
+    for difference in json.loads((tmp_path / "both.json").read_text())["differences"]:
+        assert (difference["difference"], difference["half_width"]) == (0, 0)
 
 
 @pytest.fixture
@@ -202,6 +285,7 @@ def test_a_dataset_is_measured_by_its_held_out_responses(dataset, target, config
         ({"temperature": (1.0,)}, "are greedy: use --temperature 0"),
         ({"max_new_tokens": 8}, "--max-new-tokens does nothing with the dataset"),
         ({"category": "qa"}, "--category does nothing with the dataset"),
+        ({"regenerate": True}, "--regenerate does nothing with the dataset"),
     ],
 )
 def test_a_dataset_refuses_what_its_responses_decide(settings, message, dataset, config):
@@ -235,7 +319,7 @@ def test_a_gpu_that_is_full_is_a_sentence(config, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB.")
 
-    monkeypatch.setattr(module, "respond", full)
+    monkeypatch.setattr(module, "converse", full)
     with pytest.raises(TrainingError, match=r"Tried to allocate 2.00 GiB\); use --dtype bf16, trees of fewer --nodes"):
         evaluate(config(), tmp_path / "eval.json")
     assert not (tmp_path / "eval.json").exists()
@@ -248,6 +332,8 @@ def test_what_cannot_be_measured_is_refused(config, save_drafter, tmp_path):
         evaluate(config(target=str(tmp_path / "nowhere")))
     with pytest.raises(DrafterConfigError, match="number of layers 7"):
         evaluate(config(drafter=save_drafter("slots", target_num_layers=7)))
+    with pytest.raises(DrafterConfigError, match="number of layers 7"):
+        evaluate(config(against=save_drafter("slots", target_num_layers=7)))
     with pytest.raises(TrainingError, match="is a folder; give a file"):
         evaluate(config(), tmp_path)
     with pytest.raises(TrainingError, match="one token long"):
@@ -297,8 +383,8 @@ def test_a_plan_compares_what_an_evaluation_measures(target, config):
     settings = config(temperature=(0.0,))
     drafter = CTCDrafter.load(settings.drafter, target.embedding, target.head)
     hidden_states = in_process(target, drafter.config.aux_hidden_state_layer_ids)
-    prompts = read_eval_prompts(settings, target).prompts
-    examples = respond(target, prompts, settings.max_new_tokens)
+    prompts = read_eval_prompts(settings, target)
+    examples = respond(target, prompts.prompts, settings.max_new_tokens)
     chains = measure_chains(drafter, hidden_states, examples, [1, 3])
     trees = measure_trees(drafter, hidden_states, examples, [4])
     expected = {"chain:3": chains[3], "tree:4": trees[4], "chain:1": chains[1]}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
 from vllm_ctc_spec.drafter.config import ARCHITECTURES, DrafterConfig
@@ -18,7 +19,7 @@ from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import DrafterConfigError, TrainingError
 from vllm_ctc_spec.training import checkpoint, dataset_writer
 from vllm_ctc_spec.training.acceptance import Acceptance
-from vllm_ctc_spec.training.batches import sample_batch
+from vllm_ctc_spec.training.batches import epochs, sample_batch
 from vllm_ctc_spec.training.checkpoint import RunPaths
 from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.dataset import Example, read_shard
@@ -26,11 +27,11 @@ from vllm_ctc_spec.training.dataset_writer import plan_shards, write_states
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.hidden_states import in_process
 from vllm_ctc_spec.training.loop import Trainer
-from vllm_ctc_spec.training.prompts import read_prompts
-from vllm_ctc_spec.training.run import drafter_shape, prepare, train
+from vllm_ctc_spec.training.prompts import PromptBuilder, read_prompts
+from vllm_ctc_spec.training.run import drafter_shape, examples_read, prepare, train
 from vllm_ctc_spec.training.target import Target, TargetText
 
-from .tiny import by_transformers
+from .tiny import answers_of, by_transformers
 
 SMALL = dict(
     num_frames=5, num_labels=3, markov_rank=4, steps=12, batch_size=4, anchors=6, max_new_tokens=20, held_out=2,
@@ -55,7 +56,7 @@ def paths(folder: Path, labels: Path | None = None) -> RunPaths:
 
 def read_log(folder: Path) -> list[dict]:
     entries = [json.loads(line) for line in (folder / "work" / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+    return [{key: value for key, value in entry.items() if not key.endswith("seconds")} for entry in entries]
 
 
 def changed(config: TrainConfig, **change) -> TrainConfig:
@@ -91,6 +92,71 @@ def test_training_lowers_the_loss_and_publishes_the_best(config, settings, tmp_p
     measured = [e["held_out_tokens_total"] / e["held_out_steps_total"] for e in log if "held_out_steps_total" in e]
     assert f"with chains of 3 labels: {max(measured):.3f} +-" in report
     assert TrainConfig(**json.loads((tmp_path / "train_config.json").read_text())) == config
+    assert report.splitlines()[-1].startswith("Each training sequence was read 7.")
+    card = metadata_load(tmp_path / "README.md")
+    assert (card["license"], card["base_model"]) == ("unknown", Path(config.target).name)
+
+
+def test_a_run_says_what_it_will_take_and_how_long(config, tmp_path, capsys):
+    train(config, paths(tmp_path), overwrite=False)
+    said = capsys.readouterr().out.splitlines()
+    (forecast,) = [line for line in said if line.startswith("The steps read 48 sequences, each of the ")]
+    assert "labels at" in forecast
+    (time_left,) = [line for line in said if line.startswith("step 10: ")]
+    assert "seconds a step, about" in time_left and time_left.endswith("to go")
+    (halfway,) = [line for line in said if line.startswith("step 6: held-out acceptance length")]
+    assert "; about " in halfway and halfway.endswith(" to go")
+
+
+def test_losses_are_those_of_a_training_step(config, target, dataset_folder):
+    """With all anchors, whose choice then does not matter."""
+    trainer = make_trainer(dataclasses.replace(config, anchors=50), target)
+    examples = read_shard(dataset_folder / "train-00000.jsonl")[:6]
+    sums, numbers = trainer.losses(trainer.drafter, examples)
+    batch = sample_batch(examples, 50, config.num_labels, 0)
+    loss_sum, _, _ = trainer.backward(examples, batch)
+    assert sum(sums) == pytest.approx(loss_sum, rel=1e-4) and sum(numbers) == int(batch.valid[..., 0].sum())
+    assert len(sums) == len(numbers) == sum(len(example.response) > 1 for example in examples)
+
+
+def test_the_sequences_that_were_read_are_those_of_the_last_pass(config, dataset_folder):
+    examples = read_shard(dataset_folder / "train-00000.jsonl")
+    usable = [example for example in examples if len(example.response) > 1]
+    few = examples_read(examples, dataclasses.replace(config, steps=2))
+    batches = epochs(examples, config.batch_size, config.seed)
+    assert {id(each) for each in few} == {id(each) for batch in (next(batches), next(batches)) for each in batch}
+    every = examples_read(examples, dataclasses.replace(config, steps=50))
+    assert len(few) == 8 and {id(each) for each in every} == {id(each) for each in usable}
+
+
+def test_what_was_sampled_is_not_compared_with_what_was_not(config, dataset_folder, tmp_path):
+    sampled = shutil.copytree(dataset_folder, tmp_path / "sampled")
+    settings = json.loads((sampled / "settings.json").read_text())
+    (sampled / "settings.json").write_text(json.dumps({**settings, "temperature": 1.0}))
+    for data, compared in ((sampled, False), (dataset_folder, True)):
+        report = train(dataclasses.replace(config, data=str(data)), paths(tmp_path / data.name), overwrite=False)
+        assert ("the loss on held-out responses is" in report) == compared
+
+
+def test_settings_that_an_earlier_version_did_not_record_are_their_defaults(config, tmp_path):
+    train(config, paths(tmp_path), overwrite=False)
+    for folder in (tmp_path, tmp_path / "work"):
+        recorded = json.loads((folder / "train_config.json").read_text())
+        for name in ("regenerate", "license", "base_model"):
+            del recorded[name]
+        (folder / "train_config.json").write_text(json.dumps(recorded))
+    train(config, paths(tmp_path), overwrite=False)
+    del recorded["lr"]
+    (tmp_path / "work" / "train_config.json").write_text(json.dumps(recorded))
+    with pytest.raises(TrainingError, match="--lr 0.004 -> 0.5"):
+        train(dataclasses.replace(config, lr=0.5), paths(tmp_path), overwrite=False)
+
+
+def test_the_licence_may_change_when_a_run_is_repeated(config, tmp_path):
+    train(config, paths(tmp_path), overwrite=False)
+    train(dataclasses.replace(config, license="mit", base_model="org/name"), paths(tmp_path), overwrite=False)
+    card = metadata_load(tmp_path / "README.md")
+    assert (card["license"], card["base_model"]) == ("mit", "org/name")
 
 
 def test_a_killed_run_continues_with_the_same_losses(config, tmp_path):
@@ -206,7 +272,8 @@ def test_a_dataset_gives_the_run_of_its_prompts_and_so_do_its_stored_states(
             ids = [torch.tensor([e.prompt + e.response]) for e in read_shard(shard.path(labels))]
             yield shard, torch.cat([run([], each)[0] for each in ids])
 
-    prompts = read_prompts(config.data, TargetText.load(config.target), 20, 2)
+    text = TargetText.load(config.target)
+    prompts = read_prompts(config.data, PromptBuilder(text, text.max_length, 20), 2)
     write_states(labels, plan_shards(prompts, 0.0), layer_ids, states)
     with monkeypatch.context() as patch:
         patch.setattr(Target, "load", None)  # such a run needs the target's tables alone
@@ -306,7 +373,7 @@ def test_nothing_is_loaded_or_claimed_while_a_run_is_prepared(config, from_promp
 
     def recorded(engine, shards, advance):
         for shard in shards:
-            yield shard, [examples[tuple(prompt)] for prompt in shard.prompts]
+            yield shard, answers_of(shard, lambda prompt: examples[tuple(prompt)])
 
     prepared = prepare(from_prompts, paths(tmp_path / "prompts"), False, recorded)
     assert [path.name for path in (tmp_path / "prompts" / "work").iterdir()] == ["labels"]
@@ -485,7 +552,7 @@ def test_a_diverging_run_says_so(config, tmp_path):
 
 def test_a_target_that_says_nothing_is_refused(from_prompts, tmp_path):
     def end_at_once(engine, shards, advance):
-        return ((shard, [[3]] * len(shard.prompts)) for shard in shards)
+        return ((shard, answers_of(shard, lambda _: [3])) for shard in shards)
 
     with pytest.raises(TrainingError, match="nothing to draft"):
         train(from_prompts, paths(tmp_path), overwrite=False, generate=end_at_once)

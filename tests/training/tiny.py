@@ -8,10 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_ctc_spec.training.conversations import answer_all
 from vllm_ctc_spec.training.dataset import Shard
-from vllm_ctc_spec.training.dataset_writer import Advance, Responses
+from vllm_ctc_spec.training.dataset_writer import Advance, Answers
 from vllm_ctc_spec.training.engine import EngineConfig
 from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.prompts import PromptBuilder
 from vllm_ctc_spec.training.target import Target
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -43,16 +45,31 @@ def make_target(folder: Path, template: str | None = TEMPLATE, head_dim: int = 1
 
 
 def write_rows(path: Path, count: int = 24) -> Path:
-    rows = [{"question": CHARACTERS[i % 26] * (1 + i % 5) + CHARACTERS[i % 7 : i % 7 + 3]} for i in range(count)]
+    """No two are the same."""
+    again = [CHARACTERS[i // 910] * (i >= 910) for i in range(count)]  # 26 * 5 * 7 rows are different without it
+    texts = [again[i] + CHARACTERS[i % 26] * (1 + i % 5) + CHARACTERS[i % 7 : i % 7 + 3] for i in range(count)]
+    rows = [{"question": text} for text in texts]
+    assert len(set(texts)) == count
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def by_transformers(
     config: EngineConfig, shards: Sequence[Shard], advance: Advance
-) -> Iterator[tuple[Shard, Responses]]:
+) -> Iterator[tuple[Shard, Answers]]:
     """Answers in the place of vLLM's, whose engine takes long to start."""
     target = Target.load(config.target, torch.device("cpu"), getattr(torch, config.dtype))
+    build = PromptBuilder(target, config.max_model_len, config.max_new_tokens, config.chat_template_kwargs)
     for shard in shards:
-        examples = respond(target, shard.prompts, config.max_new_tokens, shard.temperature, config.seed)
-        yield shard, [example.response for example in examples]
+
+        def answer(asked, shard=shard):
+            prompts = [each.prompt for each in asked]
+            examples = respond(target, prompts, config.max_new_tokens, shard.temperature, config.seed)
+            return [example.response for example in examples]
+
+        yield shard, answer_all(shard.conversations, answer, build.follow)
+
+
+def answers_of(shard: Shard, answer) -> Answers:
+    """Given answers, answer(prompt), in the place of a target's."""
+    return answer_all(shard.conversations, lambda asked: [answer(each.prompt) for each in asked], lambda *_: None)

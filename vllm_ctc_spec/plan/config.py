@@ -7,7 +7,8 @@ from pathlib import Path
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.plan.file import PLAN_NAME
 from vllm_ctc_spec.plan.solve import Draft
-from vllm_ctc_spec.training.config import DEFAULT_DTYPE, as_in_training, option, setting
+from vllm_ctc_spec.training.config import DEFAULT_DTYPE, PROMPT_FILES, as_in_training, option, setting
+from vllm_ctc_spec.training.data_config import is_dataset
 from vllm_ctc_spec.training.eval_config import DEFAULT_MAX_NEW_TOKENS, EvalConfig
 
 CPU_BATCH_SIZES = (1, 2, 4, 8)
@@ -20,7 +21,7 @@ class PlanConfig:
 
     target: str = setting("Hugging Face folder of the target", metavar="DIR")
     drafter: str = setting("folder that `vllm-ctc train` wrote", metavar="DIR")
-    prompts: str = setting("rows with question, prompt, turns or messages, like those to be served", metavar="P.jsonl")
+    prompts: str = setting(f"{PROMPT_FILES}, like those to be served, or a folder of such files", metavar="FILE")
     output: Path | None = setting(
         f"the plan (default: DRAFTER/{PLAN_NAME}, which servers then follow without being asked)",
         None,
@@ -46,9 +47,10 @@ class PlanConfig:
     chat_template_kwargs: dict | None = as_in_training("chat_template_kwargs", metavar="JSON")
 
     def __post_init__(self) -> None:
-        for name, path, what in (("prompts", self.prompts, "a file of prompts"), ("output", self.plan_file, "a file")):
-            if Path(path).is_dir():
-                raise TrainingError(f"{option(name)} {path} is a folder; give {what}.")
+        if is_dataset(self.prompts):
+            raise TrainingError(f"--prompts {self.prompts} is a dataset; give a file of prompts.")
+        if self.plan_file.is_dir():
+            raise TrainingError(f"--output {self.plan_file} is a folder; give a file.")
         object.__setattr__(self, "dtype", self.evaluation().dtype)
         for name in ("drafts", "batch_sizes"):
             value = getattr(self, name)

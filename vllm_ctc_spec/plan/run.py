@@ -11,8 +11,6 @@ import torch
 from tqdm import tqdm
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
-from vllm_ctc_spec.drafter.module import expected_shapes
-from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.plan import report
@@ -42,7 +40,7 @@ from vllm_ctc_spec.serving.plan import served_here
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.config import DTYPES
 from vllm_ctc_spec.training.engine import check_vllm
-from vllm_ctc_spec.training.evaluate import read_eval_prompts
+from vllm_ctc_spec.training.evaluate import check_drafter, check_pair, read_eval_prompts
 from vllm_ctc_spec.training.files import write_atomically
 from vllm_ctc_spec.training.target import TargetText
 
@@ -56,17 +54,17 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
     elsewhere: f(function, *arguments), where what measures runs.
     """
     check_vllm()
-    drafter = DrafterConfig.load(config.drafter)
-    check_weights(config.drafter, drafter, expected_shapes(drafter))
+    drafter = check_drafter(config.drafter)
     drafts = drafts_to_measure(config, drafter)
     text = TargetText.load(config.target)
     text.refuse_quantised(config.target, "give the drafts to vLLM's num_speculative_tokens_per_batch_size yourself")
+    check_pair(drafter, text)
     evaluation = config.evaluation()
     prompts = read_eval_prompts(evaluation, text)
     settings = step_settings(config, text.max_length)
     print(f"{prompts.report()} Drafts: {', '.join(map(str, drafts))}; batch sizes: "
           f"{', '.join(map(str, settings.batch_sizes))}.", flush=True)  # fmt: skip
-    accepted = elsewhere(acceptance_lengths, evaluation, prompts.prompts, drafts)
+    accepted = elsewhere(acceptance_lengths, evaluation, prompts, drafts)
     pairs = {
         str(draft): elsewhere(measure_pair, settings, str(draft), speculative_config(config.drafter, draft))
         for draft in tqdm(drafts, desc="step times", unit="draft")

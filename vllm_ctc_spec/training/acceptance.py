@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,15 +22,45 @@ class Acceptance:
 
     @property
     def half_width(self) -> float:
-        """Half the 95% confidence interval over prompts (normal approximation of a ratio of sums)."""
-        count, steps = len(self.steps), sum(self.steps)
-        if count < 2 or not steps:
-            return math.inf
-        residuals = [t - self.length * s for t, s in zip(self.tokens, self.steps)]
-        return 1.96 * math.sqrt(count / (count - 1) * sum(r * r for r in residuals)) / steps
+        """Half of the 95% interval over entries."""
+        return ratio(self.tokens, self.steps)[1]
+
+    def grouped(self, groups: Sequence[Hashable]) -> "Acceptance":
+        """One entry a group: the same length, and an interval over groups. Turns of one conversation are alike."""
+        tokens: dict[Hashable, int] = defaultdict(int)
+        steps: dict[Hashable, float] = defaultdict(float)
+        for group, t, s in zip(groups, self.tokens, self.steps, strict=True):
+            tokens[group] += t
+            steps[group] += s
+        return Acceptance(list(tokens.values()), list(steps.values()))
+
+    def minus(self, other: "Acceptance") -> tuple[float, float]:
+        """The difference of two lengths on the same responses, and half of its 95% interval: what the responses have in
+        common cancels out."""
+        pairs = zip(*(_influences(each.tokens, each.steps) for each in (self, other)), strict=True)
+        return self.length - other.length, _half_width([mine - theirs for mine, theirs in pairs])
 
     def __str__(self) -> str:
-        return f"{self.length:.3f} +- {self.half_width:.3f} ({len(self.steps)} prompts, {sum(self.steps):.0f} steps)"
+        return f"{self.length:.3f} +- {self.half_width:.3f} ({len(self.steps)} rows, {sum(self.steps):.0f} steps)"
+
+
+def ratio(tops: Sequence[float], bottoms: Sequence[float]) -> tuple[float, float]:
+    """The ratio of two sums over independent entries, and half of its 95% interval (normal approximation)."""
+    return sum(tops) / max(1, sum(bottoms)), _half_width(_influences(tops, bottoms))
+
+
+def _influences(tops: Sequence[float], bottoms: Sequence[float]) -> list[float]:
+    """How far each entry moves the ratio of the sums, to first order."""
+    total = max(1, sum(bottoms))
+    mean = sum(tops) / total
+    return [(top - mean * bottom) / total for top, bottom in zip(tops, bottoms)]
+
+
+def _half_width(influences: Sequence[float]) -> float:
+    count = len(influences)
+    if count < 2:
+        return math.inf
+    return 1.96 * math.sqrt(count / (count - 1) * sum(i * i for i in influences))
 
 
 def walk(accepted: Sequence[int]) -> int:

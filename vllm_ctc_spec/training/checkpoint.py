@@ -17,6 +17,7 @@ from vllm_ctc_spec.drafter.config import CONFIG_NAME, WEIGHTS_NAME
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training.card import CARD_NAME, write_card
 from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig
 from vllm_ctc_spec.training.files import differing_settings, new_file, record_settings, writing
 from vllm_ctc_spec.training.metrics import LOG_NAME, TENSORBOARD_NAME, LogFollower
@@ -41,8 +42,9 @@ class RunPaths:
             raise TrainingError(
                 f"--output {self.output} holds a model that `vllm-ctc train` did not write; use another folder."
             )
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
         for folder in (self.output, self.work):
-            differing = differing_settings(folder / SETTINGS_NAME, dataclasses.asdict(config))
+            differing = differing_settings(folder / SETTINGS_NAME, dataclasses.asdict(config), defaults)
             if differing and not overwrite:
                 raise TrainingError(
                     f"{folder} holds a run with other settings ({', '.join(differing)}); "
@@ -70,12 +72,14 @@ class Progress:
     best_tokens: list[int] = dataclasses.field(default_factory=list)  # of the best held-out acceptance
     best_steps: list[float] = dataclasses.field(default_factory=list)
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    measurements: list[tuple] = dataclasses.field(default_factory=list)  # fields of `advice.Measurement`
 
     @property
     def best(self) -> Acceptance:
         return Acceptance(self.best_tokens, self.best_steps)
 
     def keep_if_best(self, acceptance: Acceptance, weights: dict[str, Tensor]) -> None:
+        self.measurements.append((self.step, acceptance.tokens, acceptance.steps))
         if not self.best_weights or acceptance.length > self.best.length:
             self.best_tokens, self.best_steps = acceptance.tokens, acceptance.steps
             self.best_step, self.best_weights = self.step, weights
@@ -174,9 +178,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:
+def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths, card: str) -> None:
     """Stage the finished drafter, then move it in. The old configuration is removed first and the new one moves last:
-    without one a folder is no drafter, so a crash in between leaves none rather than a mixture."""
+    without one a folder is no drafter, so a crash in between leaves none rather than a mixture. card: its README.md."""
     staged = paths.work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -189,6 +193,8 @@ def publish(drafter: CTCDrafter, config: TrainConfig, paths: RunPaths) -> None:
         ) from error
     paths.output.mkdir(parents=True, exist_ok=True)
     (paths.output / CONFIG_NAME).unlink(missing_ok=True)
+    with writing(paths.output / CARD_NAME):
+        write_card(paths.output, card)
     for name in (SETTINGS_NAME, WEIGHTS_NAME, CONFIG_NAME):
         shutil.move(staged / name, paths.output / name)
     staged.rmdir()

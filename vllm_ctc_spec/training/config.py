@@ -14,8 +14,9 @@ SETTINGS_NAME = "train_config.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names, and those of torch and vLLM
 PARALLEL = ("ddp", "fsdp")
 DEFAULT_DTYPE = "bf16 on a GPU, else fp32"
+PROMPT_FILES = "rows with question, prompt, instruction, turns, messages or conversations (jsonl, json or parquet)"
 MIN_DRAFT_VOCABULARY = 256  # fewer labels than there are bytes draft next to nothing
-MAY_CHANGE = ("accumulate", "save_every", "eval_every")
+MAY_CHANGE = ("accumulate", "save_every", "eval_every", "license", "base_model")
 """Settings that may differ when a run is resumed, because the weights of a step do not depend on them. The interval of
 measurements decides only which weights are known to be the best."""
 
@@ -34,7 +35,7 @@ class TrainConfig:
     """
 
     target: str = setting("Hugging Face folder of the model to speed up")
-    data: str = setting("rows with question, prompt, turns or messages (jsonl), or a folder that `vllm-ctc data` wrote")
+    data: str = setting(f"{PROMPT_FILES}, a folder of such files, or one that `vllm-ctc data` wrote")
     features: str = setting(
         "target: it runs beside the training; stored: what `vllm-ctc data --hidden-states` kept",
         "target",
@@ -110,11 +111,20 @@ class TrainConfig:
         None,
     )
     held_out: int = setting(
-        "last rows of the file that measure acceptance and are never trained on; at most a tenth",
+        "last rows of the file that measure acceptance and are never trained on, at most a tenth; of a folder as many "
+        "in each part of it",
         100,
+    )
+    regenerate: bool = setting(
+        "conversations go on with the target's own answers; without it their earlier turns are those of the file", False
     )
     save_every: int = setting("steps between checkpoints", 100)
     eval_every: int = setting("steps between measurements of the held-out acceptance length; the best one is kept", 500)
+    license: str = setting("of the drafter, for its README.md (default: the target's, by its README.md)", "")
+    base_model: str = setting(
+        "the target's name on the model hub, for the drafter's README.md (default: what its folder or files say)",
+        "",
+    )
     dtype: str | None = setting(
         f"of the target, as it will be served, and of the drafter's matrix products, which are in bf16 with fp16 "
         f"(default: {DEFAULT_DTYPE})",

@@ -1,10 +1,18 @@
-"""The settings of `vllm-ctc data`. Kept free of torch, so that `--help` starts quickly."""
+"""The settings of `vllm-ctc data`, and where a dataset records them. Kept free of torch, so that `--help` starts
+quickly."""
 
 import dataclasses
 from pathlib import Path
 
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.config import DTYPES, as_in_training, option, setting
+from vllm_ctc_spec.training.config import DTYPES, PROMPT_FILES, as_in_training, option, setting
+
+SETTINGS_NAME = "settings.json"
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether `vllm-ctc data` wrote this folder."""
+    return (Path(path) / SETTINGS_NAME).is_file()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,12 +20,13 @@ class DataConfig:
     """Settings of `vllm-ctc data`, except the machines that it runs on and `--overwrite`."""
 
     target: str = as_in_training("target", metavar="DIR")
-    prompts: str = setting("rows with question, prompt, turns or messages", metavar="FILE.jsonl")
+    prompts: str = setting(f"{PROMPT_FILES}, or a folder of such files", metavar="FILE")
     output: Path = setting("folder of the dataset", metavar="DATASET")
     max_new_tokens: int = as_in_training("max_new_tokens")
     temperature: float = as_in_training("temperature")
     seed: int = as_in_training("seed", help="of sampled responses")
     held_out: int = as_in_training("held_out")
+    regenerate: bool = as_in_training("regenerate")
     hidden_states: bool = setting("store what a drafter reads of the target too", False)
     dtype: str = setting(
         "of the target, as in `vllm serve`; auto: float32 on a CPU", "auto", choices=("auto", *DTYPES.values())

@@ -1,7 +1,8 @@
 """A dataset: the target's own responses, and optionally its hidden states, in shards that a rerun continues.
 
     settings.json                what generated the responses; other settings are refused
-    train-00000.jsonl            one {"prompt": [ids], "response": [ids]} a line
+    train-00000.jsonl            one {"prompt": [ids], "response": [ids]} a line; or several, one for each turn of a
+                                 conversation, as {"turns": [{"turn": 1, "prompt": [ids], "response": [ids]}, ...]}
     train-00000.safetensors      hidden_states [tokens of the shard, in order, A * H] bfloat16 (optional)
     held-out-00000.jsonl         greedy responses, which measure acceptance
 
@@ -10,7 +11,7 @@ Every file appears whole or not at all, so that a killed run is continued by mak
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm_ctc_spec.drafter.weights import weights_fingerprint
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.config import DTYPES
+from vllm_ctc_spec.training.conversations import Conversation
+from vllm_ctc_spec.training.data_config import SETTINGS_NAME
 from vllm_ctc_spec.training.target import loading
 
-SETTINGS_NAME = "settings.json"
 LOG_NAME = "vllm.log"  # of the engines that generate
 RESPONSES_SUFFIX, STATES_SUFFIX = ".jsonl", ".safetensors"
 STATES_NAME = "hidden_states"
@@ -44,7 +46,10 @@ class Example:
 
     prompt: list[int]
     response: list[int]
+    turn: int = 1  # user messages in the prompt
     states: StoredStates | None = dataclasses.field(default=None, compare=False, repr=False)
+    # The same in all turns of one.
+    conversation: Hashable = dataclasses.field(default_factory=object, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -52,13 +57,17 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Prompts whose responses are generated and written together."""
+    """Conversations whose responses are generated and written together."""
 
     part: str
     index: int
-    rows: list[int]  # of the prompts, in their part: the same however prompts are shared out among shards
-    prompts: list[list[int]]
+    rows: list[int]  # in their part: the same however conversations are shared out among shards
+    conversations: list[Conversation]
     temperature: float
+
+    @property
+    def num_answers(self) -> int:
+        return sum(conversation.num_answers for conversation in self.conversations)
 
     def path(self, folder: Path, suffix: str = RESPONSES_SUFFIX) -> Path:
         return folder / f"{self.part}-{self.index:05d}{suffix}"
@@ -99,11 +108,13 @@ def read_shard(path: Path) -> list[Example]:
     states = path.with_suffix(STATES_SUFFIX)
     stored, start, examples = states.is_file(), 0, []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            where = StoredStates(states, start) if stored else None
-            examples.append(Example(**json.loads(line), states=where))
-            start += len(examples[-1])
-    except (OSError, ValueError, TypeError) as error:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            fields = json.loads(line)
+            for turn in fields.get("turns", [fields]):
+                where = StoredStates(states, start) if stored else None
+                examples.append(Example(**turn, states=where, conversation=(path.name, number)))
+                start += len(examples[-1])
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); remove it and run `vllm-ctc data` again.") from error
     return examples
 
@@ -128,14 +139,20 @@ def open_dataset(
             f"{fingerprint}); generate this target's with `vllm-ctc data`."
         )
     train, held_out = (read_examples(folder, part) for part in ("train", "held-out"))
-    if (len(train), len(held_out)) != (settings["train_prompts"], settings["held_out"]):
+    rows, expected = num_conversations(train + held_out), settings["train_prompts"] + settings["held_out"]
+    if rows != expected:
         raise TrainingError(
-            f"The dataset {folder} is incomplete ({len(train) + len(held_out)} responses of "
-            f"{settings['train_prompts'] + settings['held_out']}); the `vllm-ctc data` that started it continues it."
+            f"The dataset {folder} is incomplete (responses to {rows} rows of {expected}); the `vllm-ctc data` that "
+            "started it continues it."
         )
     if layer_ids is not None:
         _check_stored_layers(train + held_out, layer_ids)
     return train, held_out
+
+
+def num_conversations(examples: Sequence[Example]) -> int:
+    """Rows of the file that these examples are turns of."""
+    return len({example.conversation for example in examples})
 
 
 def stored_layers(path: Path) -> tuple[int, ...] | None:

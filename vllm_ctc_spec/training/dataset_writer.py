@@ -1,5 +1,6 @@
 """Writing a dataset: the target's responses and hidden states, shard by shard, each whole or not at all."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_ctc_spec.errors import TrainingError
+from vllm_ctc_spec.training.conversations import Answer, Conversation
+from vllm_ctc_spec.training.data_config import SETTINGS_NAME
 from vllm_ctc_spec.training.dataset import (
     LAYERS_NAME,
     LOG_NAME,
     RESPONSES_SUFFIX,
-    SETTINGS_NAME,
     STATES_NAME,
     STATES_SUFFIX,
     Shard,
@@ -29,13 +31,14 @@ from vllm_ctc_spec.training.files import differing_settings, new_file
 from vllm_ctc_spec.training.prompts import Prompts
 
 PARTS = ("held-out", "train")
-SHARD_PROMPTS = 128  # generated and written together: a kill can lose so many
+SHARD_PROMPTS = 128  # rows that are answered and written together: a kill can lose so many
 
-Responses = list[list[int]]
+Answers = list[list[Answer]]
+"""Of each conversation of a shard."""
 Advance = Callable[[int], object]
 """Called with the number of prompts that have just been answered, before their shard is whole."""
-Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Responses]]]
-"""Generates shards, in any order, and yields each as soon as it is complete; one response per prompt."""
+Respond = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Answers]]]
+"""Generates shards, in any order, and yields each as soon as it is complete."""
 ComputeStates = Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Tensor]]]
 """The same for hidden states: `[tokens of the shard's examples, A * H]`."""
 
@@ -44,7 +47,7 @@ def plan_shards(prompts: Prompts, temperature: float) -> list[Shard]:
     """Like lengths together, for little padding. Held-out responses are greedy: they measure greedy acceptance."""
     shards = []
     for part, rows, shard_temperature in (("held-out", prompts.held_out, 0.0), ("train", prompts.train, temperature)):
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompts[-1]))
         for index, start in enumerate(range(0, len(order), SHARD_PROMPTS)):
             chosen = order[start : start + SHARD_PROMPTS]
             shards.append(Shard(part, index, chosen, [rows[row] for row in chosen], shard_temperature))
@@ -56,7 +59,7 @@ def dataset_settings(
 ) -> dict[str, Any]:
     """Everything that decides the responses, to be recorded with them."""
     return {
-        "prompts": hashlib.sha256(json.dumps([prompts.train, prompts.held_out]).encode()).hexdigest()[:16],
+        "prompts": _digest(prompts),
         "train_prompts": len(prompts.train),
         "held_out": len(prompts.held_out),
         "shard_prompts": SHARD_PROMPTS,
@@ -65,8 +68,21 @@ def dataset_settings(
         "temperature": temperature,
         "seed": seed if temperature else None,
         "chat_template_kwargs": prompts.chat_template_kwargs,
+        "regenerate": prompts.regenerate or None,
         "dtype": dtype,
     }
+
+
+def _digest(prompts: Prompts) -> str:
+    """Rows of one prompt count by its token ids, as they always have."""
+
+    def content(conversation: Conversation) -> Any:
+        (first, *later) = conversation.prompts
+        alone = not later and conversation.regenerate is None
+        return first if alone else dataclasses.asdict(conversation)
+
+    parts = [[content(conversation) for conversation in part] for part in (prompts.train, prompts.held_out)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def check_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -95,15 +111,24 @@ def write_responses(
 ) -> None:
     """Generate the shards that the folder lacks. The folder does not change before the first one is complete."""
     replace = check_folder(folder, settings, overwrite)
-    missing = [shard for shard in shards if replace or not _is_whole(shard.path(folder), len(shard.prompts))]
-    for shard, responses in _with_progress("responses", shards, missing, respond):
+    missing = [shard for shard in shards if replace or not _is_whole(shard.path(folder), len(shard.rows))]
+    for shard, answers in _with_progress("responses", shards, missing, respond):
         if replace or not (folder / SETTINGS_NAME).is_file():
             _claim(folder, settings)
             replace = False
         shard.path(folder, STATES_SUFFIX).unlink(missing_ok=True)  # states of responses that are gone
-        rows = [{"prompt": p, "response": r} for p, r in zip(shard.prompts, responses, strict=True)]
+        lines = [json.dumps(_line(of_row)) + "\n" for _, of_row in zip(shard.rows, answers, strict=True)]
         with new_file(shard.path(folder)) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _line(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Of one row."""
+    turns = [dataclasses.asdict(answer) for answer in answers]
+    if len(answers) == answers[0].turn == 1:
+        del turns[0]["turn"]
+        return turns[0]
+    return {"turns": turns}
 
 
 def _is_whole(path: Path, num_rows: int) -> bool:
@@ -156,10 +181,10 @@ def _with_progress(
     produce: Callable[[Sequence[Shard], Advance], Iterable[tuple[Shard, Any]]],
 ) -> Iterator[tuple[Shard, Any]]:
     """The results of `produce` for the missing shards. It is not even called when nothing is missing."""
-    total, left = (sum(len(shard.prompts) for shard in some) for some in (shards, missing))
+    total, left = (sum(shard.num_answers for shard in some) for some in (shards, missing))
     whole = total - left
     with tqdm(total=total, initial=whole, desc=label, unit="prompt") as bar:
         for shard, content in produce(missing, bar.update) if missing else ():
             yield shard, content
-            whole += len(shard.prompts)
+            whole += shard.num_answers
             bar.update(max(0, whole - bar.n))  # answers that the bar was not told of before

@@ -20,9 +20,12 @@ from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.serving.cpu.threads import threads_of
+from vllm_ctc_spec.training.conversations import Asked, answer_all
 from vllm_ctc_spec.training.dataset import Shard
-from vllm_ctc_spec.training.dataset_writer import Advance, Responses
+from vllm_ctc_spec.training.dataset_writer import Advance, Answers
 from vllm_ctc_spec.training.files import writing
+from vllm_ctc_spec.training.prompts import PromptBuilder
+from vllm_ctc_spec.training.target import TargetText
 
 # Measured with 135 M weights on two cores: 128 give 1.17 times as many tokens a second, but each response four times
 # as late.
@@ -42,6 +45,7 @@ class EngineConfig:
     seed: int
     tensor_parallel_size: int = 1
     log: str | None = None  # file that vLLM's log goes to; None: where vLLM sends it
+    chat_template_kwargs: dict[str, Any] | None = None  # of prompts that follow from the target's own answers
 
 
 class Engine:
@@ -80,23 +84,41 @@ class Engine:
             ) from error
         _report_death(self._llm.llm_engine.engine_core)
 
-    def responses(self, shard: Shard, advance: Advance = lambda _: None) -> Responses:
-        """One response per prompt, end token included; `advance(1)` as each of them ends. Sampled responses depend on
-        seed and row alone."""
+    def responses(self, shard: Shard, advance: Advance = lambda _: None) -> Answers:
+        """The target's answers in each conversation; `advance(1)` as each of them ends. Sampled responses depend on
+        seed, row and turn alone."""
+
+        def respond(asked: Sequence[Asked]) -> list[list[int]]:
+            return self._respond(shard, asked, advance)
+
+        return answer_all(shard.conversations, respond, lambda *known: self._builder.follow(*known))
+
+    @functools.cached_property
+    def _builder(self) -> PromptBuilder:
+        """Of prompts that follow from the target's own answers."""
+        config = self._config
+        text = TargetText.load(config.target)
+        return PromptBuilder(text, config.max_model_len, config.max_new_tokens, config.chat_template_kwargs)
+
+    def _respond(self, shard: Shard, asked: Sequence[Asked], advance: Advance) -> list[list[int]]:
         from vllm import SamplingParams
 
         config = self._config
         params = [
             SamplingParams(
                 temperature=shard.temperature,
-                max_tokens=min(config.max_new_tokens, config.max_length - len(prompt)),
-                seed=config.seed * 1_000_003 + row if shard.temperature else None,
+                max_tokens=min(config.max_new_tokens, config.max_length - len(each.prompt)),
+                seed=self._seed(shard.rows[each.row], each.place) if shard.temperature else None,
                 detokenize=False,
             )
-            for row, prompt in zip(shard.rows, shard.prompts)
+            for each in asked
         ]
-        outputs = self._generate(shard.prompts, params, "it generated responses", advance)
+        outputs = self._generate([each.prompt for each in asked], params, "it generated responses", advance)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _seed(self, row: int, place: int) -> int:
+        """Of answer number `place` in a row."""
+        return self._config.seed * 1_000_003 + row + place * 2**40
 
     def hidden_states(self, texts: Sequence[list[int]], advance: Advance) -> list[str]:
         """Files into which the connector writes the hidden states of these token ids."""

@@ -1,11 +1,11 @@
 """The settings of one evaluation. Kept free of torch, so that `--help` starts quickly."""
 
 import dataclasses
-from pathlib import Path
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.training.config import DEFAULT_DTYPE, as_in_training, check_choices, default_dtype, option, setting
+from vllm_ctc_spec.training.data_config import is_dataset
 
 DEFAULT_TEMPERATURES = (0.0, 1.0)
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -19,6 +19,9 @@ class EvalConfig:
     target: str = setting("Hugging Face folder of the target", metavar="DIR")
     drafter: str = setting("folder that `vllm-ctc train` wrote", metavar="DIR")
     data: str = as_in_training("data", metavar="DATA")
+    against: str | None = setting(
+        "another drafter of the same target, compared on the same responses", None, metavar="DIR"
+    )
     num_prompts: int = setting(
         "the first usable rows of the file; of a dataset, held-out examples chosen by --seed", 100
     )
@@ -30,6 +33,7 @@ class EvalConfig:
     )
     max_new_tokens: int | None = setting(f"longest response of the target (default: {DEFAULT_MAX_NEW_TOKENS})", None)
     chat_template_kwargs: dict | None = as_in_training("chat_template_kwargs", metavar="JSON")
+    regenerate: bool = as_in_training("regenerate")
     category: str | None = setting("only the rows whose field `category` is this", None, metavar="NAME")
 
     def __post_init__(self) -> None:
@@ -61,12 +65,12 @@ class EvalConfig:
 
     @property
     def is_dataset(self) -> bool:
-        return Path(self.data).is_dir()
+        return is_dataset(self.data)
 
     def _refuse_for_dataset(self) -> None:
         """Refuse settings of new responses: the held-out ones of a dataset are greedy, and their lengths are given."""
-        for name in ("max_new_tokens", "category", "chat_template_kwargs"):
-            if getattr(self, name) is not None:
+        for name in ("max_new_tokens", "category", "regenerate", "chat_template_kwargs"):
+            if getattr(self, name) not in (None, False):
                 raise TrainingError(
                     f"{option(name)} does nothing with the dataset {self.data}, whose responses are there already; "
                     "leave it out, or give a file of prompts."

@@ -3,146 +3,129 @@
 The target answers the prompts once per temperature, and drafts of every kind are measured on the same responses.
 """
 
-import dataclasses
-import json
-import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-import vllm_ctc_spec
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter, expected_shapes
 from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.acceptance import Acceptance
+from vllm_ctc_spec.training import eval_report
 from vllm_ctc_spec.training.batches import anchor_positions
+from vllm_ctc_spec.training.conversations import Conversation
 from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, target_fingerprint
 from vllm_ctc_spec.training.eval_config import EvalConfig
-from vllm_ctc_spec.training.files import write_atomically
-from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.eval_report import Result
+from vllm_ctc_spec.training.generate import converse
 from vllm_ctc_spec.training.hidden_states import HiddenStates, in_process
 from vllm_ctc_spec.training.loop import TORCH_DTYPES
 from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.memory import explain_out_of_memory
-from vllm_ctc_spec.training.prompts import Skipped, usable_prompts
-from vllm_ctc_spec.training.rows import FIELD_NAMES, Row, read_rows
+from vllm_ctc_spec.training.prompts import PromptBuilder, amount, usable_conversations
+from vllm_ctc_spec.training.rows import FIELD_NAMES, LeftOut, Row, read_rows
 from vllm_ctc_spec.training.target import Target, TargetText
 
 OOM_REMEDIES = "use --dtype bf16, trees of fewer --nodes or responses of fewer --max-new-tokens"
 POSITIONS_AT_ONCE = 128  # rows of logits in fp32: 78 MB with a vocabulary of 152 k
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalPrompts:
-    """Token ids of the first usable rows of a file, and the rows before the last of them that were skipped."""
+    """The first usable rows of a file, and what was left out before the last of them."""
 
-    prompts: list[list[int]]
-    skipped: Skipped
-
-    def report(self) -> str:
-        return f"{len(self.prompts)} prompts{self.skipped}."
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One row of the table."""
-
-    drafts: str
-    num_drafted: int  # tokens, N
-    temperature: float
-    acceptance: Acceptance
+    conversations: list[Conversation]
+    left_out: LeftOut
+    build: PromptBuilder
 
     @property
-    def per_row(self) -> float:
-        """Tokens that one verified row brings: the target computes 1 + N rows a step, whatever is accepted. Rows are
-        what a step of a large batch costs, as acceptance length is what a step of a small one brings."""
-        return self.acceptance.length / (1 + self.num_drafted)
+    def prompts(self) -> list[list[int]]:
+        """Token ids of all prompts that are known before the target answers."""
+        return [prompt for conversation in self.conversations for prompt in conversation.prompts]
 
-    def row(self) -> str:
-        measured = self.acceptance
-        length = f"{measured.length:.3f} +- {measured.half_width:.3f}"
-        steps = sum(measured.steps)
-        return (
-            f"{self.drafts:<20}{self.temperature:>11g}{length:>20}{self.per_row:>9.3f}{len(measured.steps):>9}"
-            f"{steps:>9.0f}"
-        )
+    def report(self) -> str:
+        return f"{amount(self.conversations, 'prompts')}{self.left_out}."
 
-    def to_dict(self) -> dict[str, Any]:
-        measured = self.acceptance
-        return {
-            "drafts": self.drafts,
-            "temperature": self.temperature,
-            "acceptance_length": measured.length,
-            "acceptance_per_verified_row": self.per_row,
-            "half_width": measured.half_width if math.isfinite(measured.half_width) else None,
-            "tokens": measured.tokens,
-            "steps": measured.steps,
-        }
-
-
-ACCEPTANCE = (
-    "Accepted exactly: the text is the target's. A lossy rule (rejection_sample_method 'fly') changes the text: "
-    "benchmarks/quality.py measures its lengths, and what they cost."
-)
-HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'per row':>9}{'prompts':>9}{'steps':>9}"
+    def answered(self, target: Target, config: EvalConfig, temperature: float) -> list[Example]:
+        """The target's answers to all of them."""
+        return converse(target, self.conversations, self.build.follow, config.max_new_tokens, temperature, config.seed)
 
 
 def evaluate(config: EvalConfig, json_path: Path | None = None) -> str:
     """Measure and return the table; everything is written to `json_path` too."""
     if json_path is not None and json_path.is_dir():
         raise TrainingError(f"--json {json_path} is a folder; give a file.")
-    drafter_config = DrafterConfig.load(config.drafter)
-    check_weights(config.drafter, drafter_config, expected_shapes(drafter_config))
+    configs = {folder: check_drafter(folder) for folder in (config.drafter, config.against) if folder}
     text = TargetText.load(config.target)
     text.refuse_quantised(config.target, "measure at a server, whose metrics count drafts and accepted tokens")
+    for drafter_config in configs.values():
+        check_pair(drafter_config, text)
+    given: EvalPrompts | list[Example]
     if config.is_dataset:
         _, held_out = open_dataset(Path(config.data), target_fingerprint(config.target))
         check_dtype(Path(config.data), config.dtype)
         # A dataset keeps its responses in order of length.
-        held_out = random.Random(config.seed).sample(held_out, min(config.num_prompts, len(held_out)))
-        report = f"{len(held_out)} held-out responses."
+        given = random.Random(config.seed).sample(held_out, min(config.num_prompts, len(held_out)))
+        report = f"{len(given)} held-out responses."
     else:
-        rows = read_eval_prompts(config, text)
-        report = rows.report()
+        given = read_eval_prompts(config, text)
+        report = given.report()
     print(report)
     with explain_out_of_memory(OOM_REMEDIES):
-        results = _measure_all(config, drafter_config, held_out if config.is_dataset else rows.prompts)
+        measured = _measure_all(config, configs, given)
+    results, others = measured[config.drafter], measured.get(config.against, []) if config.against else []
     if json_path is not None:
-        _write(json_path, config, report, results)
-    return "\n".join([HEADER, *(result.row() for result in results), ACCEPTANCE])
+        eval_report.write(json_path, config, report, results, others)
+    return eval_report.table(results, others, config.against)
+
+
+def check_drafter(folder: str) -> DrafterConfig:
+    """Its configuration; DrafterConfigError unless a drafter lies there."""
+    drafter_config = DrafterConfig.load(folder)
+    check_weights(folder, drafter_config, expected_shapes(drafter_config))
+    return drafter_config
+
+
+def check_pair(drafter_config: DrafterConfig, text: TargetText) -> None:
+    """DrafterConfigError if drafter and target are no pair."""
+    shape = text.config.get_text_config()
+    drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
 
 
 def _measure_all(
-    config: EvalConfig, drafter_config: DrafterConfig, given: Sequence[Example] | Sequence[list[int]]
-) -> list[Result]:
-    """given: a dataset's responses, or prompts that the target answers first, once per temperature."""
-    target, drafter = load_pair(config, drafter_config)
-    hidden_states = in_process(target, drafter_config.aux_hidden_state_layer_ids)
-    results = []
-    for temperature in config.temperature:
-        examples = given
-        if not config.is_dataset:
-            examples = respond(target, given, config.max_new_tokens, temperature, config.seed)
-        results += measure(config, target, drafter, hidden_states, examples, temperature)
+    config: EvalConfig, configs: dict[str, DrafterConfig], given: EvalPrompts | list[Example]
+) -> dict[str, list[Result]]:
+    """By drafter. given: a dataset's responses, or prompts that the target answers first, once per temperature."""
+    target = load_target(config)
+    results: dict[str, list[Result]] = {folder: [] for folder in configs}
+    answered = {
+        temperature: given.answered(target, config, temperature) if isinstance(given, EvalPrompts) else given
+        for temperature in config.temperature
+    }
+    for folder, drafter_config in configs.items():
+        drafter = load_drafter(folder, target)
+        hidden_states = in_process(target, drafter_config.aux_hidden_state_layer_ids)
+        for temperature, examples in answered.items():
+            results[folder] += measure(config, target, drafter, hidden_states, examples, temperature)
     return results
 
 
-def load_pair(config: EvalConfig, drafter_config: DrafterConfig) -> tuple[Target, CTCDrafter]:
-    """On this machine's device; DrafterConfigError if they are no pair."""
+def load_target(config: EvalConfig) -> Target:
+    """On this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = Target.load(config.target, device, TORCH_DTYPES[config.dtype])
-    shape = target.config.get_text_config()
-    drafter_config.check_target(shape.hidden_size, shape.vocab_size, shape.num_hidden_layers)
-    return target, CTCDrafter.load(config.drafter, target.embedding.float(), target.head.float()).to(device)
+    return Target.load(config.target, device, TORCH_DTYPES[config.dtype])
+
+
+def load_drafter(folder: str, target: Target) -> CTCDrafter:
+    """On the target's device, whose tables it shares."""
+    return CTCDrafter.load(folder, target.embedding.float(), target.head.float()).to(target.model.device)
 
 
 def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
@@ -150,18 +133,17 @@ def read_eval_prompts(config: EvalConfig, text: TargetText) -> EvalPrompts:
     rows = read_rows(config.data)
     if config.category is not None:
         rows = _in_category(rows, config)
-    prompts, skipped = usable_prompts(
-        rows, text, config.max_new_tokens, config.chat_template_kwargs, limit=config.num_prompts
-    )
-    if not prompts:
+    build = PromptBuilder(text, text.max_length, config.max_new_tokens, config.chat_template_kwargs)
+    conversations, left_out = usable_conversations(rows, build, config.regenerate, config.num_prompts)
+    if not conversations:
         raise TrainingError(
-            f"{config.data} has no usable row among {len(rows)}: each needs one of the fields {FIELD_NAMES} and must "
-            f"fit the target's {text.max_length} positions{skipped}."
+            f"{config.data} has no usable row: each needs one of the fields {FIELD_NAMES} and must fit the target's "
+            f"{text.max_length} positions{left_out}."
         )
-    return EvalPrompts(prompts, skipped)
+    return EvalPrompts(conversations, left_out, build)
 
 
-def _in_category(rows: Sequence[Row], config: EvalConfig) -> list[Row]:
+def _in_category(rows: Iterable[Row], config: EvalConfig) -> list[Row]:
     found = defaultdict(list)
     for row in rows:
         if isinstance(row.fields.get("category"), str):
@@ -196,16 +178,17 @@ def measure(
         return tqdm(examples, desc=f"{what} at temperature {temperature:g}", unit="prompt")
 
     num_labels = drafter.config.num_labels
-    chains = measure_chain(drafter, hidden_states, bar("chains"))
-    results = [Result(f"chain of {num_labels}", num_labels, temperature, chains)]
+    found = [(f"chain of {num_labels}", num_labels, measure_chain(drafter, hidden_states, bar("chains")))]
     trees = measure_trees(drafter, hidden_states, bar("trees"), config.nodes)
-    results += [Result(f"tree of {size} nodes", size, temperature, measured) for size, measured in trees.items()]
+    found += [(f"tree of {size} nodes", size, measured) for size, measured in trees.items()]
     if temperature:
         sampled = measure_sampled_chain(
             drafter, hidden_states, bar("sampled chains"), lambda example: response_log_probs(target, example)
         )
-        results.append(Result(f"sampled chain of {num_labels}", num_labels, temperature, sampled))
-    return results
+        found.append((f"sampled chain of {num_labels}", num_labels, sampled))
+    drafted = [example for example in examples if anchor_positions(example)]
+    turns, conversations = [each.turn for each in drafted], [each.conversation for each in drafted]
+    return [Result(name, size, temperature, measured, turns, conversations) for name, size, measured in found]
 
 
 @torch.no_grad()
@@ -224,18 +207,3 @@ def response_log_probs(target: Target, example: Example) -> Tensor:
         parts.append(output.logits[0].float().log_softmax(-1).gather(-1, following)[:, 0])
         start += kept
     return torch.cat(parts)
-
-
-def _write(path: Path, config: EvalConfig, report: str, results: Sequence[Result]) -> None:
-    content = {
-        "settings": dataclasses.asdict(config),
-        "data": report,
-        "acceptance": "exact",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "vllm_ctc_spec": vllm_ctc_spec.__version__,
-        },
-        "results": [result.to_dict() for result in results],
-    }
-    write_atomically(path, json.dumps(content, indent=2) + "\n")

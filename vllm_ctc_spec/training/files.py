@@ -5,8 +5,9 @@ import dataclasses
 import json
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -49,13 +50,13 @@ def record_settings(path: Path, settings: dict) -> None:
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
-def differing_settings(path: Path, settings: dict) -> list[str]:
+def differing_settings(path: Path, settings: dict, absent: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """`--name then -> now` for each setting that differs from the recorded run at `path` and may not; empty if there
-    is none."""
+    is none. absent: the values of settings that an earlier version did not record."""
     if not path.is_file():
         return []
     try:
-        recorded = dict(json.loads(path.read_text(encoding="utf-8")))
+        recorded = {**absent, **json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); restore it from a copy, or use another folder.") from error
     settings = json.loads(json.dumps(settings))  # as read back from a file: a tuple is a list there
@@ -87,4 +88,4 @@ TOML_TYPES = {int | str: (int, str), float: (int, float), tuple[int, ...]: list}
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    return isinstance(value, TOML_TYPES.get(kind, kind)) and not isinstance(value, bool)
+    return isinstance(value, TOML_TYPES.get(kind, kind)) and isinstance(value, bool) == (kind is bool)

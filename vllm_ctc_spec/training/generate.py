@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from vllm_ctc_spec.training.conversations import Asked, Conversation, Follow, answer_all
 from vllm_ctc_spec.training.dataset import Example
 from vllm_ctc_spec.training.target import Target
 
@@ -40,9 +41,29 @@ def respond(
     return [examples[row] for row in range(len(prompts))]
 
 
-def _generate(
-    target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float
-) -> list[list[int]]:
+def converse(
+    target: Target,
+    conversations: Sequence[Conversation],
+    follow: Follow,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Example]:
+    """The target's answers in all conversations, turn by turn."""
+
+    def answer(asked: Sequence[Asked]) -> list[list[int]]:
+        prompts = [each.prompt for each in asked]
+        return [example.response for example in respond(target, prompts, max_new_tokens, temperature, seed)]
+
+    answers = answer_all(conversations, answer, follow)
+    return [
+        Example(each.prompt, each.response, each.turn, conversation=row)
+        for row, of_row in enumerate(answers)
+        for each in of_row
+    ]
+
+
+def _generate(target: Target, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float) -> list[list[int]]:
     """One batch, padded on the left."""
     device, width = target.model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.acceptance import Acceptance
-from vllm_ctc_spec.training.batches import Batch, epochs, in_labels, sample_batch
+from vllm_ctc_spec.training.batches import Batch, anchor_positions, epochs, in_labels, sample_batch
 from vllm_ctc_spec.training.checkpoint import Progress, RunPaths
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
 from vllm_ctc_spec.training.dataset import Example
+from vllm_ctc_spec.training.forecast import Pace
 from vllm_ctc_spec.training.hidden_states import HiddenStates
 from vllm_ctc_spec.training.loss import LOSSES
 from vllm_ctc_spec.training.measure import measure_chain, measure_trees
-from vllm_ctc_spec.training.metrics import MetricsLog, StepBar
+from vllm_ctc_spec.training.metrics import LogFollower, MetricsLog, StepBar
 from vllm_ctc_spec.training.muon import Muon
 from vllm_ctc_spec.training.vocabulary import label_scores
 from vllm_ctc_spec.training.workers import SINGLE_PROCESS, Workers
@@ -177,10 +179,27 @@ class Trainer:
         return drafter
 
     def acceptance(self, drafter: CTCDrafter, held_out: Sequence[Example]) -> Acceptance:
-        """The acceptance of the drafts that will be served: greedy chains, or trees."""
-        if not self.config.tree_nodes:
-            return measure_chain(drafter, self.hidden_states, held_out)
-        return measure_trees(drafter, self.hidden_states, held_out, [self.config.tree_nodes])[self.config.tree_nodes]
+        """Of the drafts that will be served, greedy chains or trees, by conversation."""
+        size = self.config.tree_nodes
+        if size:
+            measured = measure_trees(drafter, self.hidden_states, held_out, [size])[size]
+        else:
+            measured = measure_chain(drafter, self.hidden_states, held_out)
+        return measured.grouped([example.conversation for example in held_out if anchor_positions(example)])
+
+    @torch.no_grad()
+    def losses(self, drafter: CTCDrafter, examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+        """For each conversation the sum of the losses at random anchors, as in training, and the number of these."""
+        step = TrainingStep(drafter, self.config)
+        sums: dict[Hashable, float] = defaultdict(float)
+        numbers: dict[Hashable, int] = defaultdict(int)
+        for row, example in enumerate(examples):
+            if anchor_positions(example):
+                batch = sample_batch([example], self.config.anchors, drafter.config.num_labels, row).to(self.device)
+                loss, _, _ = step(self.hidden_states([example], batch.token_ids), batch)
+                sums[example.conversation] += loss.item()
+                numbers[example.conversation] += int(batch.valid[..., 0].sum())
+        return list(sums.values()), list(numbers.values())
 
     def run(self, examples: list[Example], held_out: list[Example], paths: RunPaths) -> None:
         """Train to the last step, continuing from the last checkpoint in the work folder. Only the main process writes
@@ -188,9 +207,10 @@ class Trainer:
         config, progress, is_main = self.config, self.progress, self.workers.is_main
         progress.restore(paths.work, self.workers, self.device)
         batches = epochs(examples, config.batch_size, config.seed, progress.step)
+        earlier = [entry for entry in LogFollower(paths.work).earlier if entry["step"] <= progress.step]
         with (
             MetricsLog(paths.work, progress.step) if is_main else contextlib.nullcontext() as log,
-            StepBar(config.steps, progress.step, disable=not is_main) as bar,
+            StepBar(config.steps, progress.step, Pace(config, earlier), disable=not is_main) as bar,
         ):
             while progress.step < config.steps:
                 entry = self.step(next(batches))
@@ -205,12 +225,13 @@ class Trainer:
 
     def _measure(self, held_out: Sequence[Example], entry: dict[str, float]) -> None:
         """Keep the weights if they are the best so far."""
-        weights = self.workers.weights(self.drafter)
+        weights, started = self.workers.weights(self.drafter), time.perf_counter()
         if self.workers.is_main:
             acceptance = self.acceptance(self.drafter_of(weights), held_out)
             entry["held_out_tokens_total"] = sum(acceptance.tokens)
             entry["held_out_steps_total"] = sum(acceptance.steps)
             if math.isfinite(acceptance.half_width):
                 entry["held_out_half_width"] = acceptance.half_width
+            entry["measurement_seconds"] = round(time.perf_counter() - started, 4)
             self.progress.keep_if_best(acceptance, weights)
         self.workers.wait()

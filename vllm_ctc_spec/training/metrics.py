@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vllm_ctc_spec.training.files import write_atomically, writing
+from vllm_ctc_spec.training.forecast import Pace
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -50,13 +51,13 @@ class MetricsLog:
 
 
 class LogFollower:
-    """Reads what another process logs, from where the log ends now."""
+    """Reads what another process logs, from where the log ends now. earlier: the entries before."""
 
     def __init__(self, work: Path):
         self._path = work / LOG_NAME
         self._offset = 0
-        entries = self.new_entries()
-        self.last_step = entries[-1]["step"] if entries else 0
+        self.earlier = self.new_entries()
+        self.last_step = self.earlier[-1]["step"] if self.earlier else 0
 
     def new_entries(self) -> list[dict[str, float]]:
         """The entries since the last call; all of them once more after a restart has cut the log."""
@@ -73,12 +74,16 @@ class LogFollower:
 
 
 class StepBar(contextlib.AbstractContextManager):
-    """The progress bar of a run from its log's entries, and a line for each measurement behind `first_step`."""
+    """The progress bar of a run from its log's entries, and lines: how long it will take, once that is known, and each
+    measurement behind `first_step`."""
 
-    def __init__(self, steps: int, first_step: int, disable: bool = False):
+    def __init__(self, steps: int, first_step: int, pace: Pace, disable: bool = False):
+        """pace: has the log's entries up to `first_step`."""
         self._bar = tqdm(total=steps, initial=first_step, desc="drafter", unit="step", disable=disable)
-        self._shown = first_step
-        self._running = False
+        self._steps, self._shown, self._pace = steps, first_step, pace
+        self._running = self._timed = False
+        if pace.is_known:
+            self._tell_time(first_step)
 
     def show(self, entry: dict[str, float]) -> None:
         """After a restart, steps that were shown before come again: the bar goes back, lines stay."""
@@ -86,13 +91,22 @@ class StepBar(contextlib.AbstractContextManager):
         if not self._running:
             self._bar.unpause()  # the clock starts with the first step, not with the processes
             self._running = True
+        self._pace.add(entry)
+        if self._pace.is_known and not self._timed:
+            self._tell_time(step)
         if "held_out_steps_total" in entry and step > self._shown:
             length = entry["held_out_tokens_total"] / max(1, entry["held_out_steps_total"])
             half_width = entry.get("held_out_half_width", float("inf"))
-            self._bar.write(f"step {step}: held-out acceptance length {length:.3f} +- {half_width:.3f}")
+            left = f"; {self._pace.left(step)}" if step < self._steps else ""
+            self._bar.write(f"step {step}: held-out acceptance length {length:.3f} +- {half_width:.3f}{left}")
         self._shown = max(self._shown, step)
         self._bar.set_postfix(loss=f"{entry['loss_sum'] / max(1, entry['anchors_total']):.3f}", refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def _tell_time(self, step: int) -> None:
+        self._timed = True
+        if step < self._steps and not self._bar.disable:
+            self._bar.write(f"step {step}: {self._pace.sentence(step)}")
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()

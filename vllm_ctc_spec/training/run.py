@@ -1,7 +1,9 @@
 """One training run, from prompts or a dataset to a finished drafter."""
 
 import dataclasses
+import itertools
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +11,26 @@ import torch
 from transformers import PreTrainedConfig
 
 from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.errors import TrainingError
-from vllm_ctc_spec.training.answers import Generate, answer, generate_here
-from vllm_ctc_spec.training.batches import anchor_positions
+from vllm_ctc_spec.training.acceptance import ratio
+from vllm_ctc_spec.training.advice import Estimate, Evidence, Measurement, advise
+from vllm_ctc_spec.training.answers import Generate, answer, generate_here, prompt_builder
+from vllm_ctc_spec.training.batches import anchor_positions, epochs
+from vllm_ctc_spec.training.card import card_text
 from vllm_ctc_spec.training.checkpoint import RunPaths, publish
 from vllm_ctc_spec.training.config import DTYPES, TrainConfig
-from vllm_ctc_spec.training.data_config import DataConfig
-from vllm_ctc_spec.training.dataset import Example, check_dtype, open_dataset, responses_dtype, target_fingerprint
+from vllm_ctc_spec.training.data_config import DataConfig, is_dataset
+from vllm_ctc_spec.training.dataset import (
+    Example,
+    check_dtype,
+    open_dataset,
+    recorded_settings,
+    responses_dtype,
+    target_fingerprint,
+)
 from vllm_ctc_spec.training.draft_tokens import choose_tokens
+from vllm_ctc_spec.training.forecast import Forecast
 from vllm_ctc_spec.training.hidden_states import in_process, stored
 from vllm_ctc_spec.training.loop import TORCH_DTYPES, Trainer
 from vllm_ctc_spec.training.memory import explain_out_of_memory
@@ -29,6 +43,8 @@ OOM_REMEDIES = (
     "the same run goes on in less memory with more parts of a step (--accumulate); --dtype bf16, fewer --anchors, a "
     "smaller --batch-size, or --features stored, which needs no target beside the drafter, start another (--overwrite)"
 )
+
+TRAINED_FOR_EACH = 4  # sequences that were learned from for each held-out one, to compare their losses
 
 
 def drafter_shape(config: TrainConfig, target: PreTrainedConfig) -> DrafterConfig:
@@ -56,6 +72,7 @@ class Prepared:
     examples: list[Example]
     held_out: list[Example]
     token_ids: list[int] | None = None  # of the draft vocabulary, increasing; None: the target's
+    sampled: bool = False  # whether the training responses were; held-out ones never are
 
 
 def load_target(config: TrainConfig, device: torch.device) -> Target | TargetTables:
@@ -78,7 +95,7 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Gen
         text.check_layers(config.target)
     drafter_config = drafter_shape(config, text.config)
     folder = Path(config.data)
-    if not folder.is_dir():
+    if not is_dataset(folder):
         folder = paths.labels
         answer_prompts(config, text, folder, overwrite, generate)
     layer_ids = drafter_config.aux_hidden_state_layer_ids if config.features == "stored" else None
@@ -91,11 +108,12 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Gen
             "use prompts that it answers at length."
         )
     token_ids, sentence = choose_tokens(config.draft_vocab_size, drafter_config.vocab_size, examples)
-    print(sentence)
+    print(sentence, Forecast.of(config, examples), sep="\n")
     drafter_config = dataclasses.replace(drafter_config, target_dtype=responses_dtype(folder))
     if token_ids is not None:
         drafter_config = dataclasses.replace(drafter_config, draft_vocab_size=len(token_ids))
-    return Prepared(config, paths, drafter_config, examples, held_out, token_ids)
+    sampled = bool((recorded_settings(folder) or {}).get("temperature"))
+    return Prepared(config, paths, drafter_config, examples, held_out, token_ids, sampled)
 
 
 def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrite: bool, generate: Generate) -> None:
@@ -105,18 +123,16 @@ def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrit
             f"--features stored needs hidden states, and {config.data} is no dataset: write one with "
             "`vllm-ctc data --hidden-states`."
         )
-    shared = ("target", "max_new_tokens", "temperature", "seed", "held_out", "chat_template_kwargs")
+    shared = ("target", "max_new_tokens", "temperature", "seed", "held_out", "regenerate", "chat_template_kwargs")
     asked = DataConfig(
         prompts=config.data, output=folder, dtype=DTYPES[config.dtype],
         **{name: getattr(config, name) for name in shared},
     )  # fmt: skip
-    prompts = read_prompts(config.data, text, config.max_new_tokens, config.held_out, config.chat_template_kwargs)
+    prompts = read_prompts(config.data, prompt_builder(asked, text), config.held_out, config.regenerate)
     answer(asked, text, prompts, overwrite, generate)
 
 
-def run_worker(
-    prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS
-) -> str | None:
+def run_worker(prepared: Prepared, target: Target | TargetTables, workers: Workers = SINGLE_PROCESS) -> str | None:
     """One process's part of the run, on the target's device. The main process publishes and returns the report."""
     config, drafter_config, paths = prepared.config, prepared.drafter_config, prepared.paths
     layer_ids = drafter_config.aux_hidden_state_layer_ids
@@ -125,8 +141,30 @@ def run_worker(
     trainer.run(prepared.examples, prepared.held_out, paths)
     if not workers.is_main:
         return None
-    publish(trainer.drafter_of(trainer.progress.best_weights), config, paths)
-    return report(trainer, paths)
+    drafter = trainer.drafter_of(trainer.progress.best_weights)
+    publish(drafter, config, paths, card_text(config, drafter, len(prepared.examples), trainer.progress.best))
+    return f"{report(trainer, paths)}\n{advise(evidence_of(trainer, drafter, prepared))}"
+
+
+def evidence_of(trainer: Trainer, drafter: CTCDrafter, prepared: Prepared) -> Evidence:
+    """What the run knows about itself. Losses on held-out responses, which are greedy, compare with those on trained
+    responses if these are greedy too."""
+    config, examples = trainer.config, prepared.examples
+    measurements = [Measurement(*each) for each in trainer.progress.measurements]
+    passes = config.steps * config.batch_size / sum(bool(anchor_positions(example)) for example in examples)
+    if prepared.sampled:
+        return Evidence(passes, None, None, measurements)
+    read = examples_read(examples, config)
+    chosen = random.Random(config.seed).sample(read, min(len(read), TRAINED_FOR_EACH * len(prepared.held_out)))
+    losses = (Estimate(*ratio(*trainer.losses(drafter, each))) for each in (chosen, prepared.held_out))
+    return Evidence(passes, *losses, measurements)
+
+
+def examples_read(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
+    """Different ones, of the last pass over the data or what there is of it."""
+    num_batches = min(config.steps, -(-len(examples) // config.batch_size))
+    batches = epochs(examples, config.batch_size, config.seed, config.steps - num_batches)
+    return list({id(each): each for batch in itertools.islice(batches, num_batches) for each in batch}.values())
 
 
 def train(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Generate = generate_here) -> str:

@@ -4,6 +4,8 @@ Those that start engines take minutes on a busy machine: `pytest -m slow tests/t
 """
 
 import dataclasses
+import json
+import pickle
 import sys
 
 import pytest
@@ -12,13 +14,14 @@ import torch
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training import dataset, dataset_writer
 from vllm_ctc_spec.training.answers import make_dataset
+from vllm_ctc_spec.training.conversations import Answer, Conversation
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import read_examples
 from vllm_ctc_spec.training.engine import EngineConfig
 from vllm_ctc_spec.training.ray import data as ray_data
 from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype, workers_that_fit
 
-from ..tiny import by_transformers, make_target
+from ..tiny import answers_of, by_transformers, make_target
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def config(folder, rows_file, tmp_path):
-    return DataConfig(str(folder), str(rows_file), tmp_path / "data", 20, 0.0, 3, 2, False, "float32")
+    return DataConfig(str(folder), str(rows_file), tmp_path / "data", 20, 0.0, 3, held_out=2, dtype="float32")
 
 
 def with_ray(num_workers):
@@ -56,6 +59,17 @@ def test_two_workers_make_the_missing_shards_as_one_process_does(config, monkeyp
         path.read_bytes() for path in sorted(expected.output.iterdir())
     ]
     assert len(read_examples(config.output, "train")) == 22
+
+
+@pytest.mark.slow
+def test_workers_continue_conversations_with_the_targets_answers(config, tmp_path):
+    (tmp_path / "rows").write_text("".join(json.dumps({"turns": [c, c + "b"]}) + "\n" for c in "defghijk"))
+    config = dataclasses.replace(config, prompts=str(tmp_path / "rows"), regenerate=True, max_new_tokens=8, held_out=1)
+    expected = dataclasses.replace(config, output=config.output.with_name("expected"))
+    make_dataset(expected, False, by_transformers)
+    make_dataset(config, False, with_ray(1))
+    found, right = (read_examples(each.output, "train") for each in (config, expected))
+    assert found == right and {example.turn for example in found} == {1, 2}
 
 
 @pytest.mark.slow
@@ -121,13 +135,14 @@ def test_an_actor_starts_one_engine_and_returns_its_errors(monkeypatch):
         def responses(self, shard):
             if shard.part == "train":
                 raise TrainingError("no more")
-            return [[token + 1 for token in prompt] for prompt in shard.prompts]
+            return answers_of(shard, lambda prompt: [token + 1 for token in prompt])
 
     monkeypatch.setattr(ray_data, "Engine", Recorder)
     actor = ray_data.EngineActor(EngineConfig("t", "auto", 9, 9, 9, 0))
     assert not started
-    for number, (part, responses, error) in enumerate([("held-out", "[[2, 3]]", ""), ("train", "[]", "no more")]):
-        shard = dataset.Shard(part, 0, [0], [[1, 2]], 0.0)
-        row = {"number": [number], "shard": [ray_data.json.dumps(dataclasses.asdict(shard))]}
-        assert actor(row) == {"number": [number], "responses": [responses], "error": [error]}
+    right = [[Answer([1, 2], [2, 3])]]
+    for number, (part, expected, error) in enumerate([("held-out", right, ""), ("train", [], "no more")]):
+        shard = dataset.Shard(part, 0, [0], [Conversation.of_one([1, 2])], 0.0)
+        found = actor({"number": [number], "shard": [pickle.dumps(shard)]})
+        assert (found["number"], pickle.loads(found["answers"][0]), found["error"]) == ([number], expected, [error])
     assert len(started) == 1

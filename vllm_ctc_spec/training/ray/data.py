@@ -1,8 +1,8 @@
 """Responses by vLLM engines on a Ray cluster: one actor holds one engine, this process writes what they generate."""
 
 import dataclasses
-import json
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.training.dataset import Shard
-from vllm_ctc_spec.training.dataset_writer import Advance, Responses
+from vllm_ctc_spec.training.dataset_writer import Advance, Answers
 from vllm_ctc_spec.training.engine import Engine, EngineConfig
 from vllm_ctc_spec.training.ray.cluster import ray_cluster
 
@@ -36,27 +36,27 @@ def refuse_to_guess_dtype(dtype: str, address: str | None) -> None:
 
 
 class EngineActor:
-    """A shard in, its responses out, both as JSON: arrays of unequal lists have no type in a Ray batch."""
+    """A shard in, its answers out, both as bytes: lists of unequal lengths have no type in a Ray batch."""
 
     def __init__(self, config: EngineConfig):
         self._config = config
         self._engine: Engine | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One row with `number` and `shard`, to one with `number`, `responses` and `error`.
+        """One row with `number` and `shard`, to one with `number`, `answers` and `error`.
 
         An error is returned, not raised: Ray hands on only the text of an exception's traceback.
         """
-        shard, responses, error = Shard(**json.loads(batch["shard"][0])), "[]", ""
+        shard, answers, error = pickle.loads(batch["shard"][0]), [], ""
         try:
             if self._engine is None:
                 # The workers of one machine would all be bound to the same core.
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
                 self._engine = Engine(dataclasses.replace(self._config, log=None))
-            responses = json.dumps(self._engine.responses(shard))
+            answers = self._engine.responses(shard)
         except TrainingError as caught:
             error = str(caught)
-        return {"number": batch["number"], "responses": [responses], "error": [error]}
+        return {"number": batch["number"], "answers": [pickle.dumps(answers)], "error": [error]}
 
 
 def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int) -> tuple[int, dict[str, int]]:
@@ -74,13 +74,13 @@ def workers_that_fit(options: RayOptions, resources: dict[str, float], each: int
 
 def generate_with_ray(
     config: EngineConfig, shards: Sequence[Shard], advance: Advance, options: RayOptions
-) -> Iterator[tuple[Shard, Responses]]:
+) -> Iterator[tuple[Shard, Answers]]:
     """Shards in the order in which the actors finish them. `advance` is not called: an actor reports whole shards."""
     with ray_cluster(options.address, options.num_workers) as ray:
         data = _ray_data()
         count, resources = workers_that_fit(options, ray.cluster_resources(), config.tensor_parallel_size)
         data.DataContext.get_current().enable_progress_bars = False  # ours counts prompts
-        items = [{"number": i, "shard": json.dumps(dataclasses.asdict(shard))} for i, shard in enumerate(shards)]
+        items = [{"number": number, "shard": pickle.dumps(shard)} for number, shard in enumerate(shards)]
         generated = data.from_items(items, override_num_blocks=len(items)).map_batches(
             EngineActor,
             fn_constructor_args=(config,),
@@ -92,7 +92,7 @@ def generate_with_ray(
             for row in generated.iter_rows():
                 if row["error"]:
                     raise TrainingError(row["error"])
-                yield shards[row["number"]], json.loads(row["responses"])
+                yield shards[row["number"]], pickle.loads(row["answers"])
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             raise TrainingError(f"A Ray worker was lost ({reason}); the same command continues.") from error

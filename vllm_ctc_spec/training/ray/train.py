@@ -20,6 +20,7 @@ from vllm_ctc_spec.errors import TrainingError, UserError
 from vllm_ctc_spec.training.answers import Generate, generate_here
 from vllm_ctc_spec.training.checkpoint import RunPaths, recover
 from vllm_ctc_spec.training.config import SETTINGS_NAME, TrainConfig, WorkerOptions
+from vllm_ctc_spec.training.forecast import Pace
 from vllm_ctc_spec.training.memory import explain_out_of_memory
 from vllm_ctc_spec.training.metrics import LogFollower, StepBar
 from vllm_ctc_spec.training.ray.cluster import ray_cluster
@@ -125,7 +126,7 @@ def follow(outcome: Future, config: TrainConfig, paths: RunPaths) -> str:
     from ray.train import ControllerError, TrainingFailedError
 
     log = LogFollower(paths.work)
-    with StepBar(config.steps, log.last_step) as bar:
+    with StepBar(config.steps, log.last_step, Pace(config, log.earlier)) as bar:
         while not outcome.done():
             wait([outcome], POLL_SECONDS)
             for entry in log.new_entries():
