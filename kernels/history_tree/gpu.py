@@ -41,6 +41,7 @@ def history_tree_triton(
     batch, leaders = len(requests), growth.leaders
     tree = DraftTree(**{name: anchor.new_empty(batch, 1 + num_nodes, dtype=dtype) for name, dtype in DTYPES.items()})
     edges = anchor.new_empty(batch, 1 + num_nodes)
+    frozen_size, num_frozen, frozen_length = (0, 0, 1) if frozen is None else frozen.shape
     block_u = triton.next_power_of_2(growth.nodes)
     words = anchor.new_empty(batch, 6, block_u, dtype=torch.int32)  # of each node: the rows of `_grow_kernel`
     numbers = hazards.new_empty(batch, 2, block_u)
@@ -50,8 +51,9 @@ def history_tree_triton(
     ahead = anchor.new_empty(batch, leaders, MATCH, dtype=torch.int32)
     places = anchor.new_empty(batch, leaders, CLASSES, growth.scanned, dtype=torch.int32)
     place_counts = anchor.new_empty(batch, leaders, CLASSES, dtype=torch.int32)
-    frozen_size, num_frozen, frozen_length = (0, 0, 1) if frozen is None else frozen.shape
     for current in range(growth.rounds + 1):
+        is_last = current == growth.rounds
+        warps = 1 if is_last and (num_frozen or block_u <= 64) else 2  # what spills no registers on sm_90
         if current:
             _scan_kernel[(batch, leaders)](
                 texts.text, texts.text.stride(0), texts.text_lengths, requests, leader_nodes, ahead, places,
@@ -65,10 +67,10 @@ def history_tree_triton(
             words, numbers, counts, rest, leader_nodes, ahead, places, place_counts,
             tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors, edges, depth,
             frozen_size,
-            FIRST=current == 0, LAST=current == growth.rounds, LEADERS=leaders, SCANNED=growth.scanned,
+            FIRST=current == 0, LAST=is_last, LEADERS=leaders, SCANNED=growth.scanned,
             FOLLOWERS=growth.followers, LENGTH=growth.length, NODES=growth.nodes, BY_MATCH=growth.by_match,
             MATCH=MATCH, CLASSES=CLASSES, RANKS=RANKS, FROZEN=num_frozen, FROZEN_LENGTH=frozen_length,
-            N=num_nodes, BLOCK_N=triton.next_power_of_2(num_nodes), BLOCK_U=block_u, num_warps=2,
+            N=num_nodes, BLOCK_N=triton.next_power_of_2(num_nodes), BLOCK_U=block_u, num_warps=warps,
         )  # fmt: skip
     tree.scores.log_()
     return HistoryTree(tree, edges)
