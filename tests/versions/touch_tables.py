@@ -84,8 +84,8 @@ NAMES = (
 )
 # Attributes that we add to what is vLLM's: they must not be there already.
 ADDED = {
-    "CPUAttentionMetadata.ctc_rows", "SpeculativeConfig.ctc_options", "SpeculativeConfig.ctc_rule",
-    "TritonPlaceholder.next_power_of_2",
+    "CPUAttentionMetadata.ctc_rows", "RejectionSampler._num_named", "SpeculativeConfig.ctc_options",
+    "SpeculativeConfig.ctc_rule", "TritonPlaceholder.next_power_of_2",
 }  # fmt: skip
 # What a release has not yet: setting it there is of no consequence, or we ask whether it is there.
 FLY = {f"SpeculativeConfig.fly_{name}" for name in ("window_size", "entropy_threshold", "entropy_top_k")}

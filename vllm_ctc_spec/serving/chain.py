@@ -1,4 +1,5 @@
-"""Chains under a rule of acceptance that vLLM's own rejection sampler does not know: a chain is a tree, and walks."""
+"""Chains are verified by vLLM's rejection sampler, with the scores that it forgets; or, under a rule of acceptance that
+it does not know, as trees are: a chain is one, and walks."""
 
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.accept.walk import walk
@@ -15,18 +17,22 @@ from vllm_ctc_spec.serving.scores import ScoringRejectionSampler
 from vllm_ctc_spec.serving.tree.verification import draw_target_tokens
 
 
-def attach_rule(vllm_config: VllmConfig, target: nn.Module, rule: AcceptanceRule) -> None:
-    """Let `target` verify chains by `rule`: as for trees, by the hook that vLLM asks for the model's state."""
+def attach_chains(vllm_config: VllmConfig, target: nn.Module, rule: AcceptanceRule | None) -> None:
+    """Let `target` verify chains by `rule`, None where vLLM applies it itself: as for trees, by the hook that vLLM asks
+    for the model's state."""
     stock: Any = resolve_model_state_cls(vllm_config, target)
 
     class ChainModelState(stock):
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
-            return sampler, ChainRejectionSampler(rule, sampler, vllm_config.speculative_config, self.device)
+            settings = vllm_config.speculative_config, self.device
+            if rule is None:
+                return sampler, ScoringRejectionSampler(sampler, *settings)
+            return sampler, ChainRejectionSampler(rule, sampler, *settings)
 
     target.get_model_state_cls = lambda: ChainModelState
 
 
-class ChainRejectionSampler(ScoringRejectionSampler):
+class ChainRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM's too: tests/versions reads it here
     """Draws a token of the target after each row of a chain, and walks by the rule. Drafts are deterministic given the
     context: for sampled ones the draw would have to be the rejection sampler's."""
 

@@ -21,10 +21,9 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_ctc_spec.draft.ctc import read_frames
 from vllm_ctc_spec.kernels.contract import ChainSampling
 from vllm_ctc_spec.serving.acceptance import is_ours
-from vllm_ctc_spec.serving.chain import attach_rule
+from vllm_ctc_spec.serving.chain import attach_chains
 from vllm_ctc_spec.serving.drafts import ProposesFromSources
 from vllm_ctc_spec.serving.graphs import num_drafted_by_batch
-from vllm_ctc_spec.serving.scores import attach_scores
 from vllm_ctc_spec.serving.tree.attach import attach_trees, target_layers
 
 
@@ -66,10 +65,9 @@ class CTCProposer(ProposesFromSources, DFlashSpeculator):
             self.label_logits = self.draft_logits.new_full(shape, -torch.inf)
         if self.trees is not None:
             attach_trees(self.vllm_config, target_model, layers, self.trees, self.layout, self, self.rule)
-        elif is_ours(self.rule, self.vllm_config.speculative_config):
-            attach_rule(self.vllm_config, target_model, self.rule)
         else:
-            attach_scores(self.vllm_config, target_model)
+            ours = is_ours(self.rule, self.vllm_config.speculative_config)
+            attach_chains(self.vllm_config, target_model, self.rule if ours else None)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """A schedule of smaller drafts for larger batches changes the rows that are verified, never the draft's forward

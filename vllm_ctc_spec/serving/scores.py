@@ -1,16 +1,13 @@
 """Scores of the tokens that a request names (`logprob_token_ids`), which vLLM's rejection sampler forgets."""
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 
@@ -19,9 +16,15 @@ class ScoringRejectionSampler(RejectionSampler):
     place of the most probable ones, in every step that verifies drafts, as `Sampler` gives them in one that does not.
     """
 
-    _num_named = 0  # most tokens that a request of this step names
     _requests: torch.Tensor  # [rows] request of each row of the step
-    _next_row = 0  # of the chunk of rows that is scored next
+
+    def __init__(self, sampler: Sampler, spec_config: SpeculativeConfig, device: torch.device):
+        super().__init__(sampler, spec_config, device)
+        self._num_named = 0  # most tokens that a request of this step names
+        self._next_row = 0  # of the chunk of rows that is scored next
+        # Where ranks sample a part of the batch each, vLLM would gather no columns of a step that verifies drafts.
+        dims = sampler.get_logprobs_dims
+        sampler.get_logprobs_dims = lambda requests, include_token_ids=True: dims(requests)
 
     def __call__(
         self,
@@ -61,20 +64,3 @@ class ScoringRejectionSampler(RejectionSampler):
             max_per_req_token_ids=self._num_named,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
-
-
-def attach_scores(vllm_config: VllmConfig, target: nn.Module) -> None:
-    """Let `target`, whose drafts are chains, be verified by a ScoringRejectionSampler; trees have it by themselves.
-
-    vLLM makes the model state, and with it the samplers, from the target after the drafter is loaded
-    (`GPUModelRunner.load_model`).
-    """
-    stock = resolve_model_state_cls(vllm_config, target)
-
-    def custom_sampler(state: Any, sampler: Any) -> tuple[Any, Any] | None:
-        return stock.custom_sampler(state, sampler) or (
-            sampler, ScoringRejectionSampler(sampler, vllm_config.speculative_config, state.device),
-        )  # fmt: skip
-
-    model_state = type(stock.__name__, (stock,), {"custom_sampler": custom_sampler})
-    target.get_model_state_cls = lambda: model_state

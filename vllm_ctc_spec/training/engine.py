@@ -145,7 +145,7 @@ class Engine:
 
 
 class UnseenBar(tqdm):
-    """vLLM's own bar, of one shard: passes on how many requests have ended. vLLM divides by the time that it shows, which
+    """vLLM's own bar, of one shard: passes on how many requests have ended. vLLM divides by the time shown, which
     is 0 with TQDM_DISABLE in the environment."""
 
     def __init__(self, advance: Advance, *args: Any, **options: Any):

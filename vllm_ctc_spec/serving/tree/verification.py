@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.serving.scores import ScoringRejectionSampler
@@ -36,7 +37,7 @@ def draw_target_tokens(
     )
 
 
-class TreeRejectionSampler(ScoringRejectionSampler):
+class TreeRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM's too: tests/versions reads it here
     """Draws a token of the target at each node, and walks down the tree by the rule of acceptance.
 
     The exact rule steps to the child whose token was drawn, else emits that token and stops. The tree is deterministic
