@@ -23,19 +23,19 @@ def metadata(path: Path) -> dict:
 
 @pytest.fixture
 def card(target):
-    """card(**settings) of a small drafter."""
+    """card(**settings) of a small drafter that learned from sampled responses."""
 
     def make(**settings) -> str:
         config = TrainConfig(**{"target": "t", "data": "d", **settings})
         shape = DrafterConfig.for_target(target.model.config, num_frames=6, num_labels=4)
         drafter = CTCDrafter(shape, target.embedding, target.head)
-        return card_text(config, drafter, 30, Acceptance([10, 12, 9], [4, 4, 5]))
+        return card_text(config, drafter, 30, 0.5, Acceptance([10, 12, 9], [4, 4, 5]))
 
     return make
 
 
 def test_the_hub_reads_the_card(card, tmp_path):
-    write_card(tmp_path, card(license="apache-2.0", base_model="org/some-model", tree_nodes=8, temperature=0.5))
+    write_card(tmp_path, card(license="apache-2.0", base_model="org/some-model", tree_nodes=8))
     found = metadata(tmp_path / CARD_NAME)
     assert found == {
         "license": "apache-2.0", "base_model": "org/some-model", "library_name": "vllm",

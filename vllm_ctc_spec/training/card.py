@@ -66,8 +66,10 @@ def write_card(folder: Path, card: str) -> None:
         path.write_text(card, encoding="utf-8")
 
 
-def card_text(config: TrainConfig, drafter: CTCDrafter, sequences: int, held_out: Acceptance) -> str:
-    """sequences: different ones of the training data; held_out: of the drafts that it is served with."""
+def card_text(
+    config: TrainConfig, drafter: CTCDrafter, num_responses: int, temperature: float, held_out: Acceptance
+) -> str:
+    """num_responses, temperature: of the training data; held_out: with the drafts that it is served with."""
     target = base_model(config)
     metadata = ModelCardData(
         license=license_of(config),
@@ -77,7 +79,18 @@ def card_text(config: TrainConfig, drafter: CTCDrafter, sequences: int, held_out
         tags=TAGS,
     )
     speculative = json.dumps({"method": "ctc", "model": "THIS_REPOSITORY"})
-    rows = "\n".join(f"| {name} | {text} |" for name, text in _facts(config, drafter, sequences, held_out).items())
+    sampled = f"at temperature {temperature:g}" if temperature else "greedily"
+    facts = {
+        "architecture": _architecture(drafter),
+        "shared with the target": "embedding and head, which are not in this repository",
+        "data": f"{num_responses} responses of the target itself, {sampled}",
+        "training": f"{config.steps} steps of {config.batch_size} sequences with up to {config.anchors} anchors each, "
+        f"loss `{config.loss}`, seed {config.seed}; all settings are in `train_config.json`",
+        "acceptance length": _measured(config, held_out),
+        "versions": f"vllm_ctc_spec {vllm_ctc_spec.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+    }
+    rows = "\n".join(f"| {name} | {text} |" for name, text in facts.items())
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -98,23 +111,21 @@ vllm serve {target or "TARGET"} --speculative-config '{speculative}'
 """
 
 
-def _facts(config: TrainConfig, drafter: CTCDrafter, sequences: int, held_out: Acceptance) -> dict[str, str]:
+def _architecture(drafter: CTCDrafter) -> str:
     shape, num_parameters = drafter.config, sum(weight.numel() for weight in drafter.parameters())
-    labels = shape.draft_vocab_size
-    drafts = f"trees of {config.tree_nodes} nodes" if config.tree_nodes else f"chains of {config.num_labels} labels"
-    sampled = f"at temperature {config.temperature:g}" if config.temperature else "greedily"
-    return {
-        "architecture": f"{shape.num_layers} layers, hidden size {shape.hidden_size}, reading the target's hidden "
-        f"states after layers {', '.join(map(str, shape.aux_hidden_state_layer_ids))}; {shape.num_frames} frames of "
-        f"the lattice `{shape.lattice}`, {shape.num_labels} labels, label-conditional head of rank "
-        f"{shape.markov_rank}, draft vocabulary of {labels} of {shape.vocab_size} tokens; "
+    parts = (
+        f"`{shape.architecture}`, {shape.num_layers} layers, hidden size {shape.hidden_size}",
+        f"reading the target's hidden states after layers {', '.join(map(str, shape.aux_hidden_state_layer_ids))}",
+        f"{shape.num_frames} frames of the lattice `{shape.lattice}`",
+        f"{shape.num_labels} labels",
+        f"label-conditional head of rank {shape.markov_rank}",
+        f"draft vocabulary of {shape.draft_vocab_size} of {shape.vocab_size} tokens",
         f"{num_parameters / 1e6:.3g} M parameters",
-        "shared with the target": "embedding and head, which are not in this repository",
-        "data": f"{sequences} responses of the target itself, {sampled}",
-        "training": f"{config.steps} steps of {config.batch_size} sequences with up to {config.anchors} anchors each, "
-        f"loss `{config.loss}`, seed {config.seed}; all settings are in `train_config.json`",
-        "acceptance length": f"{held_out.length:.3f} ± {held_out.half_width:.3f} tokens a forward of the target, "
-        f"greedy, with {drafts} (95 % interval over {len(held_out.steps)} held-out rows)",
-        "versions": f"vllm_ctc_spec {vllm_ctc_spec.__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
-    }
+    )
+    return "; ".join(parts)
+
+
+def _measured(config: TrainConfig, held_out: Acceptance) -> str:
+    drafts = f"trees of {config.tree_nodes} nodes" if config.tree_nodes else f"chains of {config.num_labels} labels"
+    length = f"{held_out.length:.3f} ± {held_out.half_width:.3f} tokens a forward of the target"
+    return f"{length}, greedy, with {drafts} (95 % interval over {len(held_out.steps)} held-out rows)"

@@ -72,7 +72,7 @@ class Prepared:
     examples: list[Example]
     held_out: list[Example]
     token_ids: list[int] | None = None  # of the draft vocabulary, increasing; None: the target's
-    sampled: bool = False  # whether the training responses were; held-out ones never are
+    temperature: float = 0.0  # of the training responses; held-out ones are greedy
 
 
 def load_target(config: TrainConfig, device: torch.device) -> Target | TargetTables:
@@ -112,8 +112,8 @@ def prepare(config: TrainConfig, paths: RunPaths, overwrite: bool, generate: Gen
     drafter_config = dataclasses.replace(drafter_config, target_dtype=responses_dtype(folder))
     if token_ids is not None:
         drafter_config = dataclasses.replace(drafter_config, draft_vocab_size=len(token_ids))
-    sampled = bool((recorded_settings(folder) or {}).get("temperature"))
-    return Prepared(config, paths, drafter_config, examples, held_out, token_ids, sampled)
+    temperature = (recorded_settings(folder) or {}).get("temperature", 0.0)
+    return Prepared(config, paths, drafter_config, examples, held_out, token_ids, temperature)
 
 
 def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrite: bool, generate: Generate) -> None:
@@ -142,7 +142,8 @@ def run_worker(prepared: Prepared, target: Target | TargetTables, workers: Worke
     if not workers.is_main:
         return None
     drafter = trainer.drafter_of(trainer.progress.best_weights)
-    publish(drafter, config, paths, card_text(config, drafter, len(prepared.examples), trainer.progress.best))
+    card = card_text(config, drafter, len(prepared.examples), prepared.temperature, trainer.progress.best)
+    publish(drafter, config, paths, card)
     return f"{report(trainer, paths)}\n{advise(evidence_of(trainer, drafter, prepared))}"
 
 
@@ -152,7 +153,7 @@ def evidence_of(trainer: Trainer, drafter: CTCDrafter, prepared: Prepared) -> Ev
     config, examples = trainer.config, prepared.examples
     measurements = [Measurement(*each) for each in trainer.progress.measurements]
     passes = config.steps * config.batch_size / sum(bool(anchor_positions(example)) for example in examples)
-    if prepared.sampled:
+    if prepared.temperature:
         return Evidence(passes, None, None, measurements)
     read = examples_read(examples, config)
     chosen = random.Random(config.seed).sample(read, min(len(read), TRAINED_FOR_EACH * len(prepared.held_out)))
