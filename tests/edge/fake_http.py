@@ -20,6 +20,7 @@ class Behaviour:
     """What the server does; tests change it while it runs."""
 
     refuses_drafts: bool = False  # with a reason
+    refuses_in_the_stream: bool = False
     ignores_drafts: bool = False
     status: int = 200  # of completions
     finish_reason: str | None = None  # in place of the true one
@@ -57,7 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         if does.status != 200:
             return self.json({"error": {"message": "as it was told"}}, does.status)
         if does.refuses_drafts and "vllm_xargs" in body:
-            return self.json({"error": {"message": "unknown key ctc_draft"}}, 400)
+            refusal = {"error": {"message": "unknown key ctc_draft", "code": 400}}
+            if does.refuses_in_the_stream and body.get("stream"):
+                return self.stream_of([refusal])
+            return self.json(refusal, 400)
         if not does.ignores_drafts and min(body.get("vllm_xargs", {}).get("ctc_draft") or [0]) < 0:
             return self.json({"error": {"message": "no such id"}}, 400)
         if not body.get("stream"):
@@ -74,19 +78,21 @@ class Handler(BaseHTTPRequestHandler):
         return {"index": index, "text": "", "finish_reason": reason, **ids}
 
     def stream(self, tokens: list[int]) -> None:
-        does = self.behaviour
+        parts = [tokens[start : start + 2] for start in range(0, len(tokens), 2)]
+        contents = [{"choices": [self.choice(part, 0, part is parts[-1])]} for part in parts]
+        if self.behaviour.error_after is not None:
+            contents[self.behaviour.error_after] = {"error": {"message": "the engine is dead"}}
+        self.stream_of(contents)
+
+    def stream_of(self, contents: list[dict]) -> None:
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        parts = [tokens[start : start + 2] for start in range(0, len(tokens), 2)]
-        for number, part in enumerate(parts):
-            time.sleep(does.silent_seconds)
-            if number == does.dies_after:
+        for number, content in enumerate(contents):
+            time.sleep(self.behaviour.silent_seconds)
+            if number == self.behaviour.dies_after:
                 self.close_connection = True
                 return
-            content: dict = {"choices": [self.choice(part, 0, number == len(parts) - 1)]}
-            if number == does.error_after:
-                content = {"error": {"message": "the engine is dead"}}
             self.chunk(f"data: {json.dumps(content)}\n\n")
         self.chunk("data: [DONE]\n\n")
         self.chunk("")

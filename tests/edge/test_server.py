@@ -102,9 +102,10 @@ def test_a_verdict_ends_at_the_first_difference_or_at_the_end():
     assert verdict([one, end, one], [1, 0]) == Delta([1, 0], True, True)
 
 
-def test_a_server_that_refuses_drafts_is_asked_without_them(server):
+@pytest.mark.parametrize("in_the_stream", [False, True])
+def test_a_server_that_refuses_drafts_is_asked_without_them(server, in_the_stream):
     server, behaviour = server
-    behaviour.refuses_drafts = True
+    behaviour.refuses_drafts, behaviour.refuses_in_the_stream = True, in_the_stream
     rounds = DraftRounds(server, GREEDY)
     text = complete(rounds, LONG, 1.0)
     assert text.verified == answer(LONG, 40) and text.counts.lost_rounds == 0

@@ -9,7 +9,7 @@ import torch
 from server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_ctc_spec.edge.devices import ModelDevice
+from vllm_ctc_spec.edge.devices import ModelDevice, NgramDevice
 from vllm_ctc_spec.edge.loop import Client, Patience, Watcher
 from vllm_ctc_spec.edge.protocol import Drafted, Policy, Text
 from vllm_ctc_spec.edge.run import check_tokenizer
@@ -100,7 +100,7 @@ def test_the_text_is_the_servers_own(edge, model, tokenizer, rounds, temperature
         device = Noisy(ModelDevice(model, len(tokenizer), temperature, SEED), (1.0, 0.9, 0.6, 0.0)[number], number)
         verifier = rounds(edge, sampling(temperature))
         client = Client(device, verifier, Policy(5, 0.0, 6), Patience(60))
-        text = client.complete(Text(prompts[number], MAX_TOKENS))
+        text = client.complete(Text(prompts[number], MAX_TOKENS, {tokenizer.eos_token_id}))
         assert rounds is PromptRounds or verifier.refusal is None
         return text
 
@@ -117,7 +117,7 @@ def test_drafts_save_the_server_steps(request, server, edge, model, tokenizer):
     if request.node.callspec.params["server"] != "client":
         pytest.skip("with a drafter the server needs few steps by itself")
     prompt = chat(edge, QUESTIONS[0])
-    text = Text(prompt, MAX_TOKENS)
+    text = Text(prompt, MAX_TOKENS, {tokenizer.eos_token_id})
     before = server.metrics()["vllm:iteration_tokens_total_count"]
     Client(ModelDevice(model, len(tokenizer)), DraftRounds(edge, sampling(0.0)), Policy(8, 0.0, 9)).complete(text)
     steps = server.metrics()["vllm:iteration_tokens_total_count"] - before
@@ -156,7 +156,7 @@ def test_another_tokenizer_is_noticed(edge, tokenizer, tiny_pair):
 
 def test_what_the_server_refuses_is_no_absence(edge):
     with pytest.raises(Refused, match="HTTP 400"):
-        Client(None, DraftRounds(edge, {"temperature": -1.0}), Policy(0, 0.0, 5)).complete(Text([1], 5))
+        Client(NgramDevice(), DraftRounds(edge, {"temperature": -1.0})).complete(Text([1], 5))
 
 
 def test_a_server_that_is_killed_leaves_the_device_alone(demo_pair, model, tokenizer, tmp_path):

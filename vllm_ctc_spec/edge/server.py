@@ -80,8 +80,8 @@ class Server:
                     if not line.startswith("data:") or line == "data: [DONE]":
                         continue
                     part = parsed(line.removeprefix("data:"))
-                    if "error" in part:
-                        raise ServerAway(reason_of(part))
+                    if "error" in part:  # some of vLLM's checks come after it has begun to answer
+                        raise failure(status_of(part["error"]), part)
                     yield part
         except httpx.HTTPError as error:
             raise ServerAway(said(error)) from error
@@ -108,22 +108,31 @@ def parsed(text: str) -> dict[str, Any]:
 
 def check(response: httpx.Response) -> None:
     """Raises: Refused, ServerAway."""
-    if response.status_code == 200:
-        return
-    try:
-        reason = reason_of(response.json())
-    except ValueError:
-        reason = ""
-    reason = f"HTTP {response.status_code}" + (f": {reason}" if reason else "")
-    if 400 <= response.status_code < 500 and response.status_code not in BUSY:
-        raise Refused(reason)
-    raise ServerAway(reason)
+    if response.status_code != 200:
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        raise failure(response.status_code, content)
+
+
+def failure(status: int, content: Any) -> Refused | ServerAway:
+    """What an error of the server means. content: the body of its answer, if it is JSON."""
+    reason = f"HTTP {status}" + (f": {reason_of(content)}" if content else "")
+    refused = 400 <= status < 500 and status not in BUSY
+    return Refused(reason) if refused else ServerAway(reason)
 
 
 def reason_of(content: Any) -> str:
     """The message of an error as vLLM writes it."""
     error = content.get("error", content) if isinstance(content, dict) else content
     return str(error["message"]) if isinstance(error, dict) and "message" in error else shown(error)
+
+
+def status_of(error: Any) -> int:
+    """The status of an error that came in a stream; that of a failed server if it does not say."""
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else 500
 
 
 def said(error: Exception) -> str:
