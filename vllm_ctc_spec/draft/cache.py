@@ -15,7 +15,7 @@ from vllm_ctc_spec.kernels.contract import Budget, DraftTree
 from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Texts, history_tree
 
 # What the rates start from, by class of match: for the first child, and for each later one. About what they come to
-# with the embedded pair (benchmarks/results/sources.md); of the frozen table, a guess.
+# with the embedded pair; of the frozen table, a guess.
 PRIOR_FIRST = (0.20, 0.35, 0.45, 0.55, 0.75, 0.85)
 PRIOR_LATER = (0.10, 0.12, 0.15, 0.15, 0.15, 0.15)
 PRIOR_TRIES = 20.0  # how many tries that is worth
