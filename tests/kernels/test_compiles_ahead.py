@@ -15,8 +15,8 @@ RESOURCES = ("registers", "shared", "spilled")
 HOPPER = 90
 
 
-def compile_ahead(folder: Path, *options: str) -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def compile_ahead(folder: Path, *options: str, **variables: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, str(HERE / "compile_ahead.py"), *options]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
