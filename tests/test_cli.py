@@ -46,6 +46,7 @@ def test_defaults_are_those_of_the_settings(asked, capsys):
 
 
 CHANGED = {
+    "architecture": "specformer", "frame_attention": "causal", "positional_rank": 4,
     "features": "stored", "loss": "ce", "lattice": "transitions", "num_frames": 9, "num_labels": 6, "num_layers": 3,
     "aux_layers": (1, 2), "markov_rank": 3, "transition_rank": 5, "blank_share": 0.25, "tree_nodes": 16,
     "draft_vocab_size": 300,
@@ -56,6 +57,13 @@ CHANGED = {
 }  # fmt: skip
 
 
+NEEDED = {
+    "transition_rank": {"lattice": "transitions"}, "frame_attention": {"architecture": "specformer"},
+    "positional_rank": {"architecture": "specformer"},
+}  # fmt: skip
+"""What a setting is refused without."""
+
+
 def as_typed(value) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
@@ -64,7 +72,7 @@ def as_typed(value) -> str:
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("target", "data")])
 def test_every_setting_has_an_option(name, asked):
-    needed = {"transition_rank": {"lattice": "transitions"}}.get(name, {})  # what the setting is refused without
+    needed = NEEDED.get(name, {})
     given = {name: CHANGED[name], **needed}
     options = []
     for key, value in given.items():

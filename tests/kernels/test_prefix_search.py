@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.kernels import _compiled
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
-from vllm_ctc_spec.kernels.prefix_search import cpu, greedy_chain, prefix_search
+from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 
 from ..oracle.frames import (
     ANCHOR,
@@ -286,5 +287,5 @@ def test_the_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.Mon
             raise RuntimeError("cannot cache function: no locator available")
         return njit(*args)
 
-    monkeypatch.setattr(cpu.numba, "njit", without_cache)
-    assert cpu.compiled(lambda x: x + 1)(2) == 3
+    monkeypatch.setattr(_compiled.numba, "njit", without_cache)
+    assert _compiled.compiled(lambda x: x + 1)(2) == 3
