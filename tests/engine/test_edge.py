@@ -107,9 +107,9 @@ def test_the_text_is_the_servers_own(edge, model, tokenizer, rounds, temperature
     with ThreadPoolExecutor(len(prompts)) as pool:
         texts = list(pool.map(answer, range(len(prompts))))
     assert [text.verified for text in texts] == expected
-    perfect, good, bad, hopeless = (text.counts for text in texts)
-    assert perfect.accepted == perfect.drafted and hopeless.accepted < hopeless.drafted / 4
-    assert perfect.rounds <= good.rounds <= bad.rounds + 2 and all(text.counts.lost_rounds == 0 for text in texts)
+    perfect, *_, hopeless = counts = [text.counts for text in texts]
+    assert perfect.accepted == perfect.drafted > 0 and hopeless.accepted < hopeless.drafted / 4
+    assert all(count.lost_rounds == 0 for count in counts)
 
 
 def test_drafts_save_the_server_steps(request, server, edge, model, tokenizer):
