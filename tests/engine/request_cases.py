@@ -173,7 +173,9 @@ CHAT = {
     "skip_special_tokens": silent(
         "parsers of reasoning and tools keep special tokens", allowed_token_ids=[PAD], skip_special_tokens=False
     ),
-    "parallel_tool_calls": silent("the answers have one call", tools=TOOLS, parallel_tool_calls=False, tool_choice="required", max_tokens=180),
+    "parallel_tool_calls": silent(
+        "the answers have one call", tools=TOOLS, parallel_tool_calls=False, tool_choice="required", max_tokens=180
+    ),
     "reasoning_effort": same(reasoning_effort="low"),
     "thinking_token_budget": same(
         messages=[{"role": "user", "content": "Think: <think>"}], thinking_token_budget=3, max_tokens=40
@@ -242,7 +244,9 @@ SAMPLING = {
     "min_tokens": same(**STOPS, min_tokens=12),
     "logprobs": same(logprobs=2),
     "prompt_logprobs": same(prompt_logprobs=2),
-    "prompt_logprob_token_ids": refused("has 2 rows, but the prompt has", prompt_logprob_token_ids=[[70, 71], [72, -1]]),
+    "prompt_logprob_token_ids": refused(
+        "has 2 rows, but the prompt has", prompt_logprob_token_ids=[[70, 71], [72, -1]]
+    ),
     "prompt_logprob_start": refused(
         "has 2 rows, but the prompt has", prompt_logprob_token_ids=[[70, 71], [72, -1]], prompt_logprob_start=3
     ),
