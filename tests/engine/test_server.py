@@ -78,7 +78,7 @@ def chat(server: Server, question: str, **options):
 
 def test_the_log_says_what_drafts(server, demo_pair):
     log = server.log_path.read_text(encoding="utf-8", errors="replace")
-    assert f"CTC drafter {demo_pair.drafter} (served as dflash)" in log and f"{BUDGET} speculative tokens" in log
+    assert f"CTC drafter {demo_pair.drafter} (adm, served as dflash)" in log and f"{BUDGET} speculative tokens" in log
 
 
 @pytest.mark.feature("chat completions")
