@@ -149,8 +149,9 @@ def test_what_is_left_out_is_counted(target, config, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_eval_prompts(config(data=str(path), num_prompts=2), target)
     assert len(found.prompts) == 2
-    assert "2 prompts; 1 row left out: none of the fields question" in found.report()
-    assert found.report().endswith("; 1 prompt left out: longer than the target's positions (the first: rows.jsonl:2).")
+    assert found.report().startswith("2 prompts.\n  1 row left out: none of the fields question")
+    too_long = "1 prompt left out: longer than the target's positions (the first: rows.jsonl:2)"
+    assert found.report().endswith(f"\n  {too_long}")
     path.write_text('{"answer": "x"}\n')
     with pytest.raises(TrainingError, match="has no usable row: .*1 row left out: none of the fields"):
         read_eval_prompts(config(data=str(path)), target)

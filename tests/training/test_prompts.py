@@ -70,7 +70,7 @@ def test_every_part_of_a_folder_is_held_out(text, tmp_path):
     assert [text[0][3] for text in shown(text, prompts.held_out)] == ["a", "b", "c"]
     assert len(prompts.train) == 27 and not [each for each in prompts.train if each in prompts.held_out]
     reason = "1 file left out: its name ends with none of .jsonl, .ndjson, .json, .parquet (the first: LICENSE)"
-    assert prompts.report() == f"27 prompts for training, 3 held out; {reason}."
+    assert prompts.report() == f"27 prompts for training, 3 held out.\n  {reason}"
 
 
 def test_every_turn_of_a_conversation_is_a_prompt_behind_the_turns_of_the_file(text, tmp_path):
@@ -87,7 +87,7 @@ def test_later_turns_without_answers_wait_for_the_targets(text, tmp_path):
     path = write(tmp_path / "rows.jsonl", {"turns": ["a", "b", "c"]}, {"turns": ["d", "e"]}, chat("f"))
     given = read_prompts(path, builder(text), 1)
     assert shown(text, given.train) == [["<u>a<e><a>"], ["<u>d<e><a>"]]
-    assert f"; 3 later turns left out: {UNANSWERED} (the first: rows.jsonl:1)." in given.report()
+    assert f"\n  3 later turns left out: {UNANSWERED} (the first: rows.jsonl:1)" in given.report()
     own = read_prompts(path, builder(text), 1, regenerate=True)
     assert shown(text, own.train) == shown(text, given.train) and own.regenerate and not given.regenerate
     assert own.report() == "5 prompts in 2 conversations for training, 1 held out."
@@ -151,7 +151,7 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_is_named(text, tmp_
         f"1 prompt left out: {TOO_LONG} (the first: rows.jsonl:8)",
         f"2 prompts left out: {DUPLICATE} (the first: rows.jsonl:9)",
     ):
-        assert f"; {sentence}" in prompts.report()
+        assert f"\n  {sentence}" in prompts.report()
 
 
 def test_prompts_that_conversations_share_are_asked_once(text, tmp_path):
@@ -193,7 +193,7 @@ def test_prompts_that_the_chat_template_refuses_are_left_out(text, tmp_path):
     prompts = read_prompts(str(path), builder(with_template(text, STRICT)), 1)
     assert (len(prompts.train), len(prompts.held_out)) == (4, 1) and prompts.left_out.count(REFUSED) == 4
     reason = f"{REFUSED} (the first: rows.jsonl:6, TemplateError: Roles must alternate)"
-    assert f"; 4 prompts left out: {reason}." in prompts.report()
+    assert f"\n  4 prompts left out: {reason}" in prompts.report()
 
 
 @pytest.mark.parametrize("fault", ["{{ 1 // 0 }}", "{{ {}['a'] + 1 }}", "{{ messages[0]['content'].index('z') }}"])
@@ -212,7 +212,7 @@ def test_prompts_with_tokens_that_the_model_lacks_are_left_out(text, tmp_path):
     prompts = read_prompts(path, builder(dataclasses.replace(text, tokenizer=tokenizer)), 1)
     assert len(prompts.train + prompts.held_out) == 2
     reason = "with a token that the model lacks (the first: rows.jsonl:2, '<new>', number 31 of 31)"
-    assert f"; 1 prompt left out: {reason}." in prompts.report()
+    assert f"\n  1 prompt left out: {reason}" in prompts.report()
 
 
 def test_a_template_that_refuses_every_row_says_why(text, tmp_path):

@@ -224,4 +224,6 @@ def test_what_is_left_out_is_counted_and_the_first_is_named():
     reasons = ("2 rows left out: not JSON (the first: a:1)", "5 prompts left out: too long (the first: b:2)",
                "1 file left out: odd (the first: c)")  # fmt: skip
     assert str(left_out) == "".join(f"; {reason}" for reason in reasons)
+    assert left_out.below("4 prompts.") == "\n  ".join(["4 prompts.", *reasons])
+    assert LeftOut().below("4 prompts.") == "4 prompts."
     assert left_out.count("not JSON") == 2 and left_out.count("no such") == 0

@@ -119,7 +119,7 @@ def test_losses_are_those_of_a_training_step(config, target, dataset_folder):
     assert len(sums) == len(numbers) == sum(len(example.response) > 1 for example in examples)
 
 
-def test_the_sequences_that_were_read_are_those_of_the_last_pass(config, dataset_folder):
+def test_the_sequences_that_were_read_are_all_or_those_of_a_short_run(config, dataset_folder):
     examples = read_shard(dataset_folder / "train-00000.jsonl")
     usable = [example for example in examples if len(example.response) > 1]
     few = examples_read(examples, dataclasses.replace(config, steps=2))

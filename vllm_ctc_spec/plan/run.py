@@ -62,7 +62,7 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
     evaluation = config.evaluation()
     prompts = read_eval_prompts(evaluation, text)
     settings = step_settings(config, text.max_length)
-    print(f"{prompts.report()} Drafts: {', '.join(map(str, drafts))}; batch sizes: "
+    print(f"{prompts.report()}\nDrafts: {', '.join(map(str, drafts))}; batch sizes: "
           f"{', '.join(map(str, settings.batch_sizes))}.", flush=True)  # fmt: skip
     accepted = elsewhere(acceptance_lengths, evaluation, prompts, drafts)
     pairs = {

@@ -51,7 +51,7 @@ class EvalPrompts:
         return [prompt for conversation in self.conversations for prompt in conversation.prompts]
 
     def report(self) -> str:
-        return f"{amount(self.conversations, 'prompts')}{self.left_out}."
+        return self.left_out.below(f"{amount(self.conversations, 'prompts')}.")
 
     def answered(self, target: Target, config: EvalConfig, temperature: float) -> list[Example]:
         """The target's answers to all of them."""

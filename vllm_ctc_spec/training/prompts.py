@@ -42,7 +42,8 @@ class Prompts:
         return any(conversation.regenerate is not None for conversation in self.train + self.held_out)
 
     def report(self) -> str:
-        return f"{amount(self.train, 'prompts')} for training, {amount(self.held_out)} held out{self.left_out}."
+        usable = f"{amount(self.train, 'prompts')} for training, {amount(self.held_out)} held out."
+        return self.left_out.below(usable)
 
 
 def amount(conversations: Sequence[Conversation], what: str = "") -> str:

@@ -79,11 +79,19 @@ class LeftOut:
         """Of all reasons that begin so."""
         return sum(count for (_, why), (count, _) in self.found.items() if why.startswith(reason))
 
-    def __str__(self) -> str:
-        return "".join(
-            f"; {count} {kind}{'s' * (count != 1)} left out: {reason} (the first: {first})"
+    def reasons(self) -> list[str]:
+        return [
+            f"{count} {kind}{'s' * (count != 1)} left out: {reason} (the first: {first})"
             for (kind, reason), (count, first) in self.found.items()
-        )
+        ]
+
+    def __str__(self) -> str:
+        """To go on with in a sentence."""
+        return "".join(f"; {reason}" for reason in self.reasons())
+
+    def below(self, sentence: str) -> str:
+        """The sentence, and a line for each reason."""
+        return "\n".join([sentence, *(f"  {reason}" for reason in self.reasons())])
 
 
 def read_rows(path: str | Path, names: Iterable[str] = PROMPT_FIELDS) -> Iterator[Row]:

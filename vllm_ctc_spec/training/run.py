@@ -162,8 +162,8 @@ def evidence_of(trainer: Trainer, drafter: CTCDrafter, prepared: Prepared) -> Ev
 
 
 def examples_read(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
-    """Different ones, of the last pass over the data or what there is of it."""
-    num_batches = min(config.steps, -(-len(examples) // config.batch_size))
+    """Different ones: all, or those of a run that was shorter than a pass. Two passes hold a whole one."""
+    num_batches = min(config.steps, 2 * -(-len(examples) // config.batch_size))
     batches = epochs(examples, config.batch_size, config.seed, config.steps - num_batches)
     return list({id(each): each for batch in itertools.islice(batches, num_batches) for each in batch}.values())
 
