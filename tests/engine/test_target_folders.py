@@ -86,17 +86,19 @@ def test_from_prompts_to_a_server(engine, tmp_path, kinds):
         "tree": measure_trees(drafter, states, examples, [nodes])[nodes],
     }
     plain = engine(pair.target, max_logprobs=-1)
-    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
-    sampled = plain.get_default_sampling_params()
-    sampled.seed, sampled.max_tokens = 7, NEW_TOKENS
     texts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    lengths = [min(NEW_TOKENS, target.max_length - len(prompt)) for prompt in prompts]
+    greedy = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
+    sampled = [plain.get_default_sampling_params() for _ in lengths]
+    for params, length in zip(sampled, lengths):
+        params.seed, params.max_tokens = 7, length
     expected = plain.generate(texts, sampled, use_tqdm=False)
     for draft in DRAFTS:
         llm = engine(pair.target, drafting(pair, draft))
         given = llm.generate(texts, greedy, use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in given] == [example.response for example in examples]
         assert llm.counters["drafts"] == pytest.approx(sum(measured[draft].steps), rel=0.01)
-        assert llm.acceptance_length > 1.5
+        assert llm.acceptance_length > 1.2
         if draft == "tree":
             given = llm.generate(texts, sampled, use_tqdm=False)
-            assert differences(plain, [sampled] * len(texts), expected, given) == []
+            assert differences(plain, sampled, expected, given) == []
