@@ -49,7 +49,7 @@ CHANGED = {
     "architecture": "specformer", "frame_attention": "causal", "positional_rank": 4,
     "features": "stored", "loss": "ce", "lattice": "transitions", "num_frames": 9, "num_labels": 6, "num_layers": 3,
     "aux_layers": (1, 2), "markov_rank": 3, "transition_rank": 5, "blank_share": 0.25, "tree_nodes": 16,
-    "draft_vocab_size": 300, "architecture": "specformer", "frame_attention": "causal", "positional_rank": 8,
+    "draft_vocab_size": 300,
     "init": "other", "steps": 7, "batch_size": 3, "accumulate": 2, "anchors": 5, "position_decay": 2.0,
     "optimizer": "adamw", "lr": 0.5, "warmup": 1, "clip": 2.0, "seed": 4, "temperature": 0.7, "max_new_tokens": 11,
     "held_out": 13, "save_every": 17, "eval_every": 19, "dtype": "bf16",
