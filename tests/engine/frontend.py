@@ -7,7 +7,7 @@ the socket and the process border are left out, which cost a start of ten second
 import asyncio
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +25,20 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
+from .conftest import DRAFTS, Pair
+
 MODEL = "tiny"
 
 
 class CoreHere(InprocClient):
     """The engine core as `AsyncLLM` asks for it, stepped in the event loop of the server."""
 
-    accepted = 0  # drafts
     engine_ranks_managed = (0,)
     resources = SimpleNamespace(engine_dead=False)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps: list[list[int]] = []  # the tokens that each step brought to each request
 
     async def get_supported_tasks_async(self):
         return self.get_supported_tasks()
@@ -48,8 +53,7 @@ class CoreHere(InprocClient):
         while True:
             await asyncio.sleep(0)
             outputs = self.get_output()
-            drafting = outputs.scheduler_stats and outputs.scheduler_stats.spec_decoding_stats
-            self.accepted += drafting.num_accepted_tokens if drafting else 0
+            self.steps += [output.new_token_ids for output in outputs.outputs]
             if outputs.outputs or outputs.scheduler_stats:
                 return outputs
 
@@ -116,6 +120,17 @@ class Frontend:
         self.loop.close()
 
 
+def start(pair: Pair, options: Sequence[str]) -> Iterator[dict[str | None, Frontend]]:
+    """For a fixture: a front end without a drafter (None), and one for each kind of draft."""
+    started: dict[str | None, Frontend] = {}
+    for draft in (None, *DRAFTS):
+        drafter = {"method": "ctc", "model": str(pair.drafter), **DRAFTS[draft]} if draft else None
+        started[draft] = Frontend(pair.target, drafter, options)
+    yield started
+    for frontend in started.values():
+        frontend.shutdown()
+
+
 def core_here(vllm_config, executor_class, log_stats, **_) -> CoreHere:
     return CoreHere(vllm_config, executor_class, log_stats)
 
@@ -155,8 +170,8 @@ def of_server(response: httpx.Response) -> tuple[int, dict]:
         if not answer["id"].endswith("mine"):
             answer.pop("id")
         for choice in answer["choices"]:
-            for call in choice.get("message", choice).get("tool_calls") or ():
-                call.pop("id")
+            for call in (choice.get("message") or choice.get("delta") or {}).get("tool_calls") or ():
+                call.pop("id", None)
     return response.status_code, answer
 
 

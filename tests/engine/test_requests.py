@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from .conftest import DRAFTS
-from .frontend import Frontend, alike, of_engine, of_server
+from .frontend import Frontend, alike, of_engine, of_server, start
 from .request_cases import DRAWN, INSIDE, REFUSED, SILENT, TABLES, Usual
 from .thinking import save_thinking_pair, text_of
 
@@ -44,16 +44,10 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def frontends(engine, tiny_pair, tmp_path_factory):
-    """One without a drafter (None), and one of each kind of draft."""
-    pair = save_thinking_pair(tiny_pair, tmp_path_factory.mktemp("thinking"))
-    started = {}
-    for draft in (None, *DRAFTS):
-        drafter = {"method": "ctc", "model": str(pair.drafter), **DRAFTS[draft]} if draft else None
-        started[draft] = Frontend(pair.target, drafter, OPTIONS)
-        started[draft].serve("qwen3", "hermes")
-    yield started
-    for frontend in started.values():
-        frontend.shutdown()
+    for started in start(save_thinking_pair(tiny_pair, tmp_path_factory.mktemp("thinking")), OPTIONS):
+        for frontend in started.values():
+            frontend.serve("qwen3", "hermes")
+        yield started
 
 
 def request(place: str, prompt: str, fields: dict) -> dict:
@@ -133,6 +127,5 @@ def sentence(answer: Any) -> str:
 
 
 def test_drafts_were_accepted(frontends, answers):
-    assert {draft: frontend.core.accepted > 1000 for draft, frontend in frontends.items()} == {
-        None: False, "chain": True, "tree": True,
-    }  # fmt: skip
+    several = {draft: sum(len(step) > 1 for step in frontend.core.steps) for draft, frontend in frontends.items()}
+    assert several[None] == 0 and min(several["chain"], several["tree"]) > 1000
