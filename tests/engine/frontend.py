@@ -7,7 +7,7 @@ the socket and the process border are left out, which cost a start of ten second
 import asyncio
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
-from .conftest import DRAFTS, Pair
+from .conftest import DRAFTS, Pair, any_scheduling
 
 MODEL = "tiny"
 
@@ -120,12 +120,19 @@ class Frontend:
         self.loop.close()
 
 
-def start(pair: Pair, options: Sequence[str]) -> Iterator[dict[str | None, Frontend]]:
-    """For a fixture: a front end without a drafter (None), and one for each kind of draft."""
+SCHEDULING = [
+    pytest.param(["--async-scheduling"], id="asynchronous"),  # what GPUs do
+    pytest.param([], id="synchronous", marks=pytest.mark.slow),
+]
+
+
+def start(pair: Pair, options: Sequence[str], drafts: Mapping[str, dict] = DRAFTS) -> Iterator[dict]:
+    """For a fixture: by kind of draft a front end, and one without a drafter (None)."""
     started: dict[str | None, Frontend] = {}
-    for draft in (None, *DRAFTS):
-        drafter = {"method": "ctc", "model": str(pair.drafter), **DRAFTS[draft]} if draft else None
-        started[draft] = Frontend(pair.target, drafter, options)
+    with any_scheduling():
+        for draft in (None, *drafts):
+            drafter = {"method": "ctc", "model": str(pair.drafter), **drafts[draft]} if draft else None
+            started[draft] = Frontend(pair.target, drafter, options)
     yield started
     for frontend in started.values():
         frontend.shutdown()

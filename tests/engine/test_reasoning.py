@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import DRAFTS
-from .frontend import Frontend, of_server, start
-from .thinking import MARKERS, TOKENS, save_thinking_pair, text_of
+from . import conftest
+from .frontend import SCHEDULING, Frontend, of_server, start
+from .thinking import MARKERS, TOKENS, save_calling_pair, save_thinking_pair, text_of
 
 THINK, END, CALL, END_OF_CALL = MARKERS.values()
 LENGTH = 1024
@@ -47,9 +47,14 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def frontends(engine, tiny_pair, tmp_path_factory):
-    yield from start(save_thinking_pair(tiny_pair, tmp_path_factory.mktemp("thinking")), OPTIONS)
+# A sampled chain has other ways to be rejected.
+DRAFTS = {**conftest.DRAFTS, "sampled chain": {"draft_sample_method": "probabilistic"}}
+
+
+@pytest.fixture(scope="module", params=SCHEDULING)
+def frontends(request, engine, tiny_pair, tmp_path_factory):
+    pair = save_thinking_pair(tiny_pair, tmp_path_factory.mktemp("thinking"))
+    yield from start(pair, [*OPTIONS, *request.param], DRAFTS)
 
 
 @pytest.fixture(params=[pytest.param(16, id="few"), pytest.param(200, id="many", marks=pytest.mark.slow)])
@@ -166,3 +171,49 @@ def test_tools_that_may_be_called(frontends, draft, parser, seeds):
         several += len(calls) > 1
     assert several > len(seeds) / 8
     assert min(ends_inside(frontend.core.steps, TOKENS.index(marker)) for marker in (END, CALL, END_OF_CALL)) > 0
+
+
+QUESTIONS = ["What do they make?", "Is it enough?", "How many plums?", "Who buys?"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [["--async-scheduling"], []], ids=["asynchronous", "synchronous"])
+def test_tools_that_are_called_without_a_grammar(engine, tiny_pair, tmp_path, schedule):
+    """No tool is `strict`, so that drafts are whole trees, in which reasoning, calls and answers end. The target has
+    been taught to call."""
+    thinking = save_thinking_pair(tiny_pair, tmp_path)
+    tools = [{"type": "function", "function": {"name": name}} for name in ("order", "sell")]
+    prompts = [f"can order\ncan sell\nuser: {question}\nassistant:" for question in QUESTIONS]
+    pair = save_calling_pair(thinking, tmp_path / "calling", prompts, ["order", "sell"])
+    bodies = [
+        {
+            "messages": [{"role": "user", "content": question}], "tools": tools, "max_tokens": 400,
+            "return_token_ids": True, "temperature": temperature, "seed": seed,
+        }
+        for question in QUESTIONS for seed, temperature in enumerate([0, 0.7, 0.7, 1.0])
+    ]  # fmt: skip
+    for started in start(pair, [*OPTIONS, *schedule]):
+        answers = {draft: called(frontend, bodies) for draft, frontend in started.items()}
+        assert answers["tree"] == answers[None]
+        greedy = slice(0, None, len(bodies) // len(QUESTIONS))
+        assert answers["chain"][greedy] == answers[None][greedy]
+        for draft in conftest.DRAFTS:
+            steps = started[draft].core.steps
+            assert min(ends_inside(steps, TOKENS.index(marker)) for marker in (END, CALL, END_OF_CALL)) > 0
+
+
+def called(frontend: Frontend, bodies: list[dict]) -> list[tuple]:
+    """The answers, and the same answers streamed."""
+    frontend.serve("qwen3", "hermes")
+    whole = [of_server(response) for response in frontend.ask("chat/completions", bodies)]
+    streamed = frontend.ask("chat/completions", [{**body, "stream": True} for body in bodies])
+    found = []
+    for (status, answer), (_, stream) in zip(whole, map(of_server, streamed), strict=True):
+        assert status == 200, answer
+        (choice,), (same,) = answer["choices"], stream["choices"]
+        calls = calls_in(content_of(text_of(choice["token_ids"]), "qwen3"))
+        assert calls_of(choice) == calls_of(same) == calls
+        assert [message(part).get("content") for part in (choice, same)] == ["Well.\n"] * 2
+        found.append((choice["token_ids"], message(choice).get("reasoning"), calls))
+    assert sum(len(calls) > 1 for *_, calls in found) > len(found) / 4
+    return found
