@@ -150,11 +150,12 @@ def chunks(response: httpx.Response) -> list[dict]:
 
 
 def of_engine(output: RequestOutput) -> dict:
+    named = getattr(output, "prompt_token_id_logprobs", None)
     samples = [{**vars(sample), "routed_experts": None, "spec_decode_metrics": None} for sample in output.outputs]
     return {
         "samples": [{**sample, "logprobs": scores(sample["logprobs"])} for sample in samples],
         "prompt_logprobs": scores(output.prompt_logprobs),
-        "prompt_token_id_logprobs": getattr(output, "prompt_token_id_logprobs", None),
+        "prompt_token_id_logprobs": None if named is None else named.tolist(),
     }
 
 

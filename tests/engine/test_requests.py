@@ -73,8 +73,12 @@ def usual(frontends) -> dict[str, list[Usual]]:
     found = {}
     for place in ("completions", "chat/completions"):
         responses = frontends[None].ask(place, [body(place, p, {"return_token_ids": True}) for p in PROMPTS])
-        tokens = [response.json()["choices"][0]["token_ids"] for response in responses]
-        found[place] = [Usual(text_of(several), several) for several in tokens]
+        given = [response.json() for response in responses]
+        tokens = [answer["choices"][0]["token_ids"] for answer in given]
+        found[place] = [
+            Usual(text_of(several), several, answer["usage"]["prompt_tokens"])
+            for several, answer in zip(tokens, given, strict=True)
+        ]
     return {**found, "engine": found["completions"]}
 
 
