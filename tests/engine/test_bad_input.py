@@ -144,7 +144,7 @@ def startup_error(target: Path, speculative_config: dict, **options) -> str:
     """What the user reads when the configuration is refused."""
     with pytest.raises(ValueError) as caught:
         EngineArgs(
-            str(target), speculative_config=speculative_config, dtype="float32", **options
+            str(target), speculative_config=speculative_config, **{"dtype": "float32", **options}
         ).create_engine_config()
     return str(caught.value)
 

@@ -45,10 +45,11 @@ def check(config: Any) -> None:
                 raise refused_with_trees(feature.format(found=found))
     if cpu.is_needed():
         for feature, test in ON_CPU:
-            if test(config):
+            found = test(config)
+            if found:
                 raise DrafterConfigError(
-                    f"On a CPU, the CTC drafter does not work with {feature}; change that option, or serve without "
-                    "drafter."
+                    f"On a CPU, the CTC drafter does not work with {feature.format(found=found)}; change that option, "
+                    "or serve without drafter."
                 )
 
 
@@ -250,8 +251,17 @@ TREES: tuple[tuple[str, Test], ...] = (
     ),
 )
 
+
+
+def _dtype_of_trees(config: Any) -> str | None:
+    """Where it is not float32, which is what `serving/cpu/tree.py` reads and computes."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    return dtype if options_of(config.speculative_config).draft == "tree" and dtype != "float32" else None
+
+
 # Kernels of Model Runner V2 that have no counterpart in `serving/cpu`.
 ON_CPU: tuple[tuple[str, Test], ...] = (
+    ("draft trees in {found} (use --dtype float32, or chains)", _dtype_of_trees),
     # vLLM's attention there has blocks of 16 tokens for MLA, and of 32 for the drafter's layers.
     ("MLA targets", lambda config: config.model_config.use_mla),
     ("hybrid and recurrent targets", _has_recurrent_layers),
