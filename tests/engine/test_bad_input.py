@@ -190,6 +190,19 @@ def test_it_is_refused_in_one_sentence(case, tiny_pair, drafter):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
+def test_contexts_beyond_the_angles_of_dynamic_scaling(tiny_pair, draft):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}}
+    text = startup_error(tiny_pair.target, dict(speculative), hf_overrides=scaled)
+    assert "ends at 256 positions" in text and "add --max-model-len 256" in text
+    assert is_one_sentence(text), text
+    config = EngineArgs(
+        str(tiny_pair.target), speculative_config=speculative, dtype="float32", hf_overrides=scaled, max_model_len=256
+    ).create_engine_config()
+    assert config.model_config.max_model_len == 256
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize(
     "option",
     [

@@ -137,6 +137,17 @@ def _default_min_p(config: Any) -> float | None:
     return config.model_config.get_diff_sampling_param().get("min_p")
 
 
+def _positions_of_the_rotary_table(config: Any) -> int | None:
+    """Where contexts may be longer: with "dynamic" vLLM derives `factor` times the `max_position_embeddings` that its
+    table of angles has (layers/rotary_embedding/dynamic_ntk_scaling_rope.py), and looks up angles behind it."""
+    text_config = config.model_config.hf_text_config
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "dynamic" or "factor" not in rope:
+        return None
+    positions = text_config.max_position_embeddings
+    return positions if config.model_config.max_model_len > positions else None
+
+
 ALWAYS: tuple[tuple[str, Test], ...] = (
     (
         "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM fall back "
@@ -156,6 +167,11 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
         "The target's generation_config.json sets min_p to {found}, which vLLM refuses in a request with any drafter; "
         "add --override-generation-config '{{\"min_p\": 0}}' for those that do not set it themselves.",
         _default_min_p,
+    ),
+    (  # Without a drafter only requests that reach it are wrong; drafted rows reach it before their request does.
+        "vLLM's table of rotary angles for dynamic scaling ends at {found} positions, and drafts would reach behind; "
+        "add --max-model-len {found}.",
+        _positions_of_the_rotary_table,
     ),
 )
 
