@@ -53,7 +53,7 @@ def said(dice: random.Random, names: list[str]) -> str:
         json.dumps({"name": dice.choice(names), "arguments": {"count": dice.randrange(100), "to": dice.choice("abc")}})
         for _ in range(dice.randint(1, 3))
     ]
-    return f"{thought}</think>Well.\n" + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls) + "<eos>"
+    return f"{thought}</think>Now.\n" + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls) + "<eos>"
 
 
 def save_calling_pair(pair: Pair, folder: Path, prompts: list[str], names: list[str], steps: int = 400) -> Pair:
