@@ -195,14 +195,16 @@ def test_tools_that_may_be_called(frontends, draft, parser, seeds):
         assert tokens_of(whole) == tokens_of(ask(frontends[None], seeds, **asked))
 
 
+# What a call was like is known from the one before it; the drafter has not been taught.
+TAUGHT = {**conftest.DRAFTS, "tree": {**conftest.TREE, "ctc_sources": "ctc+cache"}}
 QUESTIONS = ["What do they make?", "Is it enough?", "How many plums?", "Who buys?"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", [["--async-scheduling"], []], ids=["asynchronous", "synchronous"])
 def test_tools_that_are_called_without_a_grammar(engine, tiny_pair, tmp_path, schedule):
-    """No tool is `strict`, so that drafts are whole trees, in which reasoning, calls and answers end. The target has
-    been taught to call."""
+    """No tool is `strict`, so that drafts are whole trees, in which calls begin and end. The target has been taught to
+    call."""
     thinking = save_thinking_pair(tiny_pair, tmp_path)
     tools = [{"type": "function", "function": {"name": name}} for name in ("order", "sell")]
     prompts = [f"can order\ncan sell\nuser: {question}\nassistant:" for question in QUESTIONS]
@@ -214,14 +216,13 @@ def test_tools_that_are_called_without_a_grammar(engine, tiny_pair, tmp_path, sc
         }
         for question in QUESTIONS for seed, temperature in enumerate([0, 0.7, 0.7, 1.0])
     ]  # fmt: skip
-    for started in start(pair, [*OPTIONS, *schedule]):
+    for started in start(pair, [*OPTIONS, *schedule], TAUGHT):
         answers = {draft: called(frontend, bodies) for draft, frontend in started.items()}
         assert answers["tree"] == answers[None]
         greedy = slice(0, None, len(bodies) // len(QUESTIONS))
         assert answers["chain"][greedy] == answers[None][greedy]
-        for draft in conftest.DRAFTS:
-            steps = started[draft].core.steps
-            assert min(ends_inside(steps, TOKENS.index(marker)) for marker in (END, CALL, END_OF_CALL)) > 0
+        assert any(len(step) > 1 for step in started["chain"].core.steps)
+        assert min(ends_inside(started["tree"].core.steps, TOKENS.index(marker)) for marker in (CALL, END_OF_CALL)) > 0
 
 
 def called(frontend: Frontend, bodies: list[dict]) -> list[tuple]:
