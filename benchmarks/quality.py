@@ -30,16 +30,17 @@ from typing import Any
 import psutil
 import torch
 from client import SETTLE_SECONDS, drafting_since
-from grading import MARK, final_number, sign_test
 from methods import named_config
 from pair import RESULTS, add_pair_arguments, choose_pair, ctc_config, ready
 from record import describe_run, machine_line, write_record
 from serve import BUSY_PERCENT, IDLE_SECONDS, SERVE_ARGS, positive, slug
 from server import Endpoint, Server, StartupError, on_cpu, stop_on_sigterm, threads_record
+from sign_test import sign_test
 from tqdm import tqdm
 
 from vllm_ctc_spec.errors import UserError
 from vllm_ctc_spec.training.files import differing_settings, record_settings, write_atomically
+from vllm_ctc_spec.training.grading import MARK, final_number
 from vllm_ctc_spec.training.rows import read_rows
 from vllm_ctc_spec.training.target import Target
 
