@@ -223,8 +223,8 @@ def add_pivots(commands) -> None:
     parser = commands.add_parser(
         "pivots",
         help="train the classifier of a lossy rule of acceptance",
-        description="Let the target go on behind tokens that it would reject, and learn which of them change the answer. "
-        "Started again, it continues.",
+        description="Let the target go on behind tokens that it would reject, and learn which of them change its "
+        "answer. Started again, it continues.",
     )
     add_settings(parser, PivotsConfig)
     add_ray(parser)

@@ -1,7 +1,28 @@
 """The rule of pivots for one tree, in plain Python numbers, node by node."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vllm_ctc_spec.accept.pivot import Classifier
+from vllm_ctc_spec.accept.pivot_file import JSON_NAME, WEIGHTS_NAME, save
+from vllm_ctc_spec.drafter.weights import weights_fingerprint
+
+
+def save_pivots(
+    folder: Path, target: str | Path, hidden_size: int, out_bias: float = 0.0, floor: float = 1e-4, scale: float = 1.0
+) -> Path:
+    """A random classifier for this target; scale: of its last weights, 0 for the same answer everywhere."""
+    folder.mkdir(exist_ok=True)
+    draw = torch.Generator().manual_seed(0)
+    hidden, bias, out = (torch.randn(shape, generator=draw) for shape in ([3, hidden_size + 2], [3], [3]))
+    save(folder / WEIGHTS_NAME, Classifier(hidden, bias, scale * out, torch.tensor(out_bias)))
+    record = {"target_weights": weights_fingerprint(target), "min_probability": floor}
+    (folder / JSON_NAME).write_text(json.dumps(record))
+    return folder
 
 
 def probabilities(logits: Sequence[float]) -> list[float]:

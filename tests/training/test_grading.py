@@ -49,7 +49,8 @@ def test_programs_are_right_if_they_pass_their_tests():
 
 
 @pytest.mark.parametrize("program", [
-    "raise SystemExit(0)", "import os; os._exit(0)", "open('file', 'w').write('x')", "x = bytearray(2**31)", "1 / 0",
+    "raise SystemExit(0)", "import os; os._exit(0)", "open('file', 'w', 1).write('x\\n')", "x = bytearray(2**31)",
+    "1 / 0",
 ])  # fmt: skip
 def test_programs_that_end_early_or_exceed_a_limit_do_not_pass(program):
     assert passes("assert True")

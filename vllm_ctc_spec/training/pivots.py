@@ -128,7 +128,7 @@ def read_questions(config: PivotsConfig, text: TargetText) -> list[Question]:
             continue
         if task.tests and not config.run_code:
             raise TrainingError(
-                f"{row.place} has a test_list, and to check an answer to it is to run the program that it holds on this "
+                f"{row.place} has a test_list, and its answers are checked by running the programs in them on this "
                 "machine: add --run-code, or leave the row out."
             )
         try:
