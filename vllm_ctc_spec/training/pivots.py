@@ -9,14 +9,15 @@ All of it lies in OUTPUT/work, and a killed run goes on where it was. "Reject On
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ from vllm_ctc_spec.training.rows import LeftOut, read_rows
 from vllm_ctc_spec.training.target import Target, TargetText
 
 MIN_PROBABILITY = 1e-4  # the paper's: the target accepts nothing that it would hardly say
+OOM_REMEDIES = "use --dtype bf16, or answers of fewer --max-new-tokens"
 NO_CHECKER = "neither a test_list nor an answer with a number"
 
 
@@ -64,13 +66,6 @@ class Candidate:
     prompt: list[int]
     token: int
     own: int
-
-
-class Rolled(NamedTuple):
-    """Shares of right answers behind a candidate, and behind the target's own token."""
-
-    right: float
-    right_exact: float
 
 
 def make_pivots(config: PivotsConfig, overwrite: bool, generate: Generate = generate_here) -> str:
@@ -91,28 +86,21 @@ def make_pivots(config: PivotsConfig, overwrite: bool, generate: Generate = gene
         for _ in range(config.rollouts)
     ]
     print(f"{len(candidates)} candidates in {len(questions)} answers; {len(rollouts)} rollouts behind them.")
-    rolled = _answered(
-        config, text, work / "rollouts", [list(p) for p in rollouts], config.temperature, generate
-    )
-    with explain_out_of_memory("use --dtype bf16, or answers of fewer --max-new-tokens"), torch.no_grad():
+    rolled = _answered(config, text, work / "rollouts", [*map(list, rollouts)], config.temperature, generate)
+    with explain_out_of_memory(OOM_REMEDIES), torch.no_grad():
         target = load_target(config)
-        shares = list(_shares(target, questions, candidates, rolled))
-        features = torch.stack([features_of(target, c) for c in tqdm(candidates, desc="states", unit="candidate")])
-    judged = Judged(
-        torch.tensor([c.question for c in candidates]), features.cpu(),
-        torch.tensor([s.right for s in shares]), torch.tensor([s.right_exact for s in shares]),
-    )  # fmt: skip
+        judged = _judge(target, questions, candidates, rolled)
+        right = sum(_is_right(target, question, response) for question, response in zip(questions, answers))
     classifier, measured = fit(judged, config.alpha, config.seed)
-    right = [_is_right(target, q, a) for q, a in zip(questions, answers)]
-    (config.output / JSON_NAME).unlink(missing_ok=True)  # of other weights
-    with new_file(config.output / WEIGHTS_NAME) as temporary:
-        save(temporary, classifier)
     record = {
         "target_weights": target_fingerprint(config.target), "drafter_weights": weights_fingerprint(config.drafter),
         "min_probability": MIN_PROBABILITY, "alpha": config.alpha, "rollouts": config.rollouts,
-        "temperature": config.temperature, "questions": len(questions), "right": sum(right),
+        "temperature": config.temperature, "questions": len(questions), "right": right,
         "candidates": len(candidates), **measured,
     }  # fmt: skip
+    (config.output / JSON_NAME).unlink(missing_ok=True)  # of other weights
+    with new_file(config.output / WEIGHTS_NAME) as temporary:
+        save(temporary, classifier)
     write_atomically(config.output / JSON_NAME, json.dumps(record, indent=2) + "\n")
     return _report(config.output, record)
 
@@ -198,8 +186,10 @@ def _candidates(
 ) -> list[Candidate]:
     """Found once: on another device the drafts may differ, and rollouts are those of the file."""
     if not path.is_file():
-        with explain_out_of_memory("use --dtype bf16, or answers of fewer --max-new-tokens"), torch.no_grad():
+        with explain_out_of_memory(OOM_REMEDIES), torch.no_grad():
             found = find_candidates(config, questions, answers)
+        gc.collect()
+        torch.cuda.empty_cache()  # the engine of the rollouts needs the memory that target and drafter had
         write_atomically(path, "".join(json.dumps(dataclasses.asdict(c)) + "\n" for c in found))
     lines = path.read_text(encoding="utf-8").splitlines()
     if not lines:
@@ -250,13 +240,14 @@ def _is_right(target: Target, question: Question, response: Sequence[int]) -> bo
     return question.task.is_right(target.tokenizer.decode(response[:end], skip_special_tokens=True))
 
 
-def _shares(
+def _judge(
     target: Target, questions: Sequence[Question], candidates: Sequence[Candidate],
     rolled: dict[tuple[int, ...], list[list[int]]],
-) -> Iterator[Rolled]:  # fmt: skip
+) -> Judged:  # fmt: skip
     known: dict[tuple[int, ...], float] = {}
 
     def share(candidate: Candidate, token: int) -> float:
+        """Of right answers among those that begin so."""
         key = (*candidate.prompt, token)
         if key not in known:
             question = questions[candidate.question]
@@ -264,8 +255,13 @@ def _shares(
             known[key] = sum(_is_right(target, question, [*begun, *rest]) for rest in rolled[key]) / len(rolled[key])
         return known[key]
 
-    for candidate in tqdm(candidates, "checked", unit="candidate"):
-        yield Rolled(share(candidate, candidate.token), share(candidate, candidate.own))
+    rows = [
+        (features_of(target, c).cpu(), share(c, c.token), share(c, c.own))
+        for c in tqdm(candidates, "judged", unit="candidate")
+    ]
+    features, right, right_exact = zip(*rows)
+    numbers = torch.tensor([candidate.question for candidate in candidates])
+    return Judged(numbers, torch.stack(features), torch.tensor(right), torch.tensor(right_exact))
 
 
 def features_of(target: Target, candidate: Candidate) -> Tensor:
