@@ -6,7 +6,7 @@
 One request at a time, greedy, trees of as many nodes for every source, engines in this process one after the other.
 Output that differs from that of no drafts ends the program. vLLM's n-grams (the longest match, the last one first) are
 followed through the answers without an engine. Acceptance lengths do not depend on the machine's speed: `serve.py`
-measures that. Writes OUTPUT.json and OUTPUT.md.
+measures that. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
 """
 
 import argparse
@@ -100,6 +100,9 @@ def table_of(run: dict, lengths: dict[str, dict[str, float]]) -> str:
         f"| sources | {' | '.join(names)} |", "|---|" + "---|" * len(names),
     ]  # fmt: skip
     lines += [f"| {source} | {' | '.join(f'{x:.2f}' for x in row.values())} |" for source, row in lengths.items()]
+    *alone, merged = (lengths[source] for source in SOURCES)
+    ratios = [merged[name] / max(row[name] for row in alone) for name in names]
+    lines += [f"| {SOURCES[-1]} / the better of both | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |"]
     return "\n".join(lines) + "\n"
 
 
@@ -141,6 +144,9 @@ def main(argv: list[str]) -> int:
         max_tokens=args.max_tokens,
     )  # fmt: skip
     write_record(args.output, {"run": run, "acceptance_length": lengths}, table_of(run, lengths))
+    import plots
+
+    plots.sources(args.output.with_suffix(".png"), lengths, f"{args.pair.name}, trees of {args.nodes} nodes")
     return 0
 
 
