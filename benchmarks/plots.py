@@ -98,6 +98,7 @@ def edge(path: Path, rows: list["Measurement"], title: str) -> None:
     from edge import STREAM, stream_of
 
     servers, trips = unique(row.cell.sources for row in rows), unique(row.cell.round_trip_ms for row in rows)
+    highest = 1.0
     size = (3.2 * len(trips) + 2.5, 3 * len(servers) + 0.5)
     figure, panels = pyplot.subplots(len(servers), len(trips), figsize=size, squeeze=False, sharey=True)
     for server, line in zip(servers, panels):
@@ -112,15 +113,16 @@ def edge(path: Path, rows: list["Measurement"], title: str) -> None:
                 }
                 label = way if agreement is None else f"{way}, {agreement:g} right"
                 look = {"color": "tab:gray", "linestyle": "--"} if way == STREAM else {}
+                highest = max(highest, *ratios.values())
                 panel.plot(list(ratios), list(ratios.values()), marker="o", label=label, **look)
             panel.set_xscale("log", base=2)
             panel.set_xticks(unique(row.cell.clients for row in rows), unique(str(row.cell.clients) for row in rows))
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
             panel.set_xlabel("clients")
             panel.set_title(f"{server}, {trip:g} ms", fontsize=10)
             panel.grid(alpha=0.3)
         line[0].set_ylabel(f"speed, of {servers[0]}'s stream", fontsize=9)
+    panels[0][0].set_ylim(0, 1.05 * highest)  # of all, which share it
     save(figure, panels[0][-1], path, title)
 
 

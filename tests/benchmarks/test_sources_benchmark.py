@@ -6,7 +6,7 @@ import sys
 import copying
 import plots
 import pytest
-from sources import NO_DRAFTS, ngram_steps, speculative_config, table_of
+from sources import NO_DRAFTS, ngram_steps, num_changed, speculative_config, table_of
 
 
 def test_prompts_are_the_same_every_time(tmp_path, monkeypatch):
@@ -30,6 +30,12 @@ def test_prompts_are_the_same_every_time(tmp_path, monkeypatch):
 )
 def test_ngrams_by_hand(prompt, answer, steps):
     assert ngram_steps(prompt, answer, range(2, 5), 4) == steps
+
+
+def test_changed_answers_are_counted():
+    expected = {"a": [([1], [2, 3]), ([1], [4])], "b": [([5], [6])]}
+    assert num_changed(expected, {name: list(rows) for name, rows in expected.items()}) == 0
+    assert num_changed(expected, {"a": [([1], [2, 3]), ([1], [5])], "b": [([5], [])]}) == 2
 
 
 def test_every_source_gets_as_many_nodes(tmp_path):
