@@ -9,9 +9,16 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from vllm_ctc_spec import cli
+from vllm_ctc_spec.drafter.config import DrafterConfig
+from vllm_ctc_spec.plan.acceptance import acceptance_lengths, served_acceptance
+from vllm_ctc_spec.plan.config import PlanConfig
 from vllm_ctc_spec.plan.file import PLAN_NAME, Plan
+from vllm_ctc_spec.plan.process import in_own_process
+from vllm_ctc_spec.plan.run import drafts_to_measure, speculative_config, step_settings
 from vllm_ctc_spec.plan.solve import UNBOUNDED, Expected
 from vllm_ctc_spec.serving.plan import served_here
+from vllm_ctc_spec.training.evaluate import read_eval_prompts
+from vllm_ctc_spec.training.target import TargetText
 
 from .ties import differences
 
@@ -60,6 +67,7 @@ def verified_drafts(llm: LLM) -> list[tuple[int, int]]:
     [
         ("chain", [(1, 1, 6), (2, 3, 2), (4, UNBOUNDED, 0)], {1: 6, 2: 2, 3: 2, 4: 0, 6: 0}),
         ("tree", [(1, 1, 16), (2, 3, 5), (4, UNBOUNDED, 0)], {1: 16, 2: 5, 3: 5, 4: 0, 6: 0}),
+        ("ctc+cache", [(1, 1, 8), (2, 3, 5), (4, UNBOUNDED, 0)], {1: 8, 2: 5, 4: 0}),
         ("none", [(1, UNBOUNDED, 0)], {1: 0, 3: 0}),
     ],
 )
@@ -89,17 +97,38 @@ def test_a_plan_from_the_command_line_is_served(served, tiny_pair, tmp_path, cap
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
     settings = {
         "target": tiny_pair.target, "drafter": tiny_pair.drafter, "prompts": prompts, "output": path,
-        "drafts": "chain:3,tree:7", "batch-sizes": "1,2", "max-new-tokens": 12, "num-prompts": 3, "context": 16,
-        "min-speedup": 0.01,
+        "drafts": "chain:3,ctc+cache:7", "batch-sizes": "1,2", "max-new-tokens": 12, "num-prompts": 3,
+        "context": 16, "min-speedup": 0.01,
     }  # fmt: skip
     assert cli.main(["plan", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]) == 0
     plan = Plan.load(path)
-    size = {"chain": 3, "tree": 7}[plan.draft]
+    size = {"chain": 3, "ctc+cache": 7}[plan.draft]
     assert plan.schedule == [(1, 2, size), (3, UNBOUNDED, 0)]
     for times in plan.measured["step_ms"].values():
-        assert times.keys() == {"none", "chain:3", "tree:7"} and min(times.values()) > 0
+        assert times.keys() == {"none", "chain:3", "ctc+cache:7"} and min(times.values()) > 0
     lengths = {draft: row["length"] for draft, row in plan.measured["acceptance"].items()}
-    assert 1 <= lengths["chain:3"] and 1 <= lengths["tree:7"]
+    assert 1 <= lengths["chain:3"] and 1 <= lengths["ctc+cache:7"]
     assert f"Written to {path}" in capsys.readouterr().out
     answers = served(path)
     assert {batch: answers(batch) for batch in (2, 3)} == {2: size, 3: 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["chain:4", "tree:7"])
+def test_vllm_accepts_what_is_measured_without_it(draft, tiny_pair, tmp_path):
+    """The way in which trees of several sources are measured, for drafts that both ways can measure."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    config = PlanConfig(
+        str(tiny_pair.target), str(tiny_pair.drafter), str(path), batch_sizes=(4,), max_new_tokens=48, drafts=(draft,)
+    )
+    evaluation = config.evaluation()
+    prompts = read_eval_prompts(evaluation, TargetText.load(config.target))
+    (parsed,) = drafts_to_measure(config, DrafterConfig.load(config.drafter))
+    alone = acceptance_lengths(evaluation, prompts, [parsed])[draft]
+    settings = step_settings(config, 1024)
+    speculative = speculative_config(config.drafter, parsed)
+    served = in_own_process(served_acceptance, settings, speculative, evaluation, prompts)
+    assert sum(served.tokens) == sum(alone.tokens) > 100
+    assert served.steps == pytest.approx(alone.steps, abs=1)  # the last draft of a response may reach past its end
+    assert served.length == pytest.approx(alone.length, rel=0.02)

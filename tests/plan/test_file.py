@@ -32,7 +32,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format": 1}, "has the format 1, and this release reads 2"),
-        ({"draft": "bush"}, "drafts 'bush', which is none of chain, tree and none"),
+        ({"draft": "bush"}, "drafts 'bush', which is none of chain, tree, ctc.cache and none"),
         ({"draft": None}, "drafts None"),
         ({"draft": "none"}, r"has the schedule .* which is none for 'none'"),
         ({"schedule": [[1, 9, 0]]}, r"has the schedule .* which is none for 'tree'"),

@@ -22,7 +22,7 @@ from vllm_ctc_spec.plan.solve import (
     schedule,
 )
 
-DRAFTS = ("chain:1", "chain:3", "tree:2", "tree:7", "tree:16")
+DRAFTS = ("chain:1", "chain:3", "tree:2", "tree:7", "tree:16", "ctc+cache:3", "ctc+cache:15")
 
 
 def random_case(seed: int) -> tuple[dict, dict]:
@@ -54,7 +54,7 @@ def test_no_assignment_of_one_kind_is_faster(seed: int, min_speedup: float) -> N
     choices = {kind: choose(steps, lengths, kind, min_speedup) for kind in KINDS}
     assert {kind: mean_speed(chosen) for kind, chosen in choices.items()} == pytest.approx(best)
     assert best[better_kind(choices)] == max(best.values())
-    for choice in choices["chain"] + choices["tree"]:
+    for choice in (choice for chosen in choices.values() for choice in chosen):
         assert choice.step_ms == steps[choice.batch_size][choice.draft]
         assert choice.tokens_a_second == pytest.approx(speed(choice.batch_size, choice.draft))
         none = speed(choice.batch_size, NONE)

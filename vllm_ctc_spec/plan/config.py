@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.plan.file import PLAN_NAME
-from vllm_ctc_spec.plan.solve import Draft
+from vllm_ctc_spec.plan.solve import MERGED, Draft
 from vllm_ctc_spec.training.config import DEFAULT_DTYPE, PROMPT_FILES, as_in_training, option, setting
 from vllm_ctc_spec.training.data_config import is_dataset
 from vllm_ctc_spec.training.eval_config import DEFAULT_MAX_NEW_TOKENS, EvalConfig
@@ -28,7 +28,8 @@ class PlanConfig:
         metavar="FILE.json",
     )
     drafts: tuple[str, ...] | None = setting(
-        "what to measure (default: chains of 2, U / 2 and U labels, and trees of the sizes that are served)",
+        "what to measure, ctc+cache:NODES too (default: chains of 2, U / 2 and U labels, and trees of the sizes that "
+        "are served, of the drafter alone and together with the cache)",
         None,
         metavar="chain:5,tree:16",
     )
@@ -60,7 +61,7 @@ class PlanConfig:
                 object.__setattr__(self, name, tuple(dict.fromkeys(value)))
         for text in self.drafts or ():
             if Draft.parse(text) is None:
-                raise TrainingError(f"--drafts takes chain:LABELS and tree:NODES, not {text!r}.")
+                raise TrainingError(f"--drafts takes chain:LABELS, tree:NODES and {MERGED}:NODES, not {text!r}.")
         for name, values in (("batch_sizes", self.batch_sizes or ()), ("context", (self.context,))):
             if any(value < 1 for value in values):
                 raise TrainingError(f"{option(name)} must be 1 or more, not {min(values)}.")

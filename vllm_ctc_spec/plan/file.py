@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
-from vllm_ctc_spec.plan.solve import KINDS, NONE, Expected, Schedule
+from vllm_ctc_spec.plan.solve import KINDS, NONE, Draft, Expected, Schedule
 
 PLAN_NAME = "plan.json"
 FORMAT = 2
@@ -29,7 +29,7 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """draft: "chain", "tree", or "none": never draft. made_for: a value for each of FIELDS, None for what this kind of
+    """draft: of `solve.KINDS`, or "none": never draft. made_for: a value for each of FIELDS, None for what this kind of
     device does not have. expected, min_speedup: what a server needs to judge by itself whether its drafts pay
     (`online.py`); without expectations it follows the schedule alone. measured: everything that the plan was chosen
     from; a server does not read it."""
@@ -40,6 +40,11 @@ class Plan:
     expected: list[Expected] = dataclasses.field(default_factory=list)
     min_speedup: float = 1.0
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of `ServingOptions`. A server that never drafts is one of chains."""
+        return Draft("chain" if self.draft == NONE else self.draft, self.num_speculative_tokens).options
 
     @property
     def num_speculative_tokens(self) -> int:

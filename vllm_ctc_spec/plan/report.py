@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_ctc_spec.plan.file import Plan
-from vllm_ctc_spec.plan.solve import NONE, Choice, Lengths, StepTimes, mean_speed
+from vllm_ctc_spec.plan.solve import MERGED, NONE, Choice, Lengths, StepTimes, mean_speed
 
 COLUMNS = f"{'draft':>10}{'ms a step':>11}{'accepted':>10}{'speedup':>9}"
 
@@ -16,7 +16,7 @@ def text(plan: Plan, kind: str, by_kind: Mapping[str, Sequence[Choice]], path: P
     lines = [f"{'batch':>5}" + " |".join(COLUMNS for _ in kinds)]
     for choices in zip(*(by_kind[name] for name in kinds), strict=True):
         lines.append(f"{choices[0].batch_size:>5}" + " |".join(map(_cells, choices)))
-    speeds = ", ".join(f"{mean_speed(by_kind[name]):.1f} with {name}s" for name in kinds)
+    speeds = ", ".join(f"{mean_speed(by_kind[name]):.1f} with {_plural(name)}" for name in kinds)
     lines.append(f"Tokens a second, geometric mean over the batch sizes: {speeds}.")
     if plan.draft == NONE:
         lines.append("No draft pays on this machine: a server that follows the plan drafts nothing; serve without it.")
@@ -25,6 +25,10 @@ def text(plan: Plan, kind: str, by_kind: Mapping[str, Sequence[Choice]], path: P
         lines.append(f"Serve with --speculative-config '{config}'.")
     lines.append(f"Written to {path}{f' and {plot}' if plot else ''}.")
     return "\n".join(lines)
+
+
+def _plural(kind: str) -> str:
+    return f"trees of {kind}" if kind == MERGED else f"{kind}s"
 
 
 def _cells(choice: Choice) -> str:

@@ -14,12 +14,13 @@ from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import TrainingError
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.plan import report
-from vllm_ctc_spec.plan.acceptance import acceptance_lengths
+from vllm_ctc_spec.plan.acceptance import acceptance_lengths, served_acceptance
 from vllm_ctc_spec.plan.config import CPU_BATCH_SIZES, GPU_BATCH_SIZES, PlanConfig
 from vllm_ctc_spec.plan.file import Plan
 from vllm_ctc_spec.plan.process import in_own_process
 from vllm_ctc_spec.plan.solve import (
     KINDS,
+    MERGED,
     NONE,
     SERVED,
     UNBOUNDED,
@@ -64,14 +65,19 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
     settings = step_settings(config, text.max_length)
     print(f"{prompts.report()}\nDrafts: {', '.join(map(str, drafts))}; batch sizes: "
           f"{', '.join(map(str, settings.batch_sizes))}.", flush=True)  # fmt: skip
-    accepted = elsewhere(acceptance_lengths, evaluation, prompts, drafts)
+    alone, merged = ([draft for draft in drafts if (draft.kind == MERGED) == is_merged] for is_merged in (False, True))
+    accepted = elsewhere(acceptance_lengths, evaluation, prompts, alone) if alone else {}
+    for draft in tqdm(merged, desc="several sources", unit="draft", disable=not merged):
+        speculative = speculative_config(config.drafter, draft)
+        accepted[str(draft)] = elsewhere(served_acceptance, settings, speculative, evaluation, prompts)
     pairs = {
         str(draft): elsewhere(measure_pair, settings, str(draft), speculative_config(config.drafter, draft))
         for draft in tqdm(drafts, desc="step times", unit="draft")
     }
     steps = combine(pairs)
     lengths = {draft: acceptance.length for draft, acceptance in accepted.items()}
-    by_kind = {kind: choose(steps, lengths, kind, config.min_speedup) for kind in KINDS}
+    kinds = [kind for kind in KINDS if any(draft.kind == kind for draft in drafts)]
+    by_kind = {kind: choose(steps, lengths, kind, config.min_speedup) for kind in kinds}
     kind = better_kind(by_kind)
     by_kind[kind], as_served = confirm(config, settings, kind, by_kind[kind], elsewhere)
     plan = Plan(
@@ -88,15 +94,17 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
 
 
 def drafts_to_measure(config: PlanConfig, drafter: DrafterConfig) -> list[Draft]:
-    """Those asked for, or some of both kinds; TrainingError for one that this drafter does not have."""
+    """Those asked for, or some of every kind; TrainingError for one that this drafter does not have."""
     labels = drafter.num_labels
     if config.drafts is None:
         chains = sorted({min(2, labels), -(-labels // 2), labels})
-        return [Draft("chain", size) for size in chains] + [Draft("tree", size) for size in sorted(TREE_SIZES)]
+        trees = [Draft(kind, size) for kind in ("tree", MERGED) for size in sorted(TREE_SIZES)]
+        return [Draft("chain", size) for size in chains] + trees
     drafts = [Draft.parse(text) for text in config.drafts]
-    for draft, largest in ((draft, {"chain": labels, "tree": MAX_NODES}[draft.kind]) for draft in drafts):
+    for draft in drafts:
+        largest, what = (labels, "this drafter's chains") if draft.kind == "chain" else (MAX_NODES, "trees")
         if draft.size > largest:
-            raise TrainingError(f"--drafts {draft} is more than this drafter's {draft.kind}s have, 1 to {largest}.")
+            raise TrainingError(f"--drafts {draft} is more than {what} have, 1 to {largest}.")
     return drafts
 
 
@@ -125,7 +133,7 @@ def speculative_config(drafter: str, draft: Draft, sizes: Schedule | None = None
     return {
         "method": "ctc",
         "model": str(drafter),
-        "ctc_draft": draft.kind,
+        **{f"ctc_{name}": value for name, value in draft.options.items()},
         "num_speculative_tokens": draft.size,
         SCHEDULE: sizes or [(1, UNBOUNDED, draft.size)],
     }

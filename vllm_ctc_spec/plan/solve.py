@@ -10,13 +10,14 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 NONE = "none"
-KINDS = ("chain", "tree")
+MERGED = "ctc+cache"  # trees of the drafter and of the request's own tokens, by their name in `ctc_sources`
+KINDS = ("chain", "tree", MERGED)
 """Fixed when a server starts; vLLM varies the number of drafted tokens alone by batch size."""
 SERVED = "plan"  # in measured step times: a server that follows the plan
 UNBOUNDED = 2**20  # a batch size that no server reaches
 
 StepTimes = Mapping[int, Mapping[str, float]]
-"""Milliseconds by batch size and draft: "chain:5", "tree:16", and NONE, which every batch size has."""
+"""Milliseconds by batch size and draft: "chain:5", "tree:16", "ctc+cache:16", and NONE, which every batch size has."""
 Lengths = Mapping[str, float]
 """Acceptance length by draft."""
 Schedule = list[tuple[int, int, int]]
@@ -27,13 +28,18 @@ class Draft(NamedTuple):
     kind: str  # one of KINDS
     size: int  # labels of a chain, nodes of a tree
 
+    @property
+    def options(self) -> dict[str, str]:
+        """Of `ServingOptions`."""
+        return {"draft": "tree", "sources": MERGED} if self.kind == MERGED else {"draft": self.kind}
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.size}"
 
     @classmethod
     def parse(cls, text: str) -> "Draft | None":
         """None where the text is none, such as "chain:5"."""
-        match = re.fullmatch(rf"({'|'.join(KINDS)}):([1-9][0-9]{{0,3}})", text, re.ASCII)
+        match = re.fullmatch(rf"({'|'.join(map(re.escape, KINDS))}):([1-9][0-9]{{0,3}})", text, re.ASCII)
         return cls(match[1], int(match[2])) if match else None
 
 

@@ -84,25 +84,31 @@ def environment(threads: int | None) -> dict[str, str]:
     }
 
 
-def measure_pair(settings: StepSettings, draft: str, speculative: Mapping[str, Any]) -> Steps:
-    """The times of `draft`, which `--speculative-config` asks for, and of NONE; in a process that is not used
-    otherwise, because neither engine is ended."""
+def start_engine(settings: StepSettings, speculative: Mapping[str, Any] | None, **options: Any) -> Any:
+    """vLLM's LLM with room for every batch size, in this process. options: more of its own."""
     os.environ.update(environment(settings.threads))
-    # vLLM warms up its chat template and warns, with a traceback, that there is no tokenizer.
+    # vLLM warms up its chat template and warns, with a traceback, where there is no tokenizer.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default asks for nearly all memory
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    options = {"enforce_eager": True} if current_platform.is_cpu() else {"gpu_memory_utilization": GPU_MEMORY}
+    of_device = {"enforce_eager": True} if current_platform.is_cpu() else {"gpu_memory_utilization": GPU_MEMORY}
+    largest = max(settings.batch_sizes)
+    return LLM(
+        settings.target, speculative_config=speculative, max_num_seqs=largest,
+        max_num_batched_tokens=max(2048, ROOM * largest), enable_prefix_caching=False, use_tqdm_on_load=False,
+        **of_device, **settings.engine, **options,
+    )  # fmt: skip
+
+
+def measure_pair(settings: StepSettings, draft: str, speculative: Mapping[str, Any]) -> Steps:
+    """The times of `draft`, which `--speculative-config` asks for, and of NONE; in a process that is not used
+    otherwise, because neither engine is ended."""
     llms = {
-        name: LLM(
-            settings.target, speculative_config=config, max_num_seqs=max(settings.batch_sizes),
-            max_model_len=settings.max_model_len, max_num_batched_tokens=max(2048, ROOM * max(settings.batch_sizes)),
-            enable_prefix_caching=False, skip_tokenizer_init=True, use_tqdm_on_load=False, **options, **settings.engine,
-        )
+        name: start_engine(settings, config, max_model_len=settings.max_model_len, skip_tokenizer_init=True)
         for name, config in ((NONE, None), (draft, dict(speculative)))
-    }  # fmt: skip
+    }
     stopwatch = Stopwatch(synchronizer())
     running: dict[str, list[int]] = {name: [] for name in llms}
     for name, llm in llms.items():

@@ -14,7 +14,6 @@ from vllm_ctc_spec.drafter.weights import check_weights
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 from vllm_ctc_spec.kernels.limits import MAX_NODES
 from vllm_ctc_spec.plan.file import Plan
-from vllm_ctc_spec.plan.solve import NONE
 from vllm_ctc_spec.serving import limits
 from vllm_ctc_spec.serving.acceptance import Drafts, choose_rule, told_to_vllm
 from vllm_ctc_spec.serving.cpu.threads import is_large
@@ -228,7 +227,7 @@ def parse(speculative: Mapping[str, Any], target: Any, parallel: Any = None) -> 
     contradicting = [key for key in IN_A_PLAN if speculative.get(key) is not None]
     plan = plan_to_follow(given.plan, contradicting, folder, target, parallel)
     if plan is not None:
-        given = dataclasses.replace(given, draft="chain" if plan.draft == NONE else plan.draft)
+        given = dataclasses.replace(given, **plan.options)
         speculative = {
             **speculative, "num_speculative_tokens": plan.num_speculative_tokens, SCHEDULE: plan.schedule,
         }  # fmt: skip
