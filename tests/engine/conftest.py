@@ -5,6 +5,7 @@ the drafter's label-conditional head the target's own dependence on the last tok
 layers disturb it. Part of the drafts is then accepted, without any training.
 """
 
+import contextlib
 import functools
 import gc
 import os
@@ -236,6 +237,29 @@ def engine() -> Iterator[Callable[..., Engine]]:
     cleanup_dist_env_and_memory()
     environment.undo()
     gc.collect()
+
+
+@contextlib.contextmanager
+def any_scheduling() -> Iterator[None]:
+    """Asynchronous scheduling is served where it is asked for: on a CPU vLLM turns it off as not worth it there."""
+    platform = type(current_platform)
+    original = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
+        yield
+
+
+@pytest.fixture
+def asynchronous() -> Iterator[dict[str, bool]]:
+    """An engine's options for asynchronous scheduling."""
+    with any_scheduling():
+        yield {"async_scheduling": True}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ the socket and the process border are left out, which cost a start of ten second
 import asyncio
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +25,20 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
 
+from .conftest import DRAFTS, Pair, any_scheduling
+
 MODEL = "tiny"
 
 
 class CoreHere(InprocClient):
     """The engine core as `AsyncLLM` asks for it, stepped in the event loop of the server."""
 
-    accepted = 0  # drafts
     engine_ranks_managed = (0,)
     resources = SimpleNamespace(engine_dead=False)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps: list[list[int]] = []  # the tokens that each step brought to each request
 
     async def get_supported_tasks_async(self):
         return self.get_supported_tasks()
@@ -48,8 +53,7 @@ class CoreHere(InprocClient):
         while True:
             await asyncio.sleep(0)
             outputs = self.get_output()
-            drafting = outputs.scheduler_stats and outputs.scheduler_stats.spec_decoding_stats
-            self.accepted += drafting.num_accepted_tokens if drafting else 0
+            self.steps += [output.new_token_ids for output in outputs.outputs]
             if outputs.outputs or outputs.scheduler_stats:
                 return outputs
 
@@ -116,6 +120,24 @@ class Frontend:
         self.loop.close()
 
 
+SCHEDULING = [
+    pytest.param(["--async-scheduling"], id="asynchronous"),  # what GPUs do
+    pytest.param([], id="synchronous", marks=pytest.mark.slow),
+]
+
+
+def start(pair: Pair, options: Sequence[str], drafts: Mapping[str, dict] = DRAFTS) -> Iterator[dict]:
+    """For a fixture: by kind of draft a front end, and one without a drafter (None)."""
+    started: dict[str | None, Frontend] = {}
+    with any_scheduling():
+        for draft in (None, *drafts):
+            drafter = {"method": "ctc", "model": str(pair.drafter), **drafts[draft]} if draft else None
+            started[draft] = Frontend(pair.target, drafter, options)
+    yield started
+    for frontend in started.values():
+        frontend.shutdown()
+
+
 def core_here(vllm_config, executor_class, log_stats, **_) -> CoreHere:
     return CoreHere(vllm_config, executor_class, log_stats)
 
@@ -128,11 +150,12 @@ def chunks(response: httpx.Response) -> list[dict]:
 
 
 def of_engine(output: RequestOutput) -> dict:
+    named = getattr(output, "prompt_token_id_logprobs", None)
     samples = [{**vars(sample), "routed_experts": None, "spec_decode_metrics": None} for sample in output.outputs]
     return {
         "samples": [{**sample, "logprobs": scores(sample["logprobs"])} for sample in samples],
         "prompt_logprobs": scores(output.prompt_logprobs),
-        "prompt_token_id_logprobs": getattr(output, "prompt_token_id_logprobs", None),
+        "prompt_token_id_logprobs": None if named is None else named.tolist(),
     }
 
 
@@ -155,8 +178,8 @@ def of_server(response: httpx.Response) -> tuple[int, dict]:
         if not answer["id"].endswith("mine"):
             answer.pop("id")
         for choice in answer["choices"]:
-            for call in choice.get("message", choice).get("tool_calls") or ():
-                call.pop("id")
+            for call in (choice.get("message") or choice.get("delta") or {}).get("tool_calls") or ():
+                call.pop("id", None)
     return response.status_code, answer
 
 

@@ -16,6 +16,7 @@ class Usual(NamedTuple):
 
     text: str
     tokens: list[int]
+    prompt_length: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": SCHEMA, "strict": True}} for name in ("order", "sell")
 ]
 LETTERS = list(range(70, 80))
+
+
+def to_score(positions: int) -> list[list[int]]:
+    """Tokens for each of a prompt's last positions but the very last, one or two."""
+    return [[token, token + 1][: 1 + token % 2] for token in range(40, 39 + positions)]
+
+
 STOP = {"stop": lambda usual: [usual.text[4:6]]}
 REPEATED = {"allowed_token_ids": [70], "max_tokens": 16}
 STOPS = {"stop_token_ids": lambda usual: [usual.tokens[3]]}
@@ -244,11 +252,9 @@ SAMPLING = {
     "min_tokens": same(**STOPS, min_tokens=12),
     "logprobs": same(logprobs=2),
     "prompt_logprobs": same(prompt_logprobs=2),
-    "prompt_logprob_token_ids": refused(
-        "has 2 rows, but the prompt has", prompt_logprob_token_ids=[[70, 71], [72, -1]]
-    ),
-    "prompt_logprob_start": refused(
-        "has 2 rows, but the prompt has", prompt_logprob_token_ids=[[70, 71], [72, -1]], prompt_logprob_start=3
+    "prompt_logprob_token_ids": same(prompt_logprob_token_ids=lambda usual: to_score(usual.prompt_length)),
+    "prompt_logprob_start": same(
+        prompt_logprob_token_ids=lambda usual: to_score(usual.prompt_length - 3), prompt_logprob_start=3
     ),
     "logprob_token_ids": same(logprob_token_ids=[70, 71, 72]),
     "flat_logprobs": same(logprobs=2, flat_logprobs=True),

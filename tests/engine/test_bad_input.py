@@ -144,7 +144,7 @@ def startup_error(target: Path, speculative_config: dict, **options) -> str:
     """What the user reads when the configuration is refused."""
     with pytest.raises(ValueError) as caught:
         EngineArgs(
-            str(target), speculative_config=speculative_config, dtype="float32", **options
+            str(target), speculative_config=speculative_config, **{"dtype": "float32", **options}
         ).create_engine_config()
     return str(caught.value)
 
@@ -187,6 +187,19 @@ def test_it_is_refused_in_one_sentence(case, tiny_pair, drafter):
     text = startup_error(tiny_pair.target, {"method": "ctc", "model": str(drafter), **case.options})
     assert all(words in text for words in case.says), text
     assert is_one_sentence(text), text
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_contexts_beyond_the_angles_of_dynamic_scaling(tiny_pair, draft):
+    speculative = {"method": "ctc", "model": str(tiny_pair.drafter), **DRAFTS[draft]}
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}}
+    text = startup_error(tiny_pair.target, dict(speculative), hf_overrides=scaled)
+    assert "ends at 256 positions" in text and "add --max-model-len 256" in text
+    assert is_one_sentence(text), text
+    config = EngineArgs(
+        str(tiny_pair.target), speculative_config=speculative, dtype="float32", hf_overrides=scaled, max_model_len=256
+    ).create_engine_config()
+    assert config.model_config.max_model_len == 256
 
 
 @pytest.mark.parametrize("draft", DRAFTS)

@@ -82,6 +82,14 @@ def test_options_without_kernels_on_a_cpu(tiny_pair, options, what, draft, says)
     assert is_one_sentence(text)
 
 
+@pytest.mark.feature("bfloat16 on a CPU", tree="refused: tree attention there is of float32")
+@pytest.mark.skipif(not cpu.is_needed(), reason="what a CPU lacks")
+def test_trees_of_two_bytes_on_a_cpu(tiny_pair):
+    text = startup_error(tiny_pair.target, drafting(tiny_pair, "tree"), dtype="bfloat16")
+    assert "draft trees in bfloat16 (use --dtype float32, or chains)" in text
+    assert is_one_sentence(text)
+
+
 @pytest.mark.feature("batch invariance", chain=REFUSED_BY_VLLM)
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM has it on GPUs")
 @pytest.mark.parametrize("draft", [None, "chain"])

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
+from ..releases import SINCE_33
 from .conftest import DRAFTS
 from .ties import differences
 
@@ -47,9 +48,14 @@ def assert_same(plain, ctc, prompts: list, parameters: SamplingParams) -> list:
 
 @pytest.mark.feature("beam search")
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_beam_search(engines, draft):
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"length_penalty": 3.0}, {"structured_outputs": StructuredOutputsParams(regex="[a-f]{3}-[0-9]{8}")}],
+    ids=["usual", "length penalty", "regex"],
+)
+def test_beam_search(engines, draft, asked):
     """vLLM asks for a beam's tokens one by one: drafts cost a little and are never verified."""
-    parameters = BeamSearchParams(beam_width=4, max_tokens=12)
+    parameters = BeamSearchParams(beam_width=4, max_tokens=12, **asked)
     prompts = [{"prompt": prompt} for prompt in PROMPTS[:3]]
     expected, given = (engines(kind).beam_search(prompts, parameters) for kind in (None, draft))
     for mine, theirs in zip(given, expected, strict=True):
@@ -186,6 +192,14 @@ def test_custom_logits_processors(engine, engines, tiny_pair):
 
 
 REFUSED = "request refused: by vLLM with any drafter"
+
+
+@pytest.mark.skipif(not SINCE_33, reason="vLLM 0.33 has them")
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_beams_of_allowed_tokens_are_refused(engines, draft):
+    parameters = BeamSearchParams(beam_width=4, max_tokens=12, allowed_token_ids=[70, 71, 72])
+    with pytest.raises(ValueError, match="Beam allowlists with speculative decoding are not supported"):
+        engines(draft).beam_search([{"prompt": PROMPTS[0]}], parameters)
 
 
 @pytest.mark.feature("`min_p`, `logit_bias`", chain=REFUSED, tree=REFUSED)

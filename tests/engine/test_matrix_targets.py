@@ -17,6 +17,7 @@ from transformers import (
     Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PretrainedConfig,
@@ -236,18 +237,18 @@ def test_targets_that_do_not_report_hidden_states(tiny_pair, tmp_path, monkeypat
     assert is_one_sentence(text)
 
 
-# On an x86 processor without VNNI, vLLM's int8 products (oneDNN) add pairs of them in 16 bits, which larger weights
-# overflow: the target is another one there, with and without drafter.
-LARGEST_INT8 = 63
+# Of weights. On an x86 processor without VNNI, vLLM's int8 products (oneDNN) add pairs of them in 16 bits, which those
+# beyond 63 overflow: the target is another one there, with and without drafter.
+LARGEST_INT8 = {"small": 63, "usual": 127}
 
 
-def save_int8(pair: Pair, folder: Path) -> Pair:
+def save_int8(pair: Pair, folder: Path, largest: int) -> Pair:
     """The target with weights of 8 bits, in the format of compressed-tensors; activations are quantised as it runs."""
     quantised = Pair(folder / "target", pair.drafter)
     save_tokenizer(quantised.target)
     tensors = load_file(pair.target / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].abs().amax(1, keepdim=True) / LARGEST_INT8
+        scale = tensors[name].abs().amax(1, keepdim=True) / largest
         tensors[name] = (tensors[name] / scale).round().to(torch.int8)
         tensors[f"{name}_scale"] = scale
     save_file(tensors, quantised.target / "model.safetensors")
@@ -266,10 +267,43 @@ def save_int8(pair: Pair, folder: Path) -> Pair:
     return quantised
 
 
+def int8_in_float(pair: Pair, quantised: Pair) -> LlamaForCausalLM:
+    """The quantised target, whose products are computed in float: those of whole numbers below 2 ** 24 are exact."""
+    model = LlamaForCausalLM.from_pretrained(pair.target).eval()
+    tensors = load_file(quantised.target / "model.safetensors")
+
+    def product(linear: torch.nn.Module, inputs: tuple[torch.Tensor], _) -> torch.Tensor:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return (inputs[0] / scale).round() @ linear.weight.T * scale * linear.scale
+
+    for name, module in model.named_modules():
+        if f"{name}.weight_scale" in tensors:
+            module.weight.data = tensors[f"{name}.weight"].float()
+            module.scale = tensors[f"{name}.weight_scale"].T
+            module.register_forward_hook(product)
+    return model
+
+
+@pytest.fixture(scope="module", params=LARGEST_INT8)
+def int8_pair(request, engine, tiny_pair, tmp_path_factory) -> Pair:
+    """Skipped where vLLM itself computes another target, which may say the same few words for ever."""
+    pair = save_int8(tiny_pair, tmp_path_factory.mktemp("int8"), LARGEST_INT8[request.param])
+    prompt = {"prompt_token_ids": list(range(2, 60))}
+    scored = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, logprobs=-1)
+    answer = engine(pair.target, max_logprobs=-1).generate(prompt, scored, use_tqdm=False)[0].outputs[0]
+    given = torch.tensor([[scores[token].logprob for token in sorted(scores)] for scores in answer.logprobs])
+    with torch.no_grad():
+        logits = int8_in_float(tiny_pair, pair)(torch.tensor([[*prompt["prompt_token_ids"], *answer.token_ids]])).logits
+    expected = logits[0, -1 - len(given) : -1].log_softmax(-1)
+    if (given - expected).abs().max() > 0.1:
+        pytest.skip("vLLM's int8 products are wrong on this processor, with and without drafter")
+    return pair
+
+
 @pytest.mark.feature("quantised targets (int8, compressed-tensors)")
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_a_target_of_8_bit_weights(engine, tiny_pair, tmp_path, draft):
-    answered_as_without_drafter(engine, save_int8(tiny_pair, tmp_path), draft)
+def test_a_target_of_8_bit_weights(engine, int8_pair, draft):
+    answered_as_without_drafter(engine, int8_pair, draft)
 
 
 NO_TORCHVISION = "not testable on a CPU: vLLM's CPU build is installed without torchvision"

@@ -58,21 +58,6 @@ def wrong_answers(plain, requests: list, expected: list, given: dict, draft: str
 # --- asynchronous scheduling ---
 
 
-@pytest.fixture
-def asynchronous(monkeypatch) -> dict[str, bool]:
-    """An engine's options for asynchronous scheduling, which vLLM turns off on a CPU as not worth it there."""
-    platform = type(current_platform)
-    original = platform.check_and_update_config.__func__
-
-    def check_and_update_config(cls, vllm_config) -> None:
-        wanted = vllm_config.scheduler_config.async_scheduling
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = wanted
-
-    monkeypatch.setattr(platform, "check_and_update_config", classmethod(check_and_update_config))
-    return {"async_scheduling": True}
-
-
 def count_batches(llm: Engine) -> Counter[str]:
     """Count "batches", those scheduled "ahead" of a result of one of their own requests, and of these the ones that
     were "sampled" ahead of it too, which those with a constrained request are not: its grammar must advance first."""

@@ -42,7 +42,7 @@ TOGETHER = [
         "linear rotary scaling",
     ),
 ]  # fmt: skip
-LIMITS = {"dynamic rotary scaling": "same tokens: up to `max_position_embeddings`, where vLLM's table of angles ends"}
+LIMITS = {"dynamic rotary scaling": "same tokens: with `--max-model-len` at most `max_position_embeddings`"}
 
 
 def features(kinds: tuple[str, ...]) -> list[pytest.MarkDecorator]:
@@ -85,19 +85,22 @@ def test_from_prompts_to_a_server(engine, tmp_path, kinds):
         "chain": measure_chain(drafter, states, examples),
         "tree": measure_trees(drafter, states, examples, [nodes])[nodes],
     }
-    plain = engine(pair.target, max_logprobs=-1)
+    options = {"max_model_len": target.max_length}
+    plain = engine(pair.target, max_logprobs=-1, **options)
     texts = [{"prompt_token_ids": prompt} for prompt in prompts]
     lengths = [min(NEW_TOKENS, target.max_length - len(prompt)) for prompt in prompts]
     greedy = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
     sampled = [plain.get_default_sampling_params() for _ in lengths]
-    for params, length in zip(sampled, lengths):
+    for params, length in zip(sampled, lengths, strict=True):
         params.seed, params.max_tokens = 7, length
     expected = plain.generate(texts, sampled, use_tqdm=False)
+    at_the_end = sum(length < NEW_TOKENS for length in lengths)  # of the context, which has no room for a last draft
     for draft in DRAFTS:
-        llm = engine(pair.target, drafting(pair, draft))
+        llm = engine(pair.target, drafting(pair, draft), **options)
         given = llm.generate(texts, greedy, use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in given] == [example.response for example in examples]
-        assert llm.counters["drafts"] == pytest.approx(sum(measured[draft].steps), rel=0.01)
+        steps = sum(measured[draft].steps)
+        assert llm.counters["drafts"] == pytest.approx(steps, abs=0.01 * steps + at_the_end)
         assert llm.acceptance_length > 1.2
         if draft == "tree":
             given = llm.generate(texts, sampled, use_tqdm=False)

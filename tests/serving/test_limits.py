@@ -4,6 +4,7 @@ do is refused in tests/engine/test_bad_input.py: the sentences name what vLLM ma
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving import limits
@@ -33,7 +34,7 @@ def configuration(draft: str = "tree", **changes) -> SimpleNamespace:
         "model_config": dict(
             logits_processors=None, return_sampling_mask=False, enable_trace_replay=False, use_mla=False,
             is_hybrid=False, is_attention_free=False, is_encoder_decoder=False, is_diffusion=False, uses_mrope=False,
-            uses_alibi=False, hf_text_config=SimpleNamespace(),
+            uses_alibi=False, hf_text_config=SimpleNamespace(), dtype=torch.float32,
         ),
         "cache_config": dict(cache_dtype="auto", kv_sharing_fast_prefill=False),
         "speculative_config": dict(
@@ -139,6 +140,15 @@ def test_an_engine_that_a_cpu_cannot_serve(change, what, on_a_cpu):
     limits.check(configuration("chain"))
     with pytest.raises(DrafterConfigError, match=f"On a CPU, the CTC drafter does not work with {what}"):
         limits.check(configuration("chain", **change))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_trees_of_two_bytes_on_a_cpu(dtype, on_a_cpu):
+    limits.check(configuration("tree"))
+    limits.check(configuration("chain", model_config__dtype=dtype))
+    says = f"On a CPU, .* draft trees in {str(dtype).removeprefix('torch.')} .use --dtype float32, or chains.;"
+    with pytest.raises(DrafterConfigError, match=says):
+        limits.check(configuration("tree", model_config__dtype=dtype))
 
 
 @pytest.mark.parametrize("draft", ["chain", "tree"])

@@ -45,10 +45,11 @@ def check(config: Any) -> None:
                 raise refused_with_trees(feature.format(found=found))
     if cpu.is_needed():
         for feature, test in ON_CPU:
-            if test(config):
+            found = test(config)
+            if found:
                 raise DrafterConfigError(
-                    f"On a CPU, the CTC drafter does not work with {feature}; change that option, or serve without "
-                    "drafter."
+                    f"On a CPU, the CTC drafter does not work with {feature.format(found=found)}; change that option, "
+                    "or serve without drafter."
                 )
 
 
@@ -136,6 +137,17 @@ def _default_min_p(config: Any) -> float | None:
     return config.model_config.get_diff_sampling_param().get("min_p")
 
 
+def _positions_of_the_rotary_table(config: Any) -> int | None:
+    """Where contexts may be longer: with "dynamic" vLLM derives `factor` times the `max_position_embeddings` that its
+    table of angles has (layers/rotary_embedding/dynamic_ntk_scaling_rope.py), and looks up angles behind it."""
+    text_config = config.model_config.hf_text_config
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "dynamic" or "factor" not in rope:
+        return None
+    positions = text_config.max_position_embeddings
+    return positions if config.model_config.max_model_len > positions else None
+
+
 ALWAYS: tuple[tuple[str, Test], ...] = (
     (
         "CTC speculative decoding needs vLLM's Model Runner V2, but another option of this server makes vLLM fall back "
@@ -162,6 +174,11 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
         "The target's generation_config.json sets min_p to {found}, which vLLM refuses in a request with any drafter; "
         "add --override-generation-config '{{\"min_p\": 0}}' for those that do not set it themselves.",
         _default_min_p,
+    ),
+    (  # Without a drafter only requests that reach it are wrong; drafted rows reach it before their request does.
+        "vLLM's table of rotary angles for dynamic scaling ends at {found} positions, and drafts would reach behind; "
+        "add --max-model-len {found}.",
+        _positions_of_the_rotary_table,
     ),
 )
 
@@ -257,8 +274,17 @@ TREES: tuple[tuple[str, Test], ...] = (
     ),
 )
 
+
+
+def _dtype_of_trees(config: Any) -> str | None:
+    """Where it is not float32, which is what `serving/cpu/tree.py` reads and computes."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    return dtype if options_of(config.speculative_config).draft == "tree" and dtype != "float32" else None
+
+
 # Kernels of Model Runner V2 that have no counterpart in `serving/cpu`.
 ON_CPU: tuple[tuple[str, Test], ...] = (
+    ("draft trees in {found} (use --dtype float32, or chains)", _dtype_of_trees),
     # vLLM's attention there has blocks of 16 tokens for MLA, and of 32 for the drafter's layers.
     ("MLA targets", lambda config: config.model_config.use_mla),
     ("hybrid and recurrent targets", _has_recurrent_layers),
