@@ -149,7 +149,7 @@ def test_a_chain_is_drafted_and_counted_without_the_host(search, lattice, sample
     labels, lengths = CTCSource(search).chain(frames, stats, NODES, sampling if sampled else None)
     meter.record(requests, lengths, frames=frames)
     assert labels.shape == (REQUESTS, NODES)
-    assert {"_frame_stats_kernel", kernel} <= set(launched)
+    assert kernel in launched and launched.count("_frame_stats_kernel") == 1  # one pass over the vocabulary
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_tree_is_drafted_kept_and_counted_without_the_host(search, lattice, ke
     table.store(requests, tree)
     meter.record(requests, tree, most=torch.where(step.chain_only, 8, NODES), frames=frames)
     assert tree.tokens.shape == (REQUESTS, 1 + NODES)
-    assert {"_frame_stats_kernel", kernel} <= set(launched)
+    assert kernel in launched and launched.count("_frame_stats_kernel") == 1  # one pass over the vocabulary
 
 
 def test_sources_are_asked_merged_and_told_without_the_host(launched, tmp_path):
