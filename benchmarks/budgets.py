@@ -1,4 +1,4 @@
-"""Times of the stages of a step on a GPU, each beside its floors and its budget. T = 12, N = 64, V = 152 k, bf16.
+"""Times of the stages of a step on a GPU, each beside its floors and its budget. T = 12, N = 63, V = 152 k, bf16.
 
     python benchmarks/budgets.py               # batches of 1 and 64
     python benchmarks/budgets.py --quick       # of 1
@@ -7,6 +7,8 @@ Writes OUTPUT.json and OUTPUT.md; the exit status is 1 if a stage is over its bu
 
 A stage has two floors: the bytes that must be read and written, at the bandwidth of a plain copy here, and the
 operations, at their unit's peak (data sheets). Times are of CUDA graphs: no launch from the host is in them.
+
+tests/kernels/gpu_budget.py holds the kernels to the same budgets without a GPU, by their machine code.
 """
 
 import argparse
@@ -24,14 +26,16 @@ from pair import RESULTS
 from record import describe_run, machine_line, write_record
 
 from vllm_ctc_spec.draft.ctc import default_width
-from vllm_ctc_spec.kernels.contract import Budget, Frames
+from vllm_ctc_spec.kernels.best_tokens import best_tokens
+from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_search.gpu import best_tokens, search_candidates
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.kernels.prefix_search.gpu import search_candidates
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
 
-VOCABULARY, FRAMES, NODES, DEPTH = 151_936, 12, 64, 8
+VOCABULARY, FRAMES, NODES, DEPTH, LABELS = 151_936, 12, 63, 8, 8
 BATCH_SIZES = (1, 64)
 MODEL = Model(context=4096, heads=32, kv_heads=8, head_size=128, layers=32)
 # Operations a second, for the first name that the device's name contains: fp32 without tensor cores, bf16 with them.
@@ -39,8 +43,10 @@ PEAKS = {
     "B200": (75e12, 2250e12), "H200": (67e12, 989e12), "H100 PCIe": (51e12, 756e12), "H100": (67e12, 989e12),
     "A100": (19.5e12, 312e12),
 }  # fmt: skip
-READS = 1.5  # log-softmax and candidates: times of reading the logits once
-SEARCH_MICROSECONDS = {1: 30.0, 64: 120.0}
+# By batch size, for an H200.
+CANDIDATES_MICROSECONDS = {1: 15.0, 64: 80.0}
+SEARCH_MICROSECONDS = {1: 40.0, 64: 120.0}
+CHAIN_MICROSECONDS = {1: 60.0, 64: 300.0}
 ATTENTION_RATIO = 1.15  # to stock attention with as many rows
 COMPACTION_MICROSECONDS, PATH = 10.0, 8
 
@@ -78,6 +84,22 @@ class Row(NamedTuple):
         return self.budget is None or self.microseconds <= self.budget
 
 
+def candidates_bytes(batch: int, num_tokens: int) -> float:
+    """The logits once."""
+    return 2.0 * batch * FRAMES * num_tokens
+
+
+def search_bytes(batch: int, num_nodes: int) -> float:
+    """Logits, tokens and head of every candidate once; the head's other half, and the tree, of every node."""
+    num_candidates = FRAMES * default_width(num_nodes)
+    return float(batch * num_candidates * (2 * FRAMES + 8 + 2 * RANK) + batch * num_nodes * (2 * RANK + 28))
+
+
+def sampled_chain_bytes(batch: int, num_tokens: int) -> float:
+    """For every label the logits, the head and the row of q, over the whole vocabulary."""
+    return LABELS * (candidates_bytes(batch, num_tokens) + 2.0 * num_tokens * RANK + 4.0 * batch * num_tokens)
+
+
 def graph_microseconds(run: Callable[[], object]) -> float:
     return triton.testing.do_bench_cudagraph(run, return_mode="median") * 1e3
 
@@ -95,20 +117,25 @@ def frames(setting: Setting) -> Frames:
     return Frames(logits, log_scale, torch.nn.functional.logsigmoid(odds), anchor)
 
 
+def head(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    w_in, w_out = ((torch.randn(VOCABULARY, RANK, device=device) * 0.1).bfloat16() for _ in range(2))
+    return w_in, w_out
+
+
 def candidates_stage(setting: Setting) -> Row:
     logits, width = frames(setting).logits, default_width(NODES)
 
     def run() -> None:
-        frame_stats(logits)
-        best_tokens(logits, width)
+        best_tokens(logits, width, frame_stats(logits).tile_best)
 
+    tile_best = frame_stats(logits).tile_best
     # exp, add, two comparisons and a maximum for each logit
-    floor = Floor(logits.nbytes, 5 * logits.numel(), setting.peaks[0])
+    floor = Floor(candidates_bytes(setting.batch, VOCABULARY), 5 * logits.numel(), setting.peaks[0])
     parts = {
         "frame_stats": graph_microseconds(lambda: frame_stats(logits)),
-        "best_tokens": graph_microseconds(lambda: best_tokens(logits, width)),
+        "best_tokens": graph_microseconds(lambda: best_tokens(logits, width, tile_best)),
     }
-    budget = READS * floor.microseconds(setting.bandwidth)[0]
+    budget = CANDIDATES_MICROSECONDS[setting.batch]
     return timed(graph_microseconds(run), budget, floor, setting, others=parts)
 
 
@@ -116,17 +143,25 @@ def search_stage(setting: Setting) -> Row:
     batch, device, peak = setting.batch, setting.device, setting.peaks[0]
     without_head, budget = frames(setting), Budget(NODES, default_width(NODES), DEPTH)
     tokens = best_tokens(without_head.logits, budget.width)
-    head = tuple((torch.randn(VOCABULARY, RANK, device=device) * 0.1).bfloat16() for _ in range(2))
-    arguments = tokens, without_head._replace(markov=head), budget
-    num_candidates = tokens.shape[1]
+    arguments = tokens, without_head._replace(markov=head(device)), budget
     # Every node: T products and RANK products a candidate. One program a request: its peak is one multiprocessor's.
-    operations = 2.0 * NODES * num_candidates * (FRAMES + RANK)
+    operations = 2.0 * NODES * tokens.shape[1] * (FRAMES + RANK)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    once = batch * num_candidates * (2 * FRAMES + 8 + 2 * RANK) + batch * NODES * (2 * RANK + 28)
     waves = -(-batch // multiprocessors)
-    floor = Floor(once, operations * waves, peak and peak / multiprocessors)
+    floor = Floor(search_bytes(batch, NODES), operations * waves, peak and peak / multiprocessors)
     time = graph_microseconds(lambda: search_candidates(*arguments))
     return timed(time, SEARCH_MICROSECONDS[batch], floor, setting)
+
+
+def sampled_chain_stage(setting: Setting) -> Row:
+    batch, device, peak = setting.batch, setting.device, setting.peaks[0]
+    given, rows = frames(setting)._replace(markov=head(device)), torch.arange(batch, device=device)
+    draft_logits = torch.empty(batch, LABELS, VOCABULARY, device=device)
+    sampling = ChainSampling(torch.ones(batch, device=device), rows, rows, rows, draft_logits)
+    operations = 2.0 * LABELS * batch * VOCABULARY * (FRAMES + RANK)
+    floor = Floor(sampled_chain_bytes(batch, VOCABULARY), operations, peak)
+    time = graph_microseconds(lambda: prefix_chain(given, LABELS, sampling))
+    return timed(time, CHAIN_MICROSECONDS[batch], floor, setting)
 
 
 def attention_stage(setting: Setting) -> Row:
@@ -191,6 +226,7 @@ def compaction_stage(setting: Setting) -> Row:
 STAGES: dict[str, Callable[[Setting], Row]] = {
     "log-softmax and candidates": candidates_stage,
     "prefix search and mask": search_stage,
+    "sampled chain of 8 labels": sampled_chain_stage,
     "tree attention": attention_stage,
     "compaction": compaction_stage,
 }

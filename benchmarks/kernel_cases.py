@@ -13,10 +13,11 @@ import torch
 
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.kernels.best_tokens import best_tokens, best_tokens_reference
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, DraftTree, Frames, TreeRows
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_reference
-from vllm_ctc_spec.kernels.frame_stats import frame_stats, frame_stats_reference
+from vllm_ctc_spec.kernels.frame_stats import TILE, frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Texts, history_tree
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
 from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
@@ -110,7 +111,7 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     head = 2 * RANK * e * b * n  # the rows of W_in and W_out at the nodes at least
     sweeps = labels * (e * b * t * v + e * v * RANK)
     tree = small + e * b * t * v + TREE_BYTES * b * (1 + n)
-    budget = Budget(n, default_width(n), min(8, t))
+    budget, width = Budget(n, default_width(n), min(8, t)), min(default_width(n), v)
     oracle = None if on_gpu else partial(oracle_chains, frames, labels)
     search_reference = partial(oracle_trees, frames, budget)
     if on_gpu:
@@ -126,6 +127,11 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
         Case(
             "frame_stats", e * b * t * v + 16 * b * t,  # logits; logsumexp, best, best_logit
             partial(frame_stats, logits), partial(frame_stats_reference, logits) if on_gpu else None,
+        ),
+        Case(
+            "best_tokens", e * b * t * v / TILE + 8 * b * t * width,  # the best logits of the tiles; tokens
+            partial(best_tokens, logits, width, frame_stats(logits).tile_best),
+            partial(best_tokens_reference, logits, width) if on_gpu else None,
         ),
         Case(
             "prefix_search, chain", tree + head,  # the search of a tree of as many nodes

@@ -108,7 +108,8 @@ def chosen(args: argparse.Namespace) -> tuple[list[Method], list[str]]:
     if twice:
         raise SystemExit(f"error: there are two rows called {sorted(twice)[0]}: give one of them another name.")
     for row in rows:
-        if (row.speculative_config or {}).get("rejection_sample_method") in LOSSY:
+        options = row.speculative_config or {}
+        if options.get("rejection_sample_method") in LOSSY or options.get("ctc_acceptance") is not None:
             raise SystemExit(
                 f"error: {row.name} is lossy, and speed says nothing without what it costs: use benchmarks/quality.py."
             )

@@ -1,4 +1,5 @@
-"""The plots of a report: speed by concurrency, acceptance length by dataset, the parts of a step, quality by speed."""
+"""The plots of a report: speed by concurrency, acceptance length by dataset or source of drafts, the parts of a step,
+quality by speed, edge clients against streams."""
 
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 if TYPE_CHECKING:
+    from edge import Measurement
     from quality import Quality
     from report import Row
 
@@ -75,6 +77,53 @@ def acceptance(path: Path, rows: list["Row"], title: str) -> None:
         panel.set_ylabel("acceptance length")
         panel.set_title(f"temperature {temperature:g}, {least} at a time", fontsize=10)
     save(figure, panels[0][0], path, title)
+
+
+def sources(path: Path, lengths: dict[str, dict[str, float]], title: str) -> None:
+    """Acceptance length by set of prompts, one bar for each source of drafts."""
+    data, width = list(next(iter(lengths.values()))), 0.8 / len(lengths)
+    figure, panels = pyplot.subplots(figsize=(2.5 + 1.5 * len(data), 3.5), squeeze=False)
+    panel = panels[0][0]
+    for i, (name, row) in enumerate(lengths.items()):
+        panel.bar([x + i * width for x in range(len(data))], [row[data_set] for data_set in data], width, label=name)
+    panel.set_xticks([x + 0.4 - width / 2 for x in range(len(data))], data)
+    panel.axhline(1, color="tab:gray", linestyle="--", linewidth=1)  # without speculation
+    panel.set_ylabel("acceptance length")
+    save(figure, panel, path, title)
+
+
+def edge(path: Path, rows: list["Measurement"], title: str) -> None:
+    """One panel for each server and round trip: the speed of every way by the number of clients, relative to the first
+    server's stream over the same round trip."""
+    from edge import STREAM, stream_of
+
+    servers, trips = unique(row.cell.sources for row in rows), unique(row.cell.round_trip_ms for row in rows)
+    highest = 1.0
+    size = (3.2 * len(trips) + 2.5, 3 * len(servers) + 0.5)
+    figure, panels = pyplot.subplots(len(servers), len(trips), figsize=size, squeeze=False, sharey=True)
+    for server, line in zip(servers, panels):
+        for trip, panel in zip(trips, line):
+            here = [row for row in rows if (row.cell.sources, row.cell.round_trip_ms) == (server, trip)]
+            for way, agreement in unique((row.cell.way, row.cell.agreement) for row in here):
+                group = [row for row in here if (row.cell.way, row.cell.agreement) == (way, agreement)]
+                ratios = {
+                    row.cell.clients: row.tokens_per_second / stream.tokens_per_second
+                    for row in group
+                    if (stream := stream_of(rows, row.cell))
+                }
+                label = way if agreement is None else f"{way}, {agreement:g} right"
+                look = {"color": "tab:gray", "linestyle": "--"} if way == STREAM else {}
+                highest = max(highest, *ratios.values())
+                panel.plot(list(ratios), list(ratios.values()), marker="o", label=label, **look)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(unique(row.cell.clients for row in rows), unique(str(row.cell.clients) for row in rows))
+            panel.minorticks_off()
+            panel.set_xlabel("clients")
+            panel.set_title(f"{server}, {trip:g} ms", fontsize=10)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel(f"speed, of {servers[0]}'s stream", fontsize=9)
+    panels[0][0].set_ylim(0, 1.05 * highest)  # of all, which share it
+    save(figure, panels[0][-1], path, title)
 
 
 def step_time(path: Path, steps: dict, title: str) -> None:

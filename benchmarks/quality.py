@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --data gsm8k_test.jsonl                      # the tiny pair; exact, and FLy's settings
     python benchmarks/quality.py --data gsm8k_test.jsonl --pair chat --num-prompts 1000 --windows 4 --thresholds 0.3
+    python benchmarks/quality.py --data gsm8k_test.jsonl --windows --pivots PIVOTS --pivot-thresholds 0.2 0.5
     python benchmarks/quality.py --data gsm8k_test.jsonl --rule 'mine={"rejection_sample_method": "fly", ...}'
 
 DATA has rows {"question": ..., "answer": ...} whose answers end in a number (`#### 42`). Every rule gets a server of
@@ -30,16 +31,17 @@ from typing import Any
 import psutil
 import torch
 from client import SETTLE_SECONDS, drafting_since
-from grading import MARK, final_number, sign_test
 from methods import named_config
 from pair import RESULTS, add_pair_arguments, choose_pair, ctc_config, ready
 from record import describe_run, machine_line, write_record
 from serve import BUSY_PERCENT, IDLE_SECONDS, SERVE_ARGS, positive, slug
 from server import Endpoint, Server, StartupError, on_cpu, stop_on_sigterm, threads_record
+from sign_test import sign_test
 from tqdm import tqdm
 
 from vllm_ctc_spec.errors import UserError
 from vllm_ctc_spec.training.files import differing_settings, record_settings, write_atomically
+from vllm_ctc_spec.training.grading import MARK, final_number
 from vllm_ctc_spec.training.rows import read_rows
 from vllm_ctc_spec.training.target import Target
 
@@ -196,7 +198,7 @@ def judge(rule: str, raw: Raw, task: Task, judged: Judge, with_speed: bool) -> Q
     tokens = [len(answer) for answer in answers]
     read = [judged(*pair) for pair in zip(tqdm(prompts, desc=f"reading {rule}", leave=False), answers, strict=True)]
     return Quality(
-        rule, raw.config,
+        rule, {key: Path(value).name if key == "ctc_pivots" else value for key, value in raw.config.items()},
         right=[final_number(text) == final_number(answer) for text, answer in zip(texts, task.answers, strict=True)],
         tokens=tokens, nats=[nats for nats, _ in read], changed=[changed for _, changed in read],
         tokens_per_step=1 + accepted / drafts if drafts else None,
@@ -252,6 +254,10 @@ def rules(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"fly W {window}, entropy {threshold:g}", {
                 "rejection_sample_method": "fly", "fly_window_size": window, "fly_entropy_threshold": threshold,
             }  # fmt: skip
+    for threshold in args.pivot_thresholds if args.pivots is not None else ():
+        yield f"pivots, threshold {threshold:g}", {
+            "ctc_acceptance": "pivot", "ctc_pivots": str(args.pivots), "ctc_pivot_threshold": threshold,
+        }  # fmt: skip
     for text in args.rule:
         method = named_config(text, "--rule")
         yield method.name, dict(method.speculative_config)
@@ -264,6 +270,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=positive, default=200, help="the first questions (default: 200)")
     parser.add_argument("--windows", type=positive, nargs="*", default=[2, 4, 6], help="of FLy (default: 2 4 6)")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.3], help="of FLy, in nats (default: 0.3)")
+    parser.add_argument("--pivots", type=Path, metavar="PIVOTS", help="folder of `vllm-ctc pivots`")
+    parser.add_argument(
+        "--pivot-thresholds", type=float, nargs="*", default=[0.1, 0.3, 0.5, 0.7], help="(default: 0.1 0.3 0.5 0.7)"
+    )
     parser.add_argument(
         "--rule", action="append", default=[], metavar="NAME=JSON", help="a row with these options; repeatable"
     )

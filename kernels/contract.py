@@ -30,12 +30,14 @@ class Frames(NamedTuple):
     anchor: Tensor  # [B] int64, the token before the first label: a row of W_in, under no repeat rule
     markov: tuple[Tensor, Tensor] | None = None  # W_in [V or more, r], W_out [V, r]: contiguous, of one dtype
     transitions: Tensor | None = None  # A [B, 1 + T, T] fp32, rows s = 0..T, columns t = 1..T; None: CTC
+    tile_best: Tensor | None = None  # of `frame_stats` of these logits; saves a GPU a pass over them
 
     def to(self, device: torch.device | str) -> "Frames":
         logits, log_scale, log_blank, anchor = (x.to(device) for x in self[:4])
         markov = None if self.markov is None else (self.markov[0].to(device), self.markov[1].to(device))
         transitions = None if self.transitions is None else self.transitions.to(device)
-        return Frames(logits, log_scale, log_blank, anchor, markov, transitions)
+        tile_best = None if self.tile_best is None else self.tile_best.to(device)
+        return Frames(logits, log_scale, log_blank, anchor, markov, transitions, tile_best)
 
 
 class Budget(NamedTuple):

@@ -14,12 +14,13 @@ import torch
 from vllm_ctc_spec import cli
 from vllm_ctc_spec.edge import run as edge_run
 from vllm_ctc_spec.edge.config import EdgeConfig
-from vllm_ctc_spec.training import answers, evaluate, run
+from vllm_ctc_spec.training import answers, evaluate, pivots, run
 from vllm_ctc_spec.training.config import TrainConfig
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import read_examples
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.generate import respond
+from vllm_ctc_spec.training.pivots_config import PivotsConfig
 from vllm_ctc_spec.training.ray import data as ray_data
 from vllm_ctc_spec.training.target import Target
 
@@ -317,7 +318,7 @@ def data_asked(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("command", ["train", "edge"])
+@pytest.mark.parametrize("command", ["train", "edge", "pivots"])
 def test_help_loads_no_torch(command):
     code = (
         f"import sys, vllm_ctc_spec.cli as cli\ntry: cli.main(['{command}', '--help'])\n"
@@ -352,6 +353,40 @@ def test_data_options_reach_the_settings(data_asked, name, value):
 def test_data_of_whole_conversations(data_asked):
     assert cli.main([*DATA, "--regenerate"]) == 0
     assert data_asked[0][0] == DataConfig(**{**DATA_DEFAULTS, "regenerate": True})
+
+
+@pytest.fixture
+def pivots_asked(monkeypatch):
+    """What `make_pivots` would be called with."""
+    calls = []
+    monkeypatch.setattr(pivots, "make_pivots", lambda *args: calls.append(args) or "done")
+    return calls
+
+
+PIVOTS = ["pivots", "--target", "t", "--drafter", "d", "--data", "q", "--output", "o"]
+PIVOTS_DEFAULTS = {"target": "t", "drafter": "d", "data": "q", "output": Path("o")}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_questions", 7), ("candidates", 3), ("rollouts", 4), ("temperature", 0.5), ("alpha", 0.8),
+        ("max_new_tokens", 9), ("seed", 5), ("dtype", "bf16"), ("tensor_parallel_size", 2),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)  # fmt: skip
+def test_pivots_options_reach_the_settings(pivots_asked, name, value):
+    assert cli.main([*PIVOTS, "--" + name.replace("_", "-"), as_typed(value)]) == 0
+    assert pivots_asked == [(PivotsConfig(**PIVOTS_DEFAULTS, **{name: value}), False, answers.generate_here)]
+
+
+def test_pivots_switches(pivots_asked, capsys):
+    assert cli.main([*PIVOTS, "--overwrite", "--run-code", "--ray", "--num-workers", "2"]) == 0
+    ((config, overwrite, generate),) = pivots_asked
+    assert config.run_code and overwrite
+    assert generate.func is ray_data.generate_with_ray
+    assert generate.keywords == {"options": ray_data.RayOptions(None, 2)}
+    assert cli.main([*PIVOTS, "--num-workers", "2"]) == 1 and "add --ray" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{enable_thinking: false}", "[1]", "false", ""])

@@ -19,6 +19,7 @@ from vllm_ctc_spec.training.cache_config import CacheConfig
 from vllm_ctc_spec.training.config import TrainConfig, WorkerOptions, kind_of, option
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.eval_config import EvalConfig
+from vllm_ctc_spec.training.pivots_config import PivotsConfig
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -149,26 +150,35 @@ def add_data(commands) -> None:
         description="Write a dataset of the target's own responses, by vLLM. Started again, it continues.",
     )
     add_settings(parser, DataConfig)
-    parser.add_argument("--ray", action="store_true", help="generate with Ray: one engine per worker")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (Ray on this machine if absent)")
-    parser.add_argument("--num-workers", type=int, metavar="N", help="engines (one per GPU, or one, if absent)")
+    add_ray(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of other settings")
     parser.set_defaults(run=run_data)
 
 
-def run_data(args: argparse.Namespace) -> None:
-    # As in run_train: --help needs no torch.
-    from vllm_ctc_spec.training.answers import generate_here, make_dataset
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ray", action="store_true", help="generate with Ray: one engine per worker")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (Ray on this machine if absent)")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="engines (one per GPU, or one, if absent)")
+
+
+def generate_by(args: argparse.Namespace) -> Any:
+    """`answers.Generate`, here or with Ray."""
+    from vllm_ctc_spec.training.answers import generate_here  # as in run_train: --help needs no torch
 
     if not args.ray and (args.ray_address, args.num_workers) != (None, None):
         raise TrainingError("--ray-address and --num-workers choose Ray's workers: add --ray.")
-    generate = generate_here
-    if args.ray:
-        from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype
+    if not args.ray:
+        return generate_here
+    from vllm_ctc_spec.training.ray.data import RayOptions, generate_with_ray, refuse_to_guess_dtype
 
-        refuse_to_guess_dtype(args.dtype, args.ray_address)
+    refuse_to_guess_dtype(args.dtype, args.ray_address)
+    return functools.partial(generate_with_ray, options=RayOptions(args.ray_address, args.num_workers))
 
-        generate = functools.partial(generate_with_ray, options=RayOptions(args.ray_address, args.num_workers))
+
+def run_data(args: argparse.Namespace) -> None:
+    generate = generate_by(args)
+    from vllm_ctc_spec.training.answers import make_dataset  # as in run_train: --help needs no torch
+
     print(make_dataset(asked(DataConfig, args), args.overwrite, generate))
 
 
@@ -207,6 +217,26 @@ def run_cache(args: argparse.Namespace) -> None:
     from vllm_ctc_spec.training.cache import make_table  # as in run_train: --help needs no torch
 
     print(make_table(config))
+
+
+def add_pivots(commands) -> None:
+    parser = commands.add_parser(
+        "pivots",
+        help="train the classifier of a lossy rule of acceptance",
+        description="Let the target go on behind tokens that it would reject, and learn which of them change its "
+        "answer. Started again, it continues.",
+    )
+    add_settings(parser, PivotsConfig)
+    add_ray(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run with other settings")
+    parser.set_defaults(run=run_pivots)
+
+
+def run_pivots(args: argparse.Namespace) -> None:
+    config, generate = asked(PivotsConfig, args), generate_by(args)
+    from vllm_ctc_spec.training.pivots import make_pivots  # as in run_train: --help needs no torch
+
+    print(make_pivots(config, args.overwrite, generate))
 
 
 def add_plan(commands) -> None:
@@ -264,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan(commands)
     add_edge(commands)
     add_cache(commands)
+    add_pivots(commands)
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -12,7 +12,7 @@ The tree grows in rounds: the followers of the anchor, of the ends of the best o
 followers of the last token that were common elsewhere, behind those of the text, as class 0.
 
 Probabilities. The k-th child of a node, in the order above, is right with probability h(class, k) if the ones before it
-are wrong: a hazard, measured online (`draft/history.py`). So
+are wrong: a hazard, measured online (`draft/cache.py`). So
 
     P(child k) = h(class_k, k) prod_{i<k} (1 - h(class_i, i))
 

@@ -38,8 +38,8 @@ def prefix_search(frames: Frames, budget: Budget, chain_only: torch.Tensor | Non
 
     Why custom: every node needs the `S` of all T * C candidates under its own state. In torch this is some thirty
     launches per depth over [B, N, T * C] for N nodes of every depth, most of which are dropped later. Here one program
-    per request holds the search and expands only the nodes of the tree: a topk, a sort and two kernels whatever N and
-    D, and nothing of size N * V.
+    per request holds the search and expands only the nodes of the tree: four or five launches whatever N and D, and
+    nothing of size N * V.
     """
     if not 1 <= budget.nodes <= MAX_NODES:
         raise ValueError(f"prefix_search finds 1 to {MAX_NODES} nodes, not {budget.nodes}")

@@ -5,10 +5,14 @@ import triton
 import triton.language as tl
 
 from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, complement, frame_prob
+from vllm_ctc_spec.kernels.best_tokens import best_tokens_triton
 from vllm_ctc_spec.kernels.contract import DTYPES, IMPOSSIBLE, Budget, DraftTree, Frames
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
-_CANDIDATES_OF_WARP, _MAX_WARPS = 128, 8
+_CANDIDATES_OF_WARP, _MAX_WARPS = 256, 8
+# The head's products of all pairs of candidates are made at once where they fit: one multiprocessor a request takes
+# longer to read the head again at every node.
+_BIAS_BYTES, _BIAS_TILE = 1 << 26, 64
 # Products of the head that a warp holds at once: more of them spill registers on sm_90.
 _HEAD_TILE_OF_WARP = 1024
 
@@ -20,12 +24,7 @@ def prefix_search_triton(frames: Frames, budget: Budget, chain_only: torch.Tenso
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):
         raise ValueError("prefix_search needs contiguous Markov weights [V, r]")
     budget = budget._replace(width=min(budget.width, logits.shape[2]))
-    return search_candidates(best_tokens(logits, budget.width), frames, budget, chain_only)
-
-
-def best_tokens(logits: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, T * width] int64, ascending: duplicates are neighbours, and a lower place means a lower token."""
-    return logits.topk(width, dim=2, sorted=False).indices.flatten(1).sort(dim=1).values
+    return search_candidates(best_tokens_triton(logits, budget.width, frames.tile_best), frames, budget, chain_only)
 
 
 def search_candidates(
@@ -34,7 +33,7 @@ def search_candidates(
     budget: Budget,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    logits, log_scale, log_blank, anchor, markov, transitions = frames
+    logits, log_scale, log_blank, anchor, markov, transitions = frames[:6]
     (batch, num_frames, num_tokens), num_candidates = logits.shape, tokens.shape[1]
     log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
     rows = 1 + budget.nodes
@@ -44,15 +43,24 @@ def search_candidates(
     rank = 0 if markov is None else markov[0].shape[1]
     block_r = max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m))
     w_in, w_out = (None, None) if markov is None else markov
-    p = log_scale.new_empty(batch, num_frames, num_candidates)
+    bias, anchor = None, anchor.contiguous()
+    if markov is not None and 4 * batch * (1 + num_candidates) * num_candidates <= _BIAS_BYTES:
+        bias = log_scale.new_empty(batch, 1 + num_candidates, num_candidates)
+        tiles = triton.cdiv(1 + num_candidates, _BIAS_TILE), triton.cdiv(num_candidates, _BIAS_TILE)
+        bias_kernel[(*tiles, batch)](
+            tokens, anchor, w_in, w_out, bias, num_candidates, RANK=rank,
+            BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), BLOCK=_BIAS_TILE,
+            PRECISION="tf32" if w_in.element_size() == 2 else "ieee", num_warps=8,
+        )  # fmt: skip
+    p = log_scale.new_empty(batch, num_frames, block_m)
     candidates_kernel[(batch, num_frames)](
         logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
         T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
     )  # fmt: skip
     search_kernel[(batch,)](
-        tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor.contiguous(),
+        tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor,
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
-        w_in, w_out, p.new_empty(batch, rows, 2, num_frames), p.new_empty(batch, budget.nodes, num_candidates),
+        bias, w_in, w_out, p.new_empty(batch, rows, 2, num_frames), p.new_empty(batch, budget.nodes, block_m),
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
         num_candidates, min(budget.depth, num_frames), N=budget.nodes, T=num_frames,
         BLOCK_N=triton.next_power_of_2(budget.nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
@@ -68,12 +76,12 @@ def candidates_kernel(
     logits_stride_t,
     log_scale_ptr,  # [B, T] fp32
     tokens_ptr,  # [B, M] int64, ascending
-    p_ptr,  # [B, T, M] fp32, written
+    p_ptr,  # [B, T, BLOCK_M] fp32, written
     num_candidates,
     T: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`p_t` of every candidate; 0 for a duplicate, so that it is no child. Grid (B, T)."""
+    """`p_t` of every candidate; 0 for a duplicate and behind the last one: these are no children. Grid (B, T)."""
     row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     valid = m < num_candidates
@@ -84,24 +92,65 @@ def candidates_kernel(
     logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
     x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
     p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
-    tl.store(p_ptr + (row * T + frame) * num_candidates + m, p, mask=valid)
+    tl.store(p_ptr + (row * T + frame) * BLOCK_M + m, p)
 
 
 @triton.jit
-def _emission(p_ptr, weight_ptr, frame, num_candidates, T: tl.constexpr):
+def bias_kernel(
+    tokens_ptr,  # [B, M] int64
+    anchor_ptr,  # [B] int64
+    w_in_ptr,  # [V, RANK]
+    w_out_ptr,  # [V, RANK]
+    bias_ptr,  # [B, 1 + M, M] fp32, written: of every candidate behind the anchor, and behind every candidate
+    num_candidates,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`W_out[v] . W_in[last]` of a tile of pairs. Grid (cdiv(1 + M, BLOCK), cdiv(M, BLOCK), B).
+
+    tf32 holds 16-bit weights exactly.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tokens_ptr += row * num_candidates
+    last = tl.load(tokens_ptr + i - 1, mask=(i > 0) & (i <= num_candidates), other=0)
+    last = tl.where(i == 0, tl.load(anchor_ptr + row), last)
+    token = tl.load(tokens_ptr + m, mask=m < num_candidates, other=0)
+    bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.static_range(0, RANK, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        inner = tl.load(w_in_ptr + last[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+        outer = tl.load(w_out_ptr + token[None, :] * RANK + r[:, None], mask=r[:, None] < RANK, other=0.0)
+        bias = tl.dot(inner.to(tl.float32), outer.to(tl.float32), bias, input_precision=PRECISION)
+    bias_ptr += (row * (1 + num_candidates) + i[:, None]) * num_candidates + m[None, :]
+    tl.store(bias_ptr, bias, mask=(i[:, None] <= num_candidates) & (m[None, :] < num_candidates))
+
+
+@triton.jit
+def _first_largest(x, place):
+    """The largest, and the first place of it. A maximum with its place is twice as many instructions."""
+    largest = tl.max(x, axis=0)
+    return largest, tl.min(tl.where(x == largest, place, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _emission(p_ptr, weight_ptr, frame, T: tl.constexpr, BLOCK_M: tl.constexpr):
     """`p(y)` of a frame, and the mass of `y` first appearing there. Both are 0 outside of the frames."""
     inside = (frame >= 0) & (frame < T)
-    p = tl.load(p_ptr + frame * num_candidates, mask=inside, other=0.0)
+    p = tl.load(p_ptr + frame * BLOCK_M, mask=inside, other=0.0)
     return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
 
 
 @triton.jit
-def _extend(p_ptr, weight_ptr, blank, alive, num_candidates, T: tl.constexpr, BLOCK_T: tl.constexpr):
+def _extend(p_ptr, weight_ptr, blank, alive, T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
     """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label."""
     t = tl.arange(0, BLOCK_T)
-    p, first = _emission(p_ptr, weight_ptr, t, num_candidates, T)
-    p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, num_candidates, T)
-    p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, num_candidates, T)
+    p, first = _emission(p_ptr, weight_ptr, t, T, BLOCK_M)
+    p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, T, BLOCK_M)
+    p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, T, BLOCK_M)
     scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
     n, b = behind_label(blank, p_1, first_1 * scale, p_2, first_2 * scale)
     return p, n, b
@@ -116,8 +165,9 @@ def _store_state(state_ptr, w, b, t, T: tl.constexpr):
 @triton.jit
 def _child_scores(
     tokens_ptr,  # [M] int64
-    p_ptr,  # [T, M] fp32
+    p_ptr,  # [T, BLOCK_M] fp32
     state_ptr,  # [2, T] fp32
+    bias_ptr,  # [1 + M, M] fp32, or None
     w_in_ptr,  # [V, RANK]
     w_out_ptr,  # [V, RANK]
     last,
@@ -138,20 +188,23 @@ def _child_scores(
     valid = m < num_candidates
     mass = tl.zeros((BLOCK_M,), tl.float32)
     for t in tl.range(0, T, loop_unroll_factor=4):
-        mass += tl.load(state_ptr + t) * tl.load(p_ptr + t * num_candidates + m, mask=valid, other=0.0)
+        mass += tl.load(state_ptr + t) * tl.load(p_ptr + t * BLOCK_M + m)
     mass = tl.where(m == place, repeat, mass)
     log_q = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
     if RANK > 0:
-        token = tl.load(tokens_ptr + m, mask=valid, other=0)
-        product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for start in range(0, RANK, BLOCK_R):
-            r = start + tl.arange(0, BLOCK_R)
-            inner = tl.load(w_in_ptr + last * RANK + r, mask=r < RANK, other=0.0).to(tl.float32)
-            outer = tl.load(
-                w_out_ptr + token[:, None] * RANK + r[None, :], mask=valid[:, None] & (r[None, :] < RANK), other=0.0
-            )
-            product += inner[None, :] * outer.to(tl.float32)
-        log_q += tl.sum(product, axis=1)
+        if bias_ptr is not None:
+            log_q += tl.load(bias_ptr + (1 + place) * num_candidates + m, mask=valid, other=0.0)
+        else:
+            token = tl.load(tokens_ptr + m, mask=valid, other=0)
+            product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for start in range(0, RANK, BLOCK_R):
+                r = start + tl.arange(0, BLOCK_R)
+                inner = tl.load(w_in_ptr + last * RANK + r, mask=r < RANK, other=0.0).to(tl.float32)
+                outer = tl.load(
+                    w_out_ptr + token[:, None] * RANK + r[None, :], mask=valid[:, None] & (r[None, :] < RANK), other=0.0
+                )
+                product += inner[None, :] * outer.to(tl.float32)
+            log_q += tl.sum(product, axis=1)
         largest = tl.max(log_q, axis=0)
         if COMPLETE:
             z = tl.sum(tl.exp(log_q - largest), axis=0)
@@ -167,16 +220,17 @@ def _child_scores(
 @triton.jit(do_not_specialize=["depth"])
 def search_kernel(
     tokens_ptr,  # [B, M] int64, ascending
-    p_ptr,  # [B, T, M] fp32
+    p_ptr,  # [B, T, BLOCK_M] fp32
     log_scale_ptr,  # [B, T] fp32
     log_blank_ptr,  # [B, T] fp32
     transitions_ptr,  # [B, 1 + T, T] fp32, or None
     anchor_ptr,  # [B] int64
     chain_only_ptr,  # [B] int8
+    bias_ptr,  # [B, 1 + M, M] fp32, from bias_kernel, or None
     w_in_ptr,  # [V, RANK]
     w_out_ptr,  # [V, RANK]
     state_ptr,  # [B, 1 + N, 2, T] fp32, scratch: w = n + b, and b of each node
-    child_ptr,  # [B, N, M] fp32, scratch: the scores of the children of each node
+    child_ptr,  # [B, N, BLOCK_M] fp32, scratch: the scores of the children of each node
     tree_tokens_ptr,  # [B, 1 + N] int64, the DraftTree
     tree_parents_ptr,  # [B, 1 + N] int32
     tree_depths_ptr,  # [B, 1 + N] int32
@@ -201,9 +255,11 @@ def search_kernel(
     """
     batch_row = tl.program_id(0).to(tl.int64)
     tokens_ptr += batch_row * num_candidates
-    p_ptr += batch_row * T * num_candidates
+    p_ptr += batch_row * T * BLOCK_M
     state_ptr += batch_row * (1 + N) * 2 * T
-    child_ptr += batch_row * N * num_candidates
+    child_ptr += batch_row * N * BLOCK_M
+    if bias_ptr is not None:
+        bias_ptr += batch_row * (1 + num_candidates) * num_candidates
     anchor = tl.load(anchor_ptr + batch_row)
     if chain_only_ptr is not None:
         is_chain = tl.load(chain_only_ptr + batch_row) != 0
@@ -224,26 +280,33 @@ def search_kernel(
     total = tl.sum(label_mass * b, axis=0)
     repeat, score, place, token, level = 0.0, 0.0, -1, anchor, 0
 
-    # Lane i of the queue is row i; lane i of the tree is row 1 + i.
+    # Every row is written when it is found, and read again by its children.
+    out = batch_row * (1 + N)
+    tree_tokens_ptr += out
+    tree_parents_ptr += out
+    tree_depths_ptr += out
+    tree_scores_ptr += out
+    tree_ancestors_ptr += out
     lane = tl.arange(0, BLOCK_N)
+    _fill_column(tree_tokens_ptr, anchor, anchor, lane, N)
+    _fill_column(tree_parents_ptr, -1, -1, lane, N)
+    _fill_column(tree_depths_ptr, 0, 0, lane, N)
+    _fill_column(tree_scores_ptr, 0.0, -float("inf"), lane, N)
+    _fill_column(tree_ancestors_ptr, 0, 0, lane, N)
+
+    # Lane i of the queue is row i.
     queue_score = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     queue_order = tl.zeros((BLOCK_N,), tl.int32)
-    tree_token = tl.zeros((BLOCK_N,), tl.int64) + anchor
-    tree_parent = tl.full((BLOCK_N,), -1, tl.int32)
-    tree_depth = tl.zeros((BLOCK_N,), tl.int32)
-    tree_score = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    ancestors = tl.zeros((BLOCK_N,), tl.int64)
-
     row, alive = 0, True
     while (row < N) & alive:
         tl.debug_barrier()  # the state of this row is written
         if level < depth:
             child = _child_scores(
-                tokens_ptr, p_ptr, state_ptr + row * 2 * T, w_in_ptr, w_out_ptr, token, place, score, repeat, total,
-                num_candidates, T, BLOCK_M, RANK, BLOCK_R, COMPLETE,
+                tokens_ptr, p_ptr, state_ptr + row * 2 * T, bias_ptr, w_in_ptr, w_out_ptr, token, place, score, repeat,
+                total, num_candidates, T, BLOCK_M, RANK, BLOCK_R, COMPLETE,
             )  # fmt: skip
-            tl.store(child_ptr + row * num_candidates + m, child, mask=m < num_candidates)
-            best, best_place = tl.max(child, axis=0, return_indices=True)
+            tl.store(child_ptr + row * BLOCK_M + m, child)
+            best, best_place = _first_largest(child, m)
             queue_score = tl.where(lane == row, best, queue_score)
             queue_order = tl.where(lane == row, (level * BLOCK_N + row) * BLOCK_M + best_place, queue_order)
         tl.debug_barrier()  # the children of this row are written
@@ -253,47 +316,39 @@ def search_kernel(
         order = tl.min(tl.where(queue_score == score, queue_order, 0x7FFFFFFF), axis=0)
         alive = score > -float("inf")
         place, parent, level = order % BLOCK_M, order // BLOCK_M % BLOCK_N, order // BLOCK_M // BLOCK_N
-        sibling = tl.load(child_ptr + parent * num_candidates + m, mask=m < num_candidates, other=-float("inf"))
+        sibling = tl.load(child_ptr + parent * BLOCK_M + m)
         is_later = (sibling < score) | ((sibling == score) & (m > place))
-        best, best_place = tl.max(tl.where(is_later, sibling, -float("inf")), axis=0, return_indices=True)
+        best, best_place = _first_largest(tl.where(is_later, sibling, -float("inf")), m)
         if chain_only_ptr is not None:
             best = tl.where(is_chain, -float("inf"), best)
         queue_score = tl.where(lane == parent, best, queue_score)
         queue_order = tl.where(lane == parent, order - place + best_place, queue_order)
 
-        level += 1
         token = tl.load(tokens_ptr + place)
-        is_parent, is_new = lane + 1 == parent, lane == tl.where(alive, row, BLOCK_N)
-        path = tl.sum(tl.where(is_parent, ancestors, 0), axis=0)
         # At the root w = b, so any last label will do.
-        is_repeat = token == tl.sum(tl.where(is_parent, tree_token, 0), axis=0)
-        tree_token = tl.where(is_new, token, tree_token)
-        tree_parent = tl.where(is_new, parent, tree_parent)
-        tree_depth = tl.where(is_new, level, tree_depth)
-        tree_score = tl.where(is_new, score, tree_score)
-        ancestors = tl.where(is_new, path | (tl.full((BLOCK_N,), 1, tl.int64) << lane), ancestors)
-
+        is_repeat = token == tl.load(tree_tokens_ptr + parent)
+        own = tl.full((), 1, tl.int64) << (row + tl.zeros((), tl.int64))
+        ancestors = tl.load(tree_ancestors_ptr + parent) | own
+        level += 1
         row += 1
+        tl.store(tree_tokens_ptr + row, token, mask=alive)
+        tl.store(tree_parents_ptr + row, parent, mask=alive)
+        tl.store(tree_depths_ptr + row, level, mask=alive)
+        tl.store(tree_scores_ptr + row, score, mask=alive)
+        tl.store(tree_ancestors_ptr + row, ancestors, mask=alive)
         weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
         if transitions_ptr is None:
-            p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, num_candidates, T, BLOCK_T)
+            p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, T, BLOCK_T, BLOCK_M)
         else:
-            p, first = _emission(p_ptr + place, weight_ptr, t, num_candidates, T)
+            p, first = _emission(p_ptr + place, weight_ptr, t, T, BLOCK_M)
             b = along_transitions(tl.where(alive, first, 0.0), transitions_ptr, T, BLOCK_T)
             n = tl.zeros_like(b)
         _store_state(state_ptr + row * 2 * T, n + b, b, t, T)
         repeat = tl.sum(p * b, axis=0)
-        total = tl.sum(label_mass * (n + b), axis=0) - tl.sum(p * n, axis=0)
-
-    out = batch_row * (1 + N)
-    _store_column(tree_tokens_ptr + out, anchor, tree_token, lane, N)
-    _store_column(tree_parents_ptr + out, -1, tree_parent, lane, N)
-    _store_column(tree_depths_ptr + out, 0, tree_depth, lane, N)
-    _store_column(tree_scores_ptr + out, 0.0, tree_score, lane, N)
-    _store_column(tree_ancestors_ptr + out, 0, ancestors, lane, N)
+        total = tl.sum(label_mass * (n + b) - p * n, axis=0)
 
 
 @triton.jit
-def _store_column(column_ptr, of_anchor, of_nodes, lane, N: tl.constexpr):
+def _fill_column(column_ptr, of_anchor, of_nodes, lane, N: tl.constexpr):
     tl.store(column_ptr, of_anchor)
     tl.store(column_ptr + 1 + lane, of_nodes, mask=lane < N)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_ctc_spec.accept.pivot import Classifier
 from vllm_ctc_spec.accept.rule import RULES, Rows, make_rule
 from vllm_ctc_spec.accept.walk import walk
 from vllm_ctc_spec.kernels.tree_walk import tree_walk
@@ -113,7 +114,12 @@ def test_a_rule_reads_parents_and_hidden_states_of_its_rows():
     assert rows.hidden is hidden and rows.logits is logits
 
 
-SETTINGS = {"exact": {}, "fly": {"window": 3}}
+CLASSIFIER = Classifier(torch.ones(2, 5), torch.ones(2), torch.ones(2), torch.tensor(0.0))
+SETTINGS = {
+    "exact": {},
+    "fly": {"window": 3},
+    "pivot": {"threshold": 0.3, "min_probability": 1e-4, "digest": "0123", "classifier": CLASSIFIER},
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -122,4 +128,5 @@ def test_rules_have_the_name_that_they_are_found_by_and_travel_to_workers(name):
     assert rule.name == name
     assert rule.exact is (name == "exact")
     assert pickle.loads(pickle.dumps(rule)) == rule and hash(rule) is not None
-    assert "0x" not in repr(rule)  # vLLM hashes what a configuration says of itself
+    assert rule.to(torch.device("cpu")) == rule
+    assert "0x" not in repr(rule) and "tensor" not in repr(rule)  # vLLM hashes what a configuration says of itself

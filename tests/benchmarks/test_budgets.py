@@ -21,7 +21,8 @@ def measured(monkeypatch):
         return 1e6
 
     for name, value in dict(
-        VOCABULARY=100, NODES=8, FRAMES=4, PATH=4, SEARCH_MICROSECONDS={1: 30.0, 2: 120.0}, graph_microseconds=once,
+        VOCABULARY=100, NODES=8, FRAMES=4, PATH=4, LABELS=3, SEARCH_MICROSECONDS={1: 40.0, 2: 120.0},
+        CANDIDATES_MICROSECONDS={1: 15.0, 2: 80.0}, CHAIN_MICROSECONDS={1: 60.0, 2: 2e6}, graph_microseconds=once,
         MODEL=Model(context=32, heads=2, kv_heads=1, head_size=16, layers=2),
         stock_attention=lambda arguments: (2e6, "stock"), copy_bandwidth=lambda device, seconds: 1e6,
         search_candidates=lambda tokens, frames, budget: prefix_search_cpu(frames, budget),
@@ -35,15 +36,16 @@ def measured(monkeypatch):
 
 def test_time_beside_floors_and_budget(measured) -> None:
     rows, failures = measured(1, 2)
-    assert len(rows) == 8 and failures == []
+    assert len(rows) == 10 and failures == []
     assert [(row.stage, row.batch) for row in rows if not row.within] == [
         ("log-softmax and candidates", 1), ("log-softmax and candidates", 2),
-        ("prefix search and mask", 1), ("prefix search and mask", 2), ("compaction", 1),
+        ("prefix search and mask", 1), ("prefix search and mask", 2),
+        ("sampled chain of 8 labels", 1), ("compaction", 1),
     ]  # fmt: skip
     table = budgets.to_markdown(RUN, rows, failures)
-    assert table.count("| OVER |") == 5
-    # 1 x 4 x 100 logits of 2 bytes at 1 MB/s, 1.5 times
-    assert "| log-softmax and candidates | 1 | 1000000.0 | 1200.0 | OVER | 800.0 |" in table
+    assert table.count("| OVER |") == 6
+    # 1 x 4 x 100 logits of 2 bytes at 1 MB/s
+    assert "| log-softmax and candidates | 1 | 1000000.0 | 15.0 | OVER | 800.0 |" in table
     assert "| compaction | 2 | 1000000.0 | - |  |" in table and "0.50 x stock" in table
 
 

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import edge
+import plots
 import pytest
 from delay import HOST, delay
 from edge import DRAFTS, PROMPTS, STREAM, WHOLE, Cell, SimulatedDevice
@@ -88,22 +89,46 @@ def test_all_clients_get_the_servers_own_answers(way, tmp_path, monkeypatch):
         behaviour.bodies.clear()
         cell = Cell("ctc", way, None if way == STREAM else 1.0, 2, 0)
         row = edge.measure(server, cell, args, asked)
-    assert (row.same, row.answers, row.steps) == (4, 4, 7)
-    assert row.tokens == sum(len(asked[number % 3][1]) for number in range(4))
+    assert (row.same, row.answers, row.steps) == (8, 8, 7)
+    assert row.tokens == sum(len(asked[number % 3][1]) for number in range(8))
     assert (row.drafted > 0) == (way != STREAM) and row.accepted == row.drafted
-    rounds = {STREAM: 4, WHOLE: 4}.get(way)
-    assert rounds is None and row.rounds > 4 or row.rounds == rounds == len(behaviour.bodies)
+    rounds = {STREAM: 8, WHOLE: 8}.get(way)
+    assert rounds is None and row.rounds > 8 or row.rounds == rounds == len(behaviour.bodies)
     salts = {body["cache_salt"] for body in behaviour.bodies}
-    assert len(salts) == 4  # one for each text: no text helps another
+    assert len(salts) == 8  # one for each text: no text helps another
     run = {"command": "c", "python": "3", "gpu": None, "cpu": "x", "cores": 2, "date": "2026-11-29"}
-    assert edge.table(run, [row]).splitlines()[-1] == f"| {' | '.join(row.row)} |"
+    assert edge.table(run, [row]).splitlines()[-1] == f"| {' | '.join(row.row(row if way == STREAM else None))} |"
 
 
 def test_every_way_is_measured_with_every_agreement_but_the_stream():
     args = edge.parse(["--clients", "1", "2", "--round-trip-ms", "0", "--agreement", "0.5", "0.9"])
-    cells = edge.cells(args, "client")
-    assert len(cells) == 2 * (1 + 3 * 2) and len(set(cells)) == len(cells)
+    cells = edge.cells(args)
+    assert len(cells) == 2 * 2 * (1 + 3 * 2) and len(set(cells)) == len(cells)
     assert {cell.agreement for cell in cells if cell.way == STREAM} == {None}
+
+
+def test_what_is_compared_takes_turns(monkeypatch, tmp_path):
+    """Repeats of one cell are apart; speeds are their medians, relative to the first server's stream."""
+    args = edge.parse(["--clients", "1", "4", "--round-trip-ms", "0", "--agreement", "1", "--ways", STREAM, DRAFTS])
+    asked_of, seconds = [], {("ctc+client", STREAM): [1, 9, 2], ("client", DRAFTS): [4, 4, 40]}
+
+    def measured(server, cell, args, asked):
+        asked_of.append((server, cell))
+        turn = sum(other == cell for _, other in asked_of) - 1
+        second = seconds.get((cell.sources, cell.way), [5, 5, 5])[turn]
+        return edge.Measurement(cell, [second], 20, 10, 4, 3, 2, 1, 1)
+
+    monkeypatch.setattr(edge, "measure", measured)
+    monkeypatch.setattr(edge, "own_answers", lambda server, args: [])
+    rows = edge.measure_all({"ctc+client": "A", "client": "B"}, args)
+    assert [server for server, _ in asked_of[:8]] == ["A", "A", "B", "B"] * 2
+    assert {cell.clients for _, cell in asked_of[:12]} == {1} and len(rows) == 8 and len(asked_of) == 24
+    (row,) = [row for row in rows if row.cell == edge.Cell("client", DRAFTS, 1.0, 4, 0)]
+    assert (row.tokens_per_second, row.tokens, row.answers) == (5, 60, 3)
+    assert edge.stream_of(rows, row.cell).tokens_per_second == 10
+    assert dict(zip(edge.HEADER, row.row(edge.stream_of(rows, row.cell))))["of the stream's"] == "0.50"
+    plots.edge(tmp_path / "edge.png", rows, "title")
+    assert (tmp_path / "edge.png").stat().st_size > 1000
 
 
 def test_a_drafter_is_named_where_it_drafts():

@@ -12,6 +12,7 @@ from kernel_time import BASE, QUICK, SWEEP, Row, measure, nominal_bandwidth, sha
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/kernel_time.py"
 KERNELS = [
+    "best_tokens",
     "collapse",
     "ctc_transform",
     "frame_stats",

@@ -64,6 +64,18 @@ def test_rules_are_asked_the_same_judged_and_compared(run, fake_vllm, tmp_path):
     fake_vllm.assert_gone()
 
 
+def test_pivots_are_asked_for_by_threshold(run, fake_vllm, tmp_path):
+    folder = tmp_path / "pivots"
+    _, record = run("--no-speed", "--windows", "--pivots", str(folder), "--pivot-thresholds", "0.2", "0.5")
+    asked = [json.loads(s["arguments"][s["arguments"].index("--speculative-config") + 1]) for s in fake_vllm.started]
+    pivot = {"ctc_acceptance": "pivot", "ctc_pivots": str(folder)}
+    assert "ctc_acceptance" not in asked[0]
+    for threshold, config in zip((0.2, 0.5), asked[1:], strict=True):
+        assert {**pivot, "ctc_pivot_threshold": threshold}.items() <= config.items()
+    assert [row["rule"] for row in record["rules"]] == ["exact", "pivots, threshold 0.2", "pivots, threshold 0.5"]
+    assert record["rules"][1]["config"]["ctc_pivots"] == "pivots" and str(tmp_path) not in json.dumps(record)
+
+
 def test_no_speed_means_none_anywhere(run, tmp_path):
     _, record = run("--no-speed")
     assert all(row["tokens_per_second"] is None for row in record["rules"])

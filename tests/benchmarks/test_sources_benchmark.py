@@ -4,8 +4,9 @@ import json
 import sys
 
 import copying
+import plots
 import pytest
-from sources import NO_DRAFTS, ngram_steps, speculative_config, table_of
+from sources import NO_DRAFTS, ngram_steps, num_changed, speculative_config, table_of
 
 
 def test_prompts_are_the_same_every_time(tmp_path, monkeypatch):
@@ -31,6 +32,12 @@ def test_ngrams_by_hand(prompt, answer, steps):
     assert ngram_steps(prompt, answer, range(2, 5), 4) == steps
 
 
+def test_changed_answers_are_counted():
+    expected = {"a": [([1], [2, 3]), ([1], [4])], "b": [([5], [6])]}
+    assert num_changed(expected, {name: list(rows) for name, rows in expected.items()}) == 0
+    assert num_changed(expected, {"a": [([1], [2, 3]), ([1], [5])], "b": [([5], [])]}) == 2
+
+
 def test_every_source_gets_as_many_nodes(tmp_path):
     assert speculative_config(tmp_path, NO_DRAFTS, 8) is None
     configs = {name: speculative_config(tmp_path, name, 8) for name in ("ctc", "cache", "ctc+cache")}
@@ -38,7 +45,7 @@ def test_every_source_gets_as_many_nodes(tmp_path):
     assert [name for name, config in configs.items() if "model" in config] == ["ctc", "ctc+cache"]
 
 
-def test_the_table():
+def test_the_table_and_the_plot(tmp_path):
     run = {
         "num_prompts": 2,
         "max_tokens": 3,
@@ -48,5 +55,12 @@ def test_the_table():
         "gpu": "G",
         "date": "2026-11-29",
     }
-    table = table_of(run, {"ngram": {"a": 1.0, "b": 2.0}, "ctc": {"a": 3.0, "b": 4.5}})
+    lengths = {
+        "ngram": {"a": 1.0, "b": 2.0}, "ctc": {"a": 3.0, "b": 4.5}, "cache": {"a": 1.5, "b": 5.0},
+        "ctc+cache": {"a": 3.3, "b": 4.9},
+    }  # fmt: skip
+    table = table_of(run, lengths)
     assert "| sources | a | b |" in table and "| ctc | 3.00 | 4.50 |" in table
+    assert "| ctc+cache / the better of both | 1.100 | 0.980 |" in table
+    plots.sources(tmp_path / "sources.png", lengths, "title")
+    assert (tmp_path / "sources.png").stat().st_size > 1000

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+import vllm_ctc_spec.edge.server as edge_server
 from vllm_ctc_spec.edge.loop import Client, Patience
 from vllm_ctc_spec.edge.protocol import Delta, Policy, ServerAway, Text
 from vllm_ctc_spec.edge.server import DraftRounds, PromptRounds, Refused, Server, verdict
@@ -92,6 +93,19 @@ def test_rounds_share_connections(server, rounds):
     """A new one would cost a round trip each, and on https two more."""
     text = complete(rounds(server[0], GREEDY), LONG, 0.5)
     assert text.counts.rounds >= 8 and len(server[1].connections) <= 3
+
+
+def test_an_idle_connection_is_not_used_again(fake, monkeypatch):
+    """The server closes it some time, and the round on its way then would be lost."""
+    monkeypatch.setattr(edge_server, "IDLE_SECONDS", 1.0)
+    url, behaviour = fake
+    behaviour.__init__()
+    server = Server(url)
+    for idle, connections in ((0, 1), (0, 1), (1.5, 2)):
+        time.sleep(idle)
+        server.tokenize(prompt="a")
+        assert len(behaviour.connections) == connections
+    server.close()
 
 
 def test_a_verdict_ends_at_the_first_difference_or_at_the_end():

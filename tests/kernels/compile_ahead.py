@@ -20,7 +20,7 @@ import torch
 import triton
 from launches import Launch, arguments_beyond_int32, launched_kernels, record_launches
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import mangle_type
 
 # Bytes of shared memory that a block may use; too much is no error at compile time.
@@ -31,10 +31,10 @@ RECORD = Path(__file__).resolve().parents[2] / "benchmarks/results/ptx_resources
 COMMAND = "python tests/kernels/compile_ahead.py --write"
 
 
-def compile_launch(launch: Launch, architecture: int) -> dict:
-    kernel, options = launch.kernel, dict(launch.options)
-    compiler_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
-    values = dict(zip(kernel.arg_names, launch.args, strict=False)) | options
+def compiled(launch: Launch, architecture: int) -> tuple[CompiledKernel, dict, dict]:
+    """The kernel, its signature, and its constants by the places of its parameters."""
+    kernel, values = launch.kernel, launch.values
+    compiler_options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
@@ -47,19 +47,24 @@ def compile_launch(launch: Launch, architecture: int) -> dict:
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compiler_options)
-    registers, spilled = register_use(compiled.asm["cubin"])
-    constexprs = {kernel.arg_names[place]: value for (place,), value in constants.items()}
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=compiler_options), signature, constants
+
+
+def compile_launch(launch: Launch, architecture: int) -> dict:
+    binary, signature, constants = compiled(launch, architecture)
+    registers, spilled = register_use(binary.asm["cubin"])
+    constexprs = {launch.kernel.arg_names[place]: value for (place,), value in constants.items()}
     return {
-        "kernel": kernel.__name__,
+        "kernel": launch.kernel.__name__,
         "architecture": architecture,
         "default": launch.is_default,
         "element": next(name for name in signature.values() if name.startswith("*")).removeprefix("*"),
         "constexprs": {name: value for name, value in constexprs.items() if value is not None},
         "without": [name.removesuffix("_ptr") for name, value in constexprs.items() if value is None],
-        "num_warps": compiler_options["num_warps"],
+        "num_warps": launch.options["num_warps"],
         "registers": registers,
-        "shared": compiled.metadata.shared,
+        "shared": binary.metadata.shared,
         "spilled": spilled,
     }
 

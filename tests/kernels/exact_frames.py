@@ -4,6 +4,7 @@ import torch
 
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.drafter import oracle
+from vllm_ctc_spec.kernels.best_tokens import best_tokens_reference, best_tokens_triton
 from vllm_ctc_spec.kernels.collapse import collapse_triton
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
@@ -22,7 +23,7 @@ LOG_OF_SEARCH = 5e-3
 
 def frame_stats_error(case: Case) -> Error:
     logits = trained_frames(case).logits
-    logsumexp, best, best_logit = frame_stats_triton(logits)
+    logsumexp, best, best_logit, _ = frame_stats_triton(logits)
     exact = logits.double()
     largest = exact.max(-1).values
     place = torch.arange(exact.shape[-1], device=exact.device)
@@ -30,6 +31,12 @@ def frame_stats_error(case: Case) -> Error:
     if not (torch.equal(best_logit.double(), largest) and torch.equal(best, first)):
         return torch.inf, 0.0
     return (logsumexp - exact.logsumexp(-1)).abs().max().item(), 1e-5 * logsumexp.abs().max().item()
+
+
+def best_tokens_error(case: Case) -> Error:
+    logits, width = trained_frames(case).logits, min(default_width(case.shape.nodes), case.shape.vocabulary)
+    tokens = best_tokens_triton(logits, width)
+    return (tokens.cpu() != best_tokens_reference(logits.cpu(), width)).sum().item(), 0.0
 
 
 def collapse_error(case: Case) -> Error:
@@ -83,7 +90,7 @@ def search_error(case: Case, transitions: bool = False) -> Error:
     shape, frames, budget = case.shape, trained_frames(case, transitions), budget_of(case)
     tree = prefix_search_triton(frames, budget)
     tree.check(shape.vocabulary)
-    candidates = frames.logits.topk(budget.width, dim=2, sorted=False).indices.flatten(1)  # the kernel's own call
+    candidates = best_tokens_triton(frames.logits, budget.width)  # the kernel's own call
     rows = range(min(shape.batch, 4))
     errors = [search_gap(row_of(frames, row), tree, row, candidates[row].unique(), budget.depth) for row in rows]
     return max(errors), LOG_OF_SEARCH
@@ -116,6 +123,7 @@ def transform_error(case: Case) -> Error:
 
 CHECKS = {
     "frame_stats": frame_stats_error,
+    "best_tokens": best_tokens_error,
     "collapse": collapse_error,
     "prefix_chain": chain_error,
     "prefix_chain, transitions": transition_chain_error,

@@ -16,9 +16,9 @@ import triton
 import vllm_ctc_spec.kernels
 from vllm_ctc_spec.draft.ctc import default_width
 from vllm_ctc_spec.kernels import (
+    best_tokens,
     collapse,
     ctc_transform,
-    frame_stats,
     history_tree,
     kv_compaction,
     prefix_chain,
@@ -41,17 +41,23 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     args: tuple
     options: dict
-    is_default: bool  # of a drafter and of trees as they come without options
+    grid: tuple[int, ...]
+    is_default: bool = False  # of a drafter and of trees as they come without options
+
+    @property
+    def values(self) -> dict:
+        """Of the kernel's parameters, and of the compiler's options."""
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
 
 
 class Recorder:
     """Stands in for a kernel and keeps the arguments of its launches."""
 
-    def __init__(self, kernel: triton.JITFunction, calls: list[tuple]) -> None:
+    def __init__(self, kernel: triton.JITFunction, calls: list[Launch]) -> None:
         self.kernel, self.calls = kernel, calls
 
     def __getitem__(self, grid: tuple):
-        return lambda *args, **options: self.calls.append((self.kernel, args, options))
+        return lambda *args, **options: self.calls.append(Launch(self.kernel, args, options, grid))
 
 
 def kernel_modules() -> list:
@@ -69,9 +75,9 @@ def launched_kernels() -> set[str]:
     }
 
 
-def recorded_calls(architecture: int) -> list[tuple]:
+def recorded_calls(architecture: int) -> list[Launch]:
     """The list to which all calls of kernels go from now on, as on a GPU of this compute capability, 90 for 9.0."""
-    calls: list[tuple] = []
+    calls: list[Launch] = []
     launched = launched_kernels()
     for module in kernel_modules():
         for name, value in list(vars(module).items()):
@@ -92,10 +98,10 @@ def record_launches(architecture: int) -> list[Launch]:
     other_searches()
     other_trees()
     launches: dict[tuple, Launch] = {}
-    for number, (kernel, args, options) in enumerate(calls):
-        dtypes = tuple(arg.dtype if isinstance(arg, torch.Tensor) else None for arg in args)
-        launch = Launch(kernel, args, options, number < num_default)
-        launches.setdefault((kernel.__name__, dtypes, tuple(options.items())), launch)
+    for number, launch in enumerate(calls):
+        dtypes = tuple(arg.dtype if isinstance(arg, torch.Tensor) else None for arg in launch.args)
+        key = launch.kernel.__name__, dtypes, tuple(launch.options.items())
+        launches.setdefault(key, launch._replace(is_default=number < num_default))
     return list(launches.values())
 
 
@@ -105,9 +111,9 @@ def arguments_beyond_int32() -> list[str]:
     largest_shapes()
     return sorted(
         {
-            f"{kernel.__name__} {name}"
-            for kernel, args, _ in calls
-            for name, arg in zip(kernel.arg_names, args, strict=False)
+            f"{call.kernel.__name__} {name}"
+            for call in calls
+            for name, arg in zip(call.kernel.arg_names, call.args, strict=False)
             if isinstance(arg, torch.Tensor) and arg.numel() >= 2**31
         }
     )
@@ -230,11 +236,11 @@ def default_shapes() -> None:
     collapse.collapse_triton(empty(BATCH, 12, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 8)
     for num_frames, steps in ((12, False), (24, True)):
         frames = frames_of(num_frames, torch.bfloat16, 64, steps)
-        frame_stats.frame_stats_triton(frames.logits)
         for sampled in (False, True):
             chain(frames, sampled, num_labels=8)
         for num_nodes in TREE_NODES:
             search(frames, num_nodes, chains=True)
+            search(frames_of(num_frames, torch.bfloat16, 64, steps, batch=1), num_nodes, chains=True)
     transform(frames_of(12, torch.bfloat16, 0), 16)
     for num_nodes in TREE_NODES:
         verification(num_nodes)
@@ -252,7 +258,6 @@ def largest_shapes() -> None:
     collapse.collapse_triton(
         empty(LARGE_BATCH, 64, dtype=torch.int64), LARGE_VOCABULARY, empty(LARGE_BATCH, dtype=torch.int64), 64
     )
-    frame_stats.frame_stats_triton(empty(LARGE_BATCH, 24, LARGE_VOCABULARY, dtype=torch.bfloat16))
     chain(frames_of(24, torch.bfloat16, 256, steps=True, **large), sampled=True, num_labels=24)
     search(frames_of(64, torch.bfloat16, 256, steps=True, **large), 64, width=128, chains=True)
     transform(frames_of(64, torch.bfloat16, 0, batch=LARGE_BATCH), 64)
@@ -265,7 +270,7 @@ def largest_shapes() -> None:
 
 def other_chains() -> None:
     collapse.collapse_triton(empty(BATCH, 32, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 16)
-    frame_stats.frame_stats_triton(empty(BATCH, 12, VOCABULARY))
+    best_tokens.best_tokens_triton(empty(BATCH, 12, 40), 40)  # fewer tiles than candidates
     chain(frames_of(12, torch.bfloat16, 0), sampled=False)
     chain(frames_of(12, torch.float32, 64), sampled=False)
     chain(frames_of(32, torch.float16, 0), sampled=True)

@@ -54,14 +54,16 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled: dict) -> None
         launches = [launch for launch in compiled["launches"] if launch["architecture"] == architecture]
         assert sorted({launch["kernel"] for launch in launches if launch["default"]}) == compiled["kernels"]
     of_hopper = [launch["kernel"] for launch in compiled["launches"] if launch["architecture"] == HOPPER]
-    assert of_hopper.count("search_kernel") == 15
+    assert of_hopper.count("search_kernel") == 18
     assert of_hopper.count("attend_kernel") == 15
 
 
 def test_what_is_addressed_with_64_bits(compiled: dict) -> None:
     """A new argument in this list needs a test in test_far_addresses.py, as these have one."""
     assert compiled["beyond_int32"] == [
+        "_best_tokens_kernel logits_ptr",
         "_frame_stats_kernel logits_ptr",
+        "_merge_blocks_kernel logits_ptr",
         "attend_kernel key_ptr",
         "attend_kernel value_ptr",
         "candidates_kernel logits_ptr",

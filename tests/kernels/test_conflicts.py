@@ -73,6 +73,7 @@ def test_nothing_is_left_to_chance(run: Callable[[], None], triton_device: str) 
     ("run", "kernel"),
     [
         (chain, "extend_kernel"),
+        (search, "_best_tokens_kernel"),
         (search, "search_kernel"),
         (transform, "beam_kernel"),
         (transform, "rank_kernel"),

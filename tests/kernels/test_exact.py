@@ -53,6 +53,7 @@ def scores_off(result, arguments) -> None:
 # For each kernel: where a check finds it, and what is changed of its result or of its arguments.
 SLIPS = {
     "frame_stats": (exact_frames, "frame_stats_triton", lambda r, a: r[0].mul_(1.0001)),
+    "best_tokens": (exact_frames, "best_tokens_triton", lambda r, a: r[0, -1:].sub_(1)),
     "collapse": (exact_frames, "collapse_triton", lambda r, a: r[1].sub_(1)),
     "prefix_chain": (exact_frames, "prefix_chain_triton", lambda r, a: r[0][0, 0].add_(1).remainder_(600)),
     "prefix_search": (exact_frames, "prefix_search_triton", scores_off),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_ctc_spec.kernels.best_tokens import best_tokens_triton
 from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
@@ -64,6 +65,14 @@ def far(tmp_path: Path, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_frame_stats(dimension: int, far: Far, triton_device: str) -> None:
     logits = random_frames(3, 4, 40, seed=0)[0].half().to(triton_device)
     torch.testing.assert_close(frame_stats_triton(far(logits, dimension)), frame_stats_triton(logits), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_best_tokens(dimension: int, far: Far, triton_device: str) -> None:
+    logits = random_frames(3, 4, 40, seed=0)[0].half().to(triton_device)
+    tile_best = frame_stats_triton(logits).tile_best
+    expected = best_tokens_triton(logits, 5, tile_best)
+    assert torch.equal(best_tokens_triton(far(logits, dimension), 5, tile_best), expected)
 
 
 @pytest.mark.parametrize("what", ["logits", "draft_logits"])

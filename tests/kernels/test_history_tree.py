@@ -72,7 +72,7 @@ def paths_of(tree: DraftTree, row: int = 0) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("leader", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_the_candidates_are_those_of_the_papers_table(leader: int, length: int) -> None:
-    """With room for all of them, and with the capacity of followers where nothing but whole followers differ."""
+    """With room for all of them."""
     every = Growth(leader, length, followers=64, leaders=64, rounds=1, scanned=64, nodes=1024, by_match=False)
     for seed in range(12):
         text = random_text(seed)
@@ -86,15 +86,43 @@ def test_the_candidates_are_those_of_the_papers_table(leader: int, length: int) 
         tree.check(VOCABULARY)
         expected = table.candidates(text, rounds)
         assert len(expected) > 64 or set(paths_of(tree)) == expected
-    for capacity in (1, 2):
-        text = random_text(99, 30)
-        table = CachebackTable(1, 1, capacity, leaders=1000)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("leader", [1, 2])
+def test_a_full_table_keeps_the_followers_that_were_used_last(leader: int, length: int, capacity: int) -> None:
+    is_full = False
+    for seed in range(20):
+        text = random_text(seed, 20 + 5 * seed)
+        # Further rounds are the same only where followers have one token: two longer ones may share their beginning.
+        rounds = 3 if length == 1 else 1
+        table, large = (CachebackTable(leader, length, followers, leaders=1000) for followers in (capacity, 64))
         table.update(text)
-        growth = Growth(1, 1, capacity, leaders=64, rounds=3, scanned=64, nodes=1024, by_match=False)
+        large.update(text)
+        is_full |= table.candidates(text, rounds) < large.candidates(text, rounds)
+        growth = Growth(leader, length, capacity, leaders=64, rounds=rounds, scanned=64, nodes=1024, by_match=False)
         tree, _ = history_tree(
-            texts_of([text]), torch.tensor([0]), torch.tensor([text[-1]]), random_hazards(1), 64, 64, growth=growth
+            texts_of([text]), torch.tensor([0]), torch.tensor([text[-1]]), random_hazards(seed), 64, 64, growth=growth
         )
-        assert set(paths_of(tree)) == table.candidates(text, 3)
+        assert set(paths_of(tree)) == table.candidates(text, rounds)
+    assert is_full
+
+
+def test_the_papers_table_forgets_what_a_scan_does_not() -> None:
+    """A table with fewer leaders than the text has gives some of the scan's candidates, those of the latest leaders."""
+    texts = [random_text(seed, 30) for seed in range(20)]
+    growth = Growth(2, 1, followers=64, leaders=64, rounds=1, scanned=64, nodes=1024, by_match=False)
+    fewer = 0
+    for text in texts:
+        small = CachebackTable(2, 1, followers=64, leaders=4)
+        small.update(text)
+        tree, _ = history_tree(
+            texts_of([text]), torch.tensor([0]), torch.tensor([text[-1]]), random_hazards(0), 64, 64, growth=growth
+        )
+        assert small.candidates(text, 1) <= set(paths_of(tree))
+        fewer += small.candidates(text, 1) < set(paths_of(tree))
+    assert fewer
 
 
 def test_the_longest_match_comes_first() -> None:

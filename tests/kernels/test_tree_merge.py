@@ -69,6 +69,18 @@ def joined(trees: list[DraftTree]) -> DraftTree:
     return DraftTree(**{name: torch.cat([getattr(tree, name) for tree in trees]) for name in DTYPES})
 
 
+def tree_with_room(tree: DraftTree, num_nodes: int) -> DraftTree:
+    """The same with unused rows behind it."""
+    more = num_nodes + 1 - tree.tokens.shape[1]
+    unused = {"tokens": None, "parents": -1, "depths": 0, "scores": -math.inf, "ancestors": 0}
+    fields = {}
+    for name, value in unused.items():
+        field = getattr(tree, name)
+        behind = field[:, :1].expand(-1, more) if value is None else field.new_full((len(field), more), value)
+        fields[name] = torch.cat([field, behind], 1)
+    return DraftTree(**fields)
+
+
 def weights(*shares: float) -> torch.Tensor:
     return torch.tensor([shares]).log()
 
@@ -84,26 +96,40 @@ def assert_equal(a: DraftTree, b: DraftTree, atol: float = 0.0) -> None:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(18))
 def test_it_is_the_best_tree_of_the_mixture(seed: int) -> None:
     """Every path of length 3 over 4 labels: the sum of the N largest mixtures, whatever their prefixes."""
-    num_nodes = (3, 8, 20, 64)[seed % 4]
-    a, b = random_trees(seed, 2, num_nodes)
+    num_nodes, num_sources = (3, 8, 20, 64)[seed % 4], 2 + seed // 12
+    trees = random_trees(seed, num_sources, num_nodes)
     share = (0.5, 0.9, 0.01)[seed % 3]
-    merged, rows = tree_merge([a, b], weights(share, 1 - share))
+    shares = [share, *[(1 - share) / (num_sources - 1)] * (num_sources - 1)]
+    merged, rows = tree_merge(trees, weights(*shares))
     merged.check(VOCABULARY)
     found = {}
     for path in itertools.chain(*(itertools.product(range(VOCABULARY), repeat=k) for k in (1, 2, 3))):
-        p = sum(pi * math.exp(paths_of(t).get(path, -math.inf)) for pi, t in ((share, a), (1 - share, b)))
+        p = sum(pi * math.exp(paths_of(tree).get(path, -math.inf)) for pi, tree in zip(shares, trees))
         if p > 0:
             found[path] = math.log(p)
     best = sorted(found.values(), reverse=True)[:num_nodes]
     assert merged.scores[0, 1 : 1 + len(best)].tolist() == pytest.approx(best, abs=1e-5)
     assert int(merged.num_nodes) == len(best)
     for node, path in enumerate(paths_of(merged), 1):
-        for s, tree in enumerate((a, b)):
+        for s, tree in enumerate(trees):
             row = int(rows[0, node, s])
             assert row == -1 if path not in paths_of(tree) else tuple(tree.path(0, row)) == path
+
+
+@pytest.mark.parametrize("num_nodes", [1, 5, 16])
+def test_the_first_rows_are_the_tree_of_fewer_nodes(num_nodes: int) -> None:
+    """A batch of many requests verifies the first K rows only: they have to be the best K."""
+    trees = random_trees(3, 2, num_nodes, batch=4)
+    room = [tree_with_room(tree, 64) for tree in trees]
+    share = weights(0.3, 0.7).expand(4, 2)
+    few, many = tree_merge(trees, share), tree_merge(room, share)
+    assert (many.tree.num_nodes > few.tree.num_nodes).any()
+    for name in DTYPES:
+        assert torch.equal(getattr(few.tree, name), getattr(many.tree, name)[:, : 1 + num_nodes])
+    assert torch.equal(few.rows, many.rows[:, : 1 + num_nodes])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -25,11 +25,15 @@ def triton(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, folder
 
 
+def path_with(folder: Path) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_launch_compiles(triton: tuple[str, Path], tmp_path: Path) -> None:
     release, folder = triton
-    compiled = compile_ahead(tmp_path, "--all", PYTHONPATH=str(folder))
+    compiled = compile_ahead(tmp_path, "--all", PYTHONPATH=path_with(folder))
     assert compiled["triton"] == release
     limits = compiled["shared_memory"]
     assert [x for x in compiled["launches"] if x["shared"] > limits[str(x["architecture"])]] == []
@@ -40,7 +44,7 @@ def test_every_launch_compiles(triton: tuple[str, Path], tmp_path: Path) -> None
 @pytest.mark.timeout(3600)
 def test_the_interpreter_computes_the_same(triton: tuple[str, Path]) -> None:
     _, folder = triton
-    environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
+    environment = os.environ | {"PYTHONPATH": path_with(folder), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__).parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

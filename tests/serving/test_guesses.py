@@ -50,7 +50,7 @@ def test_the_callers_dictionary_stays_as_it_is():
         ({"ctc_draft": [1], "ctc_draft_text": "1"}, "give one of them"),
         ({"ctc_draft_text": 5}, "must be a text"),
         ({"ctc_draft_text": "1" * 9}, "has 9 token ids"),
-        ({"ctc_draft_text": "1" * 513}, "is longer than the context"),
+        ({"ctc_draft_text": "1" * 129}, "is longer than the context"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(extra_args, says):

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_ctc_spec.draft.cache_table import CacheTable
+from vllm_ctc_spec.draft.ctc import CTCSource
 from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.errors import DrafterConfigError
 from vllm_ctc_spec.serving import limits
+from vllm_ctc_spec.serving.drafts import ProposesFromSources
 from vllm_ctc_spec.serving.options import DEFAULT_TREE_NODES, SCHEDULE, ServingOptions, parse
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -49,6 +51,14 @@ def test_with_ctc_the_drafter_is_one_of_the_sources(target, sources, names):
     options, drafter, for_vllm, *_ = parse({**DRAFTER, "ctc_sources": sources}, target)
     assert options.source_names == names and for_vllm["method"] == "dflash" and drafter is not None
     assert options.draft == "tree"
+
+
+def test_one_source_is_taken_as_it_is():
+    """Nothing of a merge is launched for it, and vLLM keeps its tokens where it does."""
+    proposer = object.__new__(ProposesFromSources)
+    proposer.max_num_reqs, proposer.num_drafted, proposer.options = 2, 4, ServingOptions(draft="tree")
+    untouchable = object()  # has no attributes, and takes none
+    assert type(proposer._make_source(untouchable)) is CTCSource
 
 
 def test_a_table_is_read_and_judged_before_weights_load(target, table):

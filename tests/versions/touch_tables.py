@@ -97,6 +97,10 @@ RELIED_ON = {
     ),
     f"{GPU}.model_states.resolve_model_state_cls": ('hasattr(model, "get_model_state_cls")', "get_model_state_cls()"),
     f"{GPU}.model_runner.GPUModelRunner": ("self.speculator.observe_verification(", "self.speculator.propose("),
+    f"{GPU}.model_runner.GPUModelRunner.sample": (
+        "sample_hidden_states = hidden_states[input_batch.logits_indices]",
+        "self.model.compute_logits(sample_hidden_states)", "self.rejection_sampler(",
+    ),
     "vllm.config.vllm": ("HAS_TRITON", "Model Runner V2 requires Triton"),
     "vllm.model_executor.models.qwen3_dflash": (
         "target_hidden_size", "dflash_config", "mask_token_id", "draft_vocab_size",

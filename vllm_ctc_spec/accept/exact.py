@@ -3,6 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
+import torch
+
 from vllm_ctc_spec.accept.rule import Rows
 
 
@@ -14,6 +16,9 @@ class Exact:
     name: ClassVar[str] = "exact"
     exact: ClassVar[bool] = True
     reads_hidden: ClassVar[bool] = False
+
+    def to(self, device: torch.device) -> "Exact":
+        return self
 
     def loose(self, rows: Rows) -> None:
         return None

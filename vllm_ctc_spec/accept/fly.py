@@ -40,6 +40,9 @@ class Fly:
     entropy_threshold: float = 0.3  # nats
     entropy_top_k: int = 3
 
+    def to(self, device: torch.device) -> "Fly":
+        return self
+
     def loose(self, rows: Rows) -> Tensor:
         parent, token = rows.parent, rows.draft_tokens
         is_node = (token >= 0) & (parent != torch.arange(len(parent), device=parent.device))

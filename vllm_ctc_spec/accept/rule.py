@@ -1,8 +1,9 @@
 """Rules of acceptance: inputs, answer, names. A new rule is a file beside this one and a line in RULES."""
 
 import pkgutil
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor
 
 
@@ -13,7 +14,7 @@ class Rows(NamedTuple):
     target_tokens: Tensor  # [L] int64, one draw of the target after each row, with that row's own seed and position
     draft_tokens: Tensor  # [L] int64, the row's own token; -1 where a grammar forbids the row
     parent: Tensor  # [L] int64, the parent's row in this list; a row without a parent has its own
-    hidden: Tensor | None = None  # [L, H], the target's, where a rule `reads_hidden`
+    hidden: Tensor | None = None  # [L, H], the target's, behind its final norm; where a rule `reads_hidden`
 
 
 class AcceptanceRule(Protocol):
@@ -21,12 +22,15 @@ class AcceptanceRule(Protocol):
     drew, whatever the rule.
 
     A rule is made in the process that reads the options and sent to the workers with the configuration: a frozen
-    dataclass of plain numbers.
+    dataclass of plain numbers, and small tensors that neither its hash nor its representation shows.
     """
 
     name: ClassVar[str]  # in RULES
     exact: ClassVar[bool]  # whether the output's law stays the target's
     reads_hidden: ClassVar[bool]
+
+    def to(self, device: torch.device) -> Self:
+        """The rule with its tensors, if it has any, on this device."""
 
     def loose(self, rows: Rows) -> Tensor | None:
         """[L] bool: whether a walk may step to the row if the target drew something else at its parent; None: to none.
@@ -37,7 +41,11 @@ class AcceptanceRule(Protocol):
         """The rule and its settings, for the log."""
 
 
-RULES = {"exact": "vllm_ctc_spec.accept.exact:Exact", "fly": "vllm_ctc_spec.accept.fly:Fly"}
+RULES = {
+    "exact": "vllm_ctc_spec.accept.exact:Exact",
+    "fly": "vllm_ctc_spec.accept.fly:Fly",
+    "pivot": "vllm_ctc_spec.accept.pivot:Pivot",
+}
 
 
 def make_rule(name: str, **settings: Any) -> AcceptanceRule:

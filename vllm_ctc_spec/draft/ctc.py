@@ -40,7 +40,7 @@ def read_frames(
 ) -> tuple[Frames, FrameStats]:
     """The frames of one forward for B anchors [B]; markov: the label-conditional head's tables."""
     stats = frame_stats(outputs.logits)
-    return outputs.for_kernels(stats.logsumexp, anchor, markov), stats
+    return outputs.for_kernels(stats.logsumexp, anchor, markov)._replace(tile_best=stats.tile_best), stats
 
 
 def draft_chain(

@@ -20,6 +20,9 @@ from vllm_ctc_spec.edge.protocol import Delta, ServerAway
 from vllm_ctc_spec.errors import EdgeError, shown
 
 DRAFT_KEY = "ctc_draft"
+# An idle connection is not used again after this time: vLLM closes it after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a
+# round that is on its way then would be lost.
+IDLE_SECONDS = 3.0
 BUSY = (408, 425, 429)  # statuses below 500 after which a later try may succeed
 FAILED = ("abort", "error")  # finish reasons of answers that are not whole
 
@@ -38,7 +41,8 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+            limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
             card = self._json("GET", "/v1/models")["data"][0]
             self.model, self.max_model_len = str(card["id"]), int(card["max_model_len"])
         except (ServerAway, Refused, httpx.InvalidURL, LookupError, TypeError, ValueError) as error:

@@ -1,19 +1,29 @@
-"""The rule of acceptance that `--speculative-config` asks for, by vLLM's own keys, and what vLLM is told of it.
+"""The rule of acceptance that `--speculative-config` asks for, by vLLM's own keys or by ours, and what vLLM is told.
 
 vLLM 0.33 knows FLy, for chains. Trees, and chains on 0.32, follow our rule (`accept/fly.py`), which is the same one.
+Pivots are ours alone.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
+from vllm_ctc_spec.accept.pivot import Pivot
+from vllm_ctc_spec.accept.pivot_file import Pivots
 from vllm_ctc_spec.accept.rule import AcceptanceRule, make_rule
+from vllm_ctc_spec.drafter.weights import weights_fingerprint
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 
 logger = logging.getLogger("vllm.ctc_spec")
 
 METHOD, FLY = "rejection_sample_method", "fly"
 WINDOW, THRESHOLD, TOP_K = FLY_KEYS = ("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k")
+RULE, PIVOT = "ctc_acceptance", "pivot"
+PIVOTS, PIVOT_THRESHOLD = PIVOT_KEYS = ("ctc_pivots", "ctc_pivot_threshold")
+DEFAULT_PIVOT_THRESHOLD = 0.3  # the stricter one of the paper's
 LONGEST_DEFAULT_WINDOW = 6  # vLLM's: min(6, num_speculative_tokens - 1)
 # vLLM's own bounds (vllm/config/speculative.py, 0.33): what a value must be, in words and as a test.
 BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -31,8 +41,16 @@ class Drafts(NamedTuple):
     schedule: Any  # vLLM's: (first batch size, last, tokens) ..; None: all batches draft alike. Not judged yet
 
 
-def choose_rule(speculative: Mapping[str, Any], drafts: Drafts) -> AcceptanceRule:
-    """The rule that is asked for; its settings are checked (DrafterConfigError). The exact rule is the default."""
+def choose_rule(speculative: Mapping[str, Any], drafts: Drafts, target: Any) -> AcceptanceRule:
+    """The rule that is asked for; its settings are checked (DrafterConfigError). The exact rule is the default.
+
+    target: vLLM's ModelConfig of the served model.
+    """
+    if speculative.get(RULE) is not None:
+        return _pivots(speculative, target)
+    for key in PIVOT_KEYS:
+        if speculative.get(key) is not None:
+            raise DrafterConfigError(f'{key} is a setting of "{RULE}": "{PIVOT}"; add that, or remove {key}.')
     given = {key: speculative[key] for key in FLY_KEYS if speculative.get(key) is not None}
     if speculative.get(METHOD) != FLY:
         for key in given:
@@ -56,6 +74,51 @@ def choose_rule(speculative: Mapping[str, Any], drafts: Drafts) -> AcceptanceRul
         )
     settings = {key.removeprefix("fly_"): value for key, value in given.items() if key != WINDOW}
     return make_rule(FLY, window=window, **settings)
+
+
+def _pivots(speculative: Mapping[str, Any], target: Any) -> Pivot:
+    if speculative[RULE] != PIVOT:
+        raise DrafterConfigError(
+            f'{RULE} must be "{PIVOT}", not {shown(speculative[RULE])}; leave it out for exact acceptance, or for FLy '
+            f'("{METHOD}": "{FLY}").'
+        )
+    if speculative.get(METHOD) not in (None, "standard"):
+        raise DrafterConfigError(
+            f'{RULE} "{PIVOT}" and {METHOD} {shown(speculative[METHOD])} are two rules of acceptance; remove one.'
+        )
+    if speculative.get("draft_sample_method") == "probabilistic":
+        raise DrafterConfigError(f'{RULE} "{PIVOT}" needs drafts that are not sampled; remove draft_sample_method.')
+    if speculative.get(PIVOTS) is None:
+        raise DrafterConfigError(f'{RULE} "{PIVOT}" needs "{PIVOTS}", the folder that `vllm-ctc pivots` wrote.')
+    threshold = DEFAULT_PIVOT_THRESHOLD if speculative.get(PIVOT_THRESHOLD) is None else speculative[PIVOT_THRESHOLD]
+    if type(threshold) not in (int, float) or not 0 < threshold < 1:
+        raise DrafterConfigError(f"{PIVOT_THRESHOLD} must be a number between 0 and 1, not {shown(threshold)}.")
+    pivots = Pivots.load(speculative[PIVOTS])
+    _check_target(pivots, target)
+    return pivots.rule(float(threshold))
+
+
+def _check_target(pivots: Pivots, target: Any) -> None:
+    found, hidden_size = pivots.classifier.hidden_size, target.get_hidden_size()
+    other = "train one for this target with `vllm-ctc pivots`"
+    if found != hidden_size:
+        raise DrafterConfigError(
+            f"The classifier in {pivots.path} reads states of the hidden size {found}, and the target has "
+            f"{hidden_size}; {other}."
+        )
+    if not Path(target.model).is_dir():
+        raise DrafterConfigError(
+            f"{PIVOTS} can be compared with a target in a folder only, and {target.model} is none; give its folder."
+        )
+    try:
+        weights = weights_fingerprint(target.model)
+    except (SafetensorError, OSError) as error:
+        raise DrafterConfigError(f"The weights in {target.model} cannot be read ({error}); restore them.") from error
+    if weights != pivots.target_weights:
+        raise DrafterConfigError(
+            f"The classifier in {pivots.path} was trained for another target (weights {pivots.target_weights}, not "
+            f"{weights}); {other}."
+        )
 
 
 def _check_window(window: int, drafts: Drafts) -> None:

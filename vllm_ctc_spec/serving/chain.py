@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.accept.walk import walk
+from vllm_ctc_spec.serving.hidden import HiddenRows, hidden_rows
 from vllm_ctc_spec.serving.scores import ScoringRejectionSampler
 from vllm_ctc_spec.serving.tree.verification import draw_target_tokens
 
@@ -21,13 +22,14 @@ def attach_chains(vllm_config: VllmConfig, target: nn.Module, rule: AcceptanceRu
     """Let `target` verify chains by `rule`, None where vLLM applies it itself: as for trees, by the hook that vLLM asks
     for the model's state."""
     stock: Any = resolve_model_state_cls(vllm_config, target)
+    hidden = None if rule is None else hidden_rows(target, rule)
 
     class ChainModelState(stock):
         def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
             settings = vllm_config.speculative_config, self.device
             if rule is None:
                 return sampler, ScoringRejectionSampler(sampler, *settings)
-            return sampler, ChainRejectionSampler(rule, sampler, *settings)
+            return sampler, ChainRejectionSampler(rule, hidden, sampler, *settings)
 
     target.get_model_state_cls = lambda: ChainModelState
 
@@ -36,9 +38,16 @@ class ChainRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM'
     """Draws a token of the target after each row of a chain, and walks by the rule. Drafts are deterministic given the
     context: for sampled ones the draw would have to be the rejection sampler's."""
 
-    def __init__(self, rule: AcceptanceRule, sampler: Sampler, spec_config: SpeculativeConfig, device: torch.device):
+    def __init__(
+        self,
+        rule: AcceptanceRule,
+        hidden: HiddenRows | None,
+        sampler: Sampler,
+        spec_config: SpeculativeConfig,
+        device: torch.device,
+    ):
         super().__init__(sampler, spec_config, device)
-        self.rule = rule
+        self.rule, self.hidden = rule, hidden
         self.chain = torch.arange(-1, self.num_speculative_steps, dtype=torch.int32, device=device)[None]
 
     def _verify(
@@ -73,5 +82,6 @@ class ChainRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM'
             self.chain,
             torch.zeros_like(idx_mapping),  # the parents of all requests are the one row of `chain`
             cu_num_logits,
+            None if self.hidden is None else self.hidden.take(len(logits)),
         )
         return processed_logits, sampled, num_sampled

@@ -58,7 +58,7 @@ class ProposesFromSources:
         """num_frames: T, 0 without a drafter."""
         speculative = self.vllm_config.speculative_config
         self.options: ServingOptions = options_of(speculative)
-        self.rule: AcceptanceRule = rule_of(speculative)
+        self.rule: AcceptanceRule = rule_of(speculative).to(self.device)
         self.num_drafted: int = speculative.num_speculative_tokens  # N
         self.guesses: Guesses | None = None
         self.source: DraftSource = self._make_source(request_states)

@@ -164,6 +164,13 @@ ALWAYS: tuple[tuple[str, Test], ...] = (
         lambda config: config.watermark_config is not None,
     ),
     (
+        "With batch-sharded sampling the hidden states that ctc_acceptance 'pivot' reads are on other ranks; remove "
+        "--enable-batch-sharded-sampling, or ctc_acceptance.",
+        lambda config: (
+            rule_of(config.speculative_config).reads_hidden and config.parallel_config.enable_batch_sharded_sampling
+        ),
+    ),
+    (
         "The target's generation_config.json sets min_p to {found}, which vLLM refuses in a request with any drafter; "
         "add --override-generation-config '{{\"min_p\": 0}}' for those that do not set it themselves.",
         _default_min_p,

@@ -39,7 +39,7 @@ the next one, which may differ. A CTC drafter's depend on the target's hidden st
 those without drafts too. vLLM 0.33 knows this of "dflash" by itself (`SpeculativeConfig.needs_eagle_block_drop`)."""
 IN_A_PLAN = (
     "ctc_draft", "num_speculative_tokens", "ctc_tree_rows", SCHEDULE, "ctc_search", "ctc_tree_width", "ctc_tree_depth",
-    "ctc_sources", "draft_sample_method", "rejection_sample_method",
+    "ctc_sources", "draft_sample_method", "rejection_sample_method", "ctc_acceptance",
 )  # fmt: skip
 """Keys that contradict a plan: it says them, or was measured with their defaults."""
 TREE_SIZES = (63, 31, 15, 7, 3)
@@ -66,6 +66,7 @@ class ServingOptions:
         "client", guesses of the answer that requests bring along; or several, as "ctc+cache". Without "ctc" no drafter
         is loaded.
     cache_table: file of `vllm-ctc cache`, followers that the cache knows from the start.
+    acceptance, pivots, pivot_threshold: a rule of acceptance that is not exact (`acceptance.choose_rule`).
     """
 
     draft: str | None = None
@@ -76,6 +77,9 @@ class ServingOptions:
     plan: str | None = None
     sources: str = "ctc"
     cache_table: str | None = None
+    acceptance: str | None = None
+    pivots: str | None = None
+    pivot_threshold: float | None = None
 
     @classmethod
     def given_in(cls, speculative: Mapping[str, Any]) -> "ServingOptions":
@@ -257,7 +261,7 @@ def _for_vllm(
         rows, smallest = default_tree_rows(target)
         for_vllm[SCHEDULE] = tree_schedule(budget, options.tree_rows or rows, smallest)
     depth = min(budget, options.tree_depth or budget) if options.draft == "tree" else budget
-    rule = choose_rule(speculative, Drafts(options.draft, depth, for_vllm.get(SCHEDULE)))
+    rule = choose_rule(speculative, Drafts(options.draft, depth, for_vllm.get(SCHEDULE)), target)
     return {**told_to_vllm(for_vllm, rule, options.draft), "num_speculative_tokens": budget}, rule
 
 

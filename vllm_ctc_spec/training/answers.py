@@ -47,7 +47,6 @@ def answer(
     check_folder(config.output, settings, overwrite)
     for leftover in config.output.glob(f"{HANDOVER_PREFIX}*{HANDOVER_SUFFIX}"):  # of a run that was killed
         shutil.rmtree(leftover)
-    print(prompts.report())
     shards = plan_shards(prompts, config.temperature)
     write_responses(
         config.output, settings, shards, functools.partial(generate, _engine_config(config, text, prompts)), overwrite
@@ -64,6 +63,7 @@ def make_dataset(config: DataConfig, overwrite: bool, generate: Generate = gener
             f"--aux-layers must be between 1 and {text.num_layers}, the target's layers, not {list(layer_ids)}."
         )
     prompts = read_prompts(config.prompts, prompt_builder(config, text), config.held_out, config.regenerate)
+    print(prompts.report())
     shards = answer(config, text, prompts, overwrite, generate)
     if config.hidden_states:
         print(check_room(config.output, shards, layer_ids, text.config.get_text_config().hidden_size))

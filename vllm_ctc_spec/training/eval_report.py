@@ -18,7 +18,7 @@ from vllm_ctc_spec.training.files import write_atomically
 HEADER = f"{'drafts':<20}{'temperature':>11}{'acceptance length':>20}{'per row':>9}{'prompts':>9}{'steps':>9}"
 COMPARED_HEADER = f"{'drafts':<20}{'temperature':>11}{'this':>10}{'other':>10}{'this - other':>20}"
 ACCEPTANCE = (
-    "Accepted exactly: the text is the target's. A lossy rule (rejection_sample_method 'fly') changes the text: "
+    "Accepted exactly: the text is the target's. A lossy rule (FLy, pivots) changes the text: "
     "benchmarks/quality.py measures its lengths, and what they cost."
 )
 LAST_TURN = 4  # of the table; it stands for all later ones too

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 PROMPT_FIELDS = ("messages", "conversations", "conversation", "turns", "question", "instruction", "prompt")
 FIELD_NAMES = "question, prompt, instruction, turns, messages, conversations, conversation"  # the simplest first
 SYSTEM_FIELDS = ("system", "system_prompt")  # beside the dialogue
-COLUMNS = {*PROMPT_FIELDS, *SYSTEM_FIELDS, "input", "tools", "category"}
+COLUMNS = {*PROMPT_FIELDS, *SYSTEM_FIELDS, "input", "tools", "category", "answer", "test_list"}
 NO_FIELD = f"none of the fields {FIELD_NAMES}"
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

@@ -129,6 +129,7 @@ def answer_prompts(config: TrainConfig, text: TargetText, folder: Path, overwrit
         **{name: getattr(config, name) for name in shared},
     )  # fmt: skip
     prompts = read_prompts(config.data, prompt_builder(asked, text), config.held_out, config.regenerate)
+    print(prompts.report())
     answer(asked, text, prompts, overwrite, generate)
 
 

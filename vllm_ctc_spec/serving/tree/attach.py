@@ -7,6 +7,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_ctc_spec.accept.rule import AcceptanceRule
+from vllm_ctc_spec.serving.hidden import hidden_rows
 from vllm_ctc_spec.serving.limits import refused_with_trees
 from vllm_ctc_spec.serving.tree.attention import AttendTreeRows, attend_tree_rows, use_tree_attention
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
@@ -43,6 +44,7 @@ def attach_trees(
     use_tree_attention(layers.values(), attend, layout)
     shared = {
         "trees": trees, "layout": layout, "compaction": compaction(layers), "proposer": proposer, "rule": rule,
+        "hidden": hidden_rows(target, rule),
     }  # fmt: skip
     model_state = type("TreeModelState", (TreeModelState,), shared)
     target.get_model_state_cls = lambda: model_state

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_ctc_spec.accept.rule import AcceptanceRule
 from vllm_ctc_spec.kernels.contract import TreeRows
 from vllm_ctc_spec.kernels.tree_layout import tree_layout
+from vllm_ctc_spec.serving.hidden import HiddenRows
 from vllm_ctc_spec.serving.tree.compaction import PathCompaction
 from vllm_ctc_spec.serving.tree.layout import Attend, TreeLayout, Verdict
 from vllm_ctc_spec.serving.tree.table import TreeTable
@@ -43,6 +44,7 @@ class TreeModelState(DefaultModelState):
     compaction: PathCompaction
     proposer: Proposer
     rule: AcceptanceRule
+    hidden: HiddenRows | None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

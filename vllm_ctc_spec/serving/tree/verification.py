@@ -48,8 +48,8 @@ class TreeRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM's
 
     def __init__(self, state: Any, sampler: Sampler):
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
-        self.trees, self.layout, self.compaction, self.proposer, self.rule = (
-            state.trees, state.layout, state.compaction, state.proposer, state.rule,
+        self.trees, self.layout, self.compaction, self.proposer, self.rule, self.hidden = (
+            state.trees, state.layout, state.compaction, state.proposer, state.rule, state.hidden,
         )  # fmt: skip
         self._paths: list[torch.Tensor] = []  # of the requests that `_verify` was called for, in their order
 
@@ -104,6 +104,7 @@ class TreeRejectionSampler(ScoringRejectionSampler, RejectionSampler):  # vLLM's
             self.trees.parents,
             idx_mapping,
             cu_num_logits,
+            None if self.hidden is None else self.hidden.take(len(logits)),
         )
         self._paths.append(path)
         return processed_logits, sampled, num_sampled

@@ -1,21 +1,7 @@
-"""Answers to questions that have one number as their answer, and whether two ways to answer differ."""
+"""Whether two ways to answer the same questions differ."""
 
 import math
-import re
 from collections.abc import Sequence
-from fractions import Fraction
-
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
-MARK = "####"  # GSM8K's, before the final answer
-
-
-def final_number(text: str) -> Fraction | None:
-    """The number after the last `####`, or else the last number of the text; thousands' commas and dollars aside."""
-    _, mark, after = text.rpartition(MARK)
-    found = NUMBER.findall(after)
-    if not found:
-        return None
-    return Fraction((found[0] if mark else found[-1]).replace(",", "").replace("$", ""))
 
 
 def sign_test(left: Sequence[bool], right: Sequence[bool]) -> tuple[int, int, float]:
