@@ -265,8 +265,8 @@ def to_markdown(record: dict, rows: list[Row]) -> str:
         "V = 151 936, T = 12, N = 63, a head of rank 64, bf16. Issue: the instructions of the busiest scheduler, or of "
         "its busiest unit, by the machine code and the turns of its loops. A launch takes the larger of issue and "
         f"bytes, and {LAUNCH_MICROSECONDS} us (assumed). Waiting for memory and barriers is not in it, so expect more "
-        "of a GPU. The draft step is the weights of a drafter of one layer, the statistics and the search; its budget is "
-        "the time in which 8 % of the weights of an 8B target are read.",
+        "of a GPU. The draft step is the weights of a drafter of one layer, the statistics and the search; its budget "
+        "is the time in which 8 % of the weights of an 8B target are read.",
         "",
         "| stage | batch | calculated | budget | | launches | issue | MB | of it |",
         "|---|---|---|---|---|---|---|---|---|",
