@@ -59,6 +59,11 @@ class Pivot:
     def to(self, device: torch.device) -> "Pivot":
         return dataclasses.replace(self, classifier=Classifier(*(part.to(device) for part in self.classifier)))
 
+    def uuid(self) -> str:
+        """Asked for by vLLM where it hashes a configuration (vllm/config/utils.py:normalize_value), which takes no
+        tensors; the digest stands for them."""
+        return repr(self)
+
     def loose(self, rows: Rows) -> Tensor:
         parent, row = rows.parent, torch.arange(len(rows.parent), device=rows.parent.device)
         is_node = parent != row
