@@ -87,7 +87,7 @@ def test_a_plan_is_found_from_here_and_in_the_drafters_folder(drafter, target, s
 VALUES = {
     "ctc_draft": "chain", "num_speculative_tokens": 4, "ctc_tree_rows": 9, SCHEDULE: [(1, 9, 3)],
     "ctc_search": "prefix", "ctc_tree_width": 16, "ctc_tree_depth": 4, "draft_sample_method": "greedy",
-    "rejection_sample_method": "standard", "ctc_sources": "ctc",
+    "rejection_sample_method": "standard", "ctc_sources": "ctc", "ctc_acceptance": "pivot",
 }  # fmt: skip
 
 
