@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 from vllm_ctc_spec.errors import DrafterConfigError
-from vllm_ctc_spec.serving import attention_backend
+from vllm_ctc_spec.serving import attention_backend, limits
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -24,6 +24,12 @@ def configure(draft: str, dtype: str = "bfloat16", **options) -> VllmConfig:
 def backend(config: VllmConfig) -> str | None:
     selected = config.attention_config.backend
     return None if selected is None else selected.name
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """What a CPU alone refuses, such as trees in 16 bits, is not in the way."""
+    monkeypatch.setattr(limits, "ON_CPU", ())
 
 
 @pytest.fixture
