@@ -64,32 +64,38 @@ def acceptance(path: Path, rows: list["Row"], title: str) -> None:
     rows = [row for row in rows if row.concurrency == least]
     data, temperatures = unique(row.data for row in rows), unique(row.temperature for row in rows)
     style = styles([row for row in rows if row.acceptance_length])
-    width = 0.8 / max(len(style), 1)
     size = (2.5 + len(data) * max(1.5, 0.3 * len(style)), 3.2 * len(temperatures) + 0.5)
     figure, panels = pyplot.subplots(len(temperatures), 1, figsize=size, squeeze=False)
     for temperature, panel in zip(temperatures, panels[:, 0]):
-        for i, (method, look) in enumerate(style.items()):
-            group = {r.data: r.acceptance_length for r in rows if (r.method, r.temperature) == (method, temperature)}
-            bars = [(x + i * width, group[name].median) for x, name in enumerate(data) if group.get(name)]
-            panel.bar([x for x, _ in bars], [y for _, y in bars], width, label=method, color=look["color"])
-        panel.set_xticks([x + 0.4 - width / 2 for x in range(len(data))], data)
-        panel.axhline(1, color="tab:gray", linestyle="--", linewidth=1)  # without speculation
-        panel.set_ylabel("acceptance length")
+        lengths = {
+            method: {
+                r.data: r.acceptance_length.median for r in rows
+                if (r.method, r.temperature) == (method, temperature) and r.acceptance_length
+            }
+            for method in style
+        }  # fmt: skip
+        length_bars(panel, data, lengths, {method: look["color"] for method, look in style.items()})
         panel.set_title(f"temperature {temperature:g}, {least} at a time", fontsize=10)
     save(figure, panels[0][0], path, title)
 
 
 def sources(path: Path, lengths: dict[str, dict[str, float]], title: str) -> None:
     """Acceptance length by set of prompts, one bar for each source of drafts."""
-    data, width = list(next(iter(lengths.values()))), 0.8 / len(lengths)
+    data = list(next(iter(lengths.values())))
     figure, panels = pyplot.subplots(figsize=(2.5 + 1.5 * len(data), 3.5), squeeze=False)
-    panel = panels[0][0]
+    length_bars(panels[0][0], data, lengths, {})
+    save(figure, panels[0][0], path, title)
+
+
+def length_bars(panel, data: list[str], lengths: dict[str, dict[str, float]], colors: dict[str, str]) -> None:
+    """A group of bars for each of `data`, in which a name has one if it has a length there."""
+    width = 0.8 / max(len(lengths), 1)
     for i, (name, row) in enumerate(lengths.items()):
-        panel.bar([x + i * width for x in range(len(data))], [row[data_set] for data_set in data], width, label=name)
+        bars = [(x + i * width, row[each]) for x, each in enumerate(data) if each in row]
+        panel.bar([x for x, _ in bars], [y for _, y in bars], width, label=name, color=colors.get(name))
     panel.set_xticks([x + 0.4 - width / 2 for x in range(len(data))], data)
     panel.axhline(1, color="tab:gray", linestyle="--", linewidth=1)  # without speculation
     panel.set_ylabel("acceptance length")
-    save(figure, panel, path, title)
 
 
 def edge(path: Path, rows: list["Measurement"], title: str) -> None:

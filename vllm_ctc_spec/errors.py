@@ -1,6 +1,7 @@
 """Errors that a user can mend. Each message is one sentence that says what is wrong and what to do."""
 
 import reprlib
+from pathlib import Path
 from typing import Any
 
 
@@ -27,3 +28,10 @@ _abridged.maxstring = _abridged.maxother = 100
 def shown(value: Any) -> str:
     """A value from a file that may hold anything, as a sentence quotes it: one line, abridged."""
     return _abridged.repr(value)
+
+
+def path_given(option: str, value: Any, wanted: str) -> Path:
+    """The path that an option of `--speculative-config` names (DrafterConfigError). wanted: what is to be given."""
+    if not isinstance(value, str | Path) or not str(value).isprintable():
+        raise DrafterConfigError(f"{option} is {shown(value)}; give {wanted}.")
+    return Path(value)

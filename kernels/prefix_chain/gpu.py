@@ -19,7 +19,7 @@ _MARKOV_ROWS = 16
 def prefix_chain_triton(
     frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, log_scale, log_blank, anchor, markov, transitions = frames[:6]
+    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
     if logits.stride(2) != 1 or (sampling is not None and sampling.draft_logits.stride(2) != 1):
         raise ValueError("prefix_chain needs logits and draft_logits that are contiguous in the vocabulary")
     if markov is not None and not (markov[0].is_contiguous() and markov[1].is_contiguous()):

@@ -12,7 +12,7 @@ def prefix_chain_reference(
     frames: Frames, num_labels: int, sampling: ChainSampling | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two vectors of the state, w = n + b and b, are rows 0 and 1 of [B, 2, T]."""
-    logits, log_scale, log_blank, anchor, markov, transitions = frames[:6]
+    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
     num_frames = logits.shape[1]
     p = torch.exp(logits.float() + log_scale[..., None])
     p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may have an infinite log_scale

@@ -11,7 +11,7 @@ from vllm_ctc_spec.kernels.contract import IMPOSSIBLE, Budget, DraftTree, Frames
 def prefix_search_cpu(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
     """One request after the other. In torch or numpy a search of a few hundred microseconds would be mostly the
     overhead of calls."""
-    logits, log_scale, log_blank, anchor, markov, transitions = frames[:6]
+    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
     batch, num_frames, num_tokens = logits.shape
     width, rows = min(budget.width, num_tokens), 1 + budget.nodes
     candidates = logits.topk(width, dim=2, sorted=False).indices.flatten(1).numpy()

@@ -33,7 +33,7 @@ def search_candidates(
     budget: Budget,
     chain_only: torch.Tensor | None = None,
 ) -> DraftTree:
-    logits, log_scale, log_blank, anchor, markov, transitions = frames[:6]
+    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
     (batch, num_frames, num_tokens), num_candidates = logits.shape, tokens.shape[1]
     log_scale, log_blank = log_scale.contiguous(), log_blank.contiguous()
     rows = 1 + budget.nodes

@@ -65,6 +65,7 @@ class Pivot:
         return repr(self)
 
     def loose(self, rows: Rows) -> Tensor:
+        assert rows.hidden is not None, "the rows of a rule that reads them have hidden states"
         parent, row = rows.parent, torch.arange(len(rows.parent), device=rows.parent.device)
         is_node = parent != row
         first = torch.full_like(row, len(row)).scatter_reduce(0, parent, torch.where(is_node, row, len(row)), "amin")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_ctc_spec.accept.pivot import Classifier, Pivot
-from vllm_ctc_spec.errors import DrafterConfigError, shown
+from vllm_ctc_spec.errors import DrafterConfigError, path_given, shown
 
 WEIGHTS_NAME, JSON_NAME = "pivots.safetensors", "pivots.json"
 MAX_UNITS = 1024  # of a classifier; ours have fewer
@@ -29,9 +29,7 @@ class Pivots(NamedTuple):
     @classmethod
     def load(cls, path: Any) -> "Pivots":
         """The folder that `save` wrote (DrafterConfigError)."""
-        if not isinstance(path, str | Path) or not str(path).isprintable():
-            raise DrafterConfigError(f"ctc_pivots is {shown(path)}; give the folder that `vllm-ctc pivots` wrote.")
-        folder = Path(path)
+        folder = path_given("ctc_pivots", path, "the folder that `vllm-ctc pivots` wrote")
         try:
             record = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
             weights, floor = record["target_weights"], record["min_probability"]

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_ctc_spec.errors import DrafterConfigError, shown
+from vllm_ctc_spec.errors import DrafterConfigError, path_given
 from vllm_ctc_spec.kernels.history_tree import NO_TOKEN
 
 NAME, VERSION = "followers", {"vllm_ctc_cache": "1"}
@@ -22,8 +22,7 @@ class CacheTable(NamedTuple):
     @classmethod
     def load(cls, path: Any) -> "CacheTable":
         """The table that `save` wrote (DrafterConfigError)."""
-        if not isinstance(path, str | Path) or not str(path).isprintable():
-            raise DrafterConfigError(f"ctc_cache_table is {shown(path)}; give the file that `vllm-ctc cache` wrote.")
+        path = path_given("ctc_cache_table", path, "the file that `vllm-ctc cache` wrote")
         try:
             with safe_open(path, "pt") as file:
                 followers = file.get_tensor(NAME)
@@ -36,7 +35,7 @@ class CacheTable(NamedTuple):
                 f"{path} holds followers of the shape {tuple(followers.shape)} in {followers.dtype}, not [tokens, "
                 "followers, length] in torch.int32; write it again with `vllm-ctc cache`."
             )
-        return cls(Path(path), followers)
+        return cls(path, followers)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse tokens that the target does not have (DrafterConfigError)."""

@@ -124,6 +124,14 @@ def _refuse_broken_numbers(path: Path, name: str, dtype: str, file: safe_open) -
         )
 
 
+def served_fingerprint(folder: str | Path) -> str:
+    """`weights_fingerprint` of what is to be served (DrafterConfigError)."""
+    try:
+        return weights_fingerprint(folder)
+    except (SafetensorError, OSError) as error:
+        raise DrafterConfigError(f"The weights in {folder} cannot be read ({error}); restore them.") from error
+
+
 def weights_fingerprint(folder: str | Path) -> str:
     """Tells models apart, retrained ones in the same folder too: the first values of every parameter in its files."""
     digest = hashlib.sha256()

@@ -42,7 +42,7 @@ class Plan:
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Of `ServingOptions`. A server that never drafts is one of chains."""
         return Draft("chain" if self.draft == NONE else self.draft, self.num_speculative_tokens).options
 

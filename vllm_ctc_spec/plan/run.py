@@ -65,7 +65,7 @@ def make_plan(config: PlanConfig, elsewhere: Callable[..., Any] = in_own_process
     settings = step_settings(config, text.max_length)
     print(f"{prompts.report()}\nDrafts: {', '.join(map(str, drafts))}; batch sizes: "
           f"{', '.join(map(str, settings.batch_sizes))}.", flush=True)  # fmt: skip
-    alone, merged = ([draft for draft in drafts if (draft.kind == MERGED) == is_merged] for is_merged in (False, True))
+    alone, merged = [d for d in drafts if d.kind != MERGED], [d for d in drafts if d.kind == MERGED]
     accepted = elsewhere(acceptance_lengths, evaluation, prompts, alone) if alone else {}
     for draft in tqdm(merged, desc="several sources", unit="draft", disable=not merged):
         speculative = speculative_config(config.drafter, draft)

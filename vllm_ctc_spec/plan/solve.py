@@ -7,7 +7,7 @@ B * L tokens in a step, so that L / step_time is to be as large as it can be, at
 import re
 from collections.abc import Mapping, Sequence
 from statistics import geometric_mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NONE = "none"
 MERGED = "ctc+cache"  # trees of the drafter and of the request's own tokens, by their name in `ctc_sources`
@@ -29,7 +29,7 @@ class Draft(NamedTuple):
     size: int  # labels of a chain, nodes of a tree
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Of `ServingOptions`."""
         return {"draft": "tree", "sources": MERGED} if self.kind == MERGED else {"draft": self.kind}
 

@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
 from vllm_ctc_spec.accept.pivot import Pivot
 from vllm_ctc_spec.accept.pivot_file import Pivots
 from vllm_ctc_spec.accept.rule import AcceptanceRule, make_rule
-from vllm_ctc_spec.drafter.weights import weights_fingerprint
+from vllm_ctc_spec.drafter.weights import served_fingerprint
 from vllm_ctc_spec.errors import DrafterConfigError, shown
 
 logger = logging.getLogger("vllm.ctc_spec")
@@ -110,10 +108,7 @@ def _check_target(pivots: Pivots, target: Any) -> None:
         raise DrafterConfigError(
             f"{PIVOTS} can be compared with a target in a folder only, and {target.model} is none; give its folder."
         )
-    try:
-        weights = weights_fingerprint(target.model)
-    except (SafetensorError, OSError) as error:
-        raise DrafterConfigError(f"The weights in {target.model} cannot be read ({error}); restore them.") from error
+    weights = served_fingerprint(target.model)
     if weights != pivots.target_weights:
         raise DrafterConfigError(
             f"The classifier in {pivots.path} was trained for another target (weights {pivots.target_weights}, not "

@@ -275,7 +275,6 @@ TREES: tuple[tuple[str, Test], ...] = (
 )
 
 
-
 def _dtype_of_trees(config: Any) -> str | None:
     """Where it is not float32, which is what `serving/cpu/tree.py` reads and computes."""
     dtype = str(config.model_config.dtype).removeprefix("torch.")

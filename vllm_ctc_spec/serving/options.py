@@ -253,6 +253,7 @@ def _without_drafter(given: ServingOptions, speculative: Mapping[str, Any], targ
 def _for_vllm(
     options: ServingOptions, drafter: DrafterConfig | None, speculative: Mapping[str, Any], target: Any, parallel: Any
 ) -> tuple[dict[str, Any], AcceptanceRule]:
+    assert options.draft is not None, "the checked options have a kind of draft"
     is_data_parallel = parallel is not None and parallel.data_parallel_size > 1 and SCHEDULE not in speculative
     budget = options.check_budget(speculative.get("num_speculative_tokens"), drafter, is_data_parallel)
     limits.check_options(speculative, options.draft)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from vllm_ctc_spec.drafter.weights import weights_fingerprint
-from vllm_ctc_spec.errors import DrafterConfigError, shown
+from vllm_ctc_spec.drafter.weights import served_fingerprint
+from vllm_ctc_spec.errors import DrafterConfigError, path_given
 from vllm_ctc_spec.plan.file import PLAN_NAME, Plan
 from vllm_ctc_spec.plan.online import FollowedPlan
 from vllm_ctc_spec.serving.cpu.threads import threads_asked_for
@@ -72,9 +70,7 @@ def follow(scheduler: Any, plan: Plan) -> None:
 
 
 def _path_of(asked: Any, drafter: Path) -> Path:
-    if not isinstance(asked, str | Path) or not str(asked).isprintable():
-        raise DrafterConfigError(f"ctc_plan is {shown(asked)}; give the file that `vllm-ctc plan` wrote.")
-    path = Path(asked)
+    path = path_given("ctc_plan", asked, "the file that `vllm-ctc plan` wrote")
     if path.is_file():
         return path
     if (drafter / path).is_file():
@@ -109,10 +105,7 @@ def served_here(target: str | Path, drafter: str | Path, dtype: str, tensor_para
         found |= {"device": current_platform.get_device_name(), "cores": None, "threads": None}
     found["dtype"] = dtype
     for name, folder in (("target", target), ("drafter", drafter)):
-        try:
-            found[name] = weights_fingerprint(folder)
-        except (SafetensorError, OSError) as error:
-            raise DrafterConfigError(f"The weights in {folder} cannot be read ({error}); restore them.") from error
+        found[name] = served_fingerprint(folder)
     return found | {"tensor_parallel_size": tensor_parallel_size}
 
 

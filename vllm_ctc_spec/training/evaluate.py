@@ -29,6 +29,7 @@ from vllm_ctc_spec.training.hidden_states import HiddenStates, in_process
 from vllm_ctc_spec.training.loop import TORCH_DTYPES
 from vllm_ctc_spec.training.measure import measure_chain, measure_sampled_chain, measure_trees
 from vllm_ctc_spec.training.memory import explain_out_of_memory
+from vllm_ctc_spec.training.pivots_config import PivotsConfig
 from vllm_ctc_spec.training.prompts import PromptBuilder, amount, usable_conversations
 from vllm_ctc_spec.training.rows import FIELD_NAMES, LeftOut, Row, read_rows
 from vllm_ctc_spec.training.target import Target, TargetText
@@ -117,7 +118,7 @@ def _measure_all(
     return results
 
 
-def load_target(config: EvalConfig) -> Target:
+def load_target(config: EvalConfig | PivotsConfig) -> Target:
     """On this machine's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Target.load(config.target, device, TORCH_DTYPES[config.dtype])

@@ -34,11 +34,10 @@ from vllm_ctc_spec.training.conversations import Conversation
 from vllm_ctc_spec.training.data_config import DataConfig
 from vllm_ctc_spec.training.dataset import Example, read_examples, target_fingerprint
 from vllm_ctc_spec.training.drafting import Drafting
-from vllm_ctc_spec.training.evaluate import check_drafter, check_pair, load_drafter
+from vllm_ctc_spec.training.evaluate import check_drafter, check_pair, load_drafter, load_target
 from vllm_ctc_spec.training.files import differing_settings, new_file, record_settings, write_atomically
 from vllm_ctc_spec.training.grading import Task
 from vllm_ctc_spec.training.hidden_states import in_process
-from vllm_ctc_spec.training.loop import TORCH_DTYPES
 from vllm_ctc_spec.training.measure import draft_everywhere
 from vllm_ctc_spec.training.memory import explain_out_of_memory
 from vllm_ctc_spec.training.pivot_classifier import Judged, fit
@@ -75,7 +74,8 @@ def make_pivots(config: PivotsConfig, overwrite: bool, generate: Generate = gene
     check_pair(check_drafter(config.drafter), text)
     questions = read_questions(config, text)
     work = config.output / "work"
-    _claim(work, _settings(config, questions), overwrite)
+    settings = _settings(config, questions)
+    _claim(work, settings, overwrite)
 
     answered = _answered(config, text, work / "answers", [q.prompt for q in questions], 0.0, generate)
     answers = [answered[tuple(q.prompt)][0] for q in questions]
@@ -93,7 +93,7 @@ def make_pivots(config: PivotsConfig, overwrite: bool, generate: Generate = gene
         right = sum(_is_right(target, question, response) for question, response in zip(questions, answers))
     classifier, measured = fit(judged, config.alpha, config.seed)
     record = {
-        "target_weights": target_fingerprint(config.target), "drafter_weights": weights_fingerprint(config.drafter),
+        "target_weights": settings["target_weights"], "drafter_weights": settings["drafter_weights"],
         "min_probability": MIN_PROBABILITY, "alpha": config.alpha, "rollouts": config.rollouts,
         "temperature": config.temperature, "questions": len(questions), "right": right,
         "candidates": len(candidates), **measured,
@@ -174,11 +174,6 @@ def _answered(
     for example in read_examples(folder, "train"):
         found[tuple(example.prompt)].append(example.response)
     return found
-
-
-def load_target(config: PivotsConfig) -> Target:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Target.load(config.target, device, TORCH_DTYPES[config.dtype])
 
 
 def _candidates(
