@@ -4,6 +4,7 @@ import socket
 import time
 
 import pytest
+from vllm import envs
 
 import vllm_ctc_spec.edge.server as edge_server
 from vllm_ctc_spec.edge.loop import Client, Patience
@@ -97,6 +98,7 @@ def test_rounds_share_connections(server, rounds):
 
 def test_an_idle_connection_is_not_used_again(fake, monkeypatch):
     """The server closes it some time, and the round on its way then would be lost."""
+    assert edge_server.IDLE_SECONDS < envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
     monkeypatch.setattr(edge_server, "IDLE_SECONDS", 1.0)
     url, behaviour = fake
     behaviour.__init__()
