@@ -2,6 +2,7 @@
 
     python benchmarks/draft_time.py                            # for the tiny embedded target
     python benchmarks/draft_time.py --shape 8b                 # on a GPU: a target with dummy weights
+    python benchmarks/draft_time.py --pair chat --draft-vocab-sizes 4096 8192 0   # drafters like the pair's
 
 A draft costs the same whatever its drafter has learned, so that all drafters are random. One engine for each, all in
 one process, greedy chains; they take turns batch by batch. Medians over all decoding steps: the whole of a draft, the
@@ -9,6 +10,7 @@ context's keys and values and the search among it, and the forward of its module
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from record import describe_run, machine_line, write_record
 from server import on_cpu
 from transformers import AutoConfig
 
+from vllm_ctc_spec.drafter.config import DrafterConfig
 from vllm_ctc_spec.plan.process import in_own_process
 from vllm_ctc_spec.plan.step_times import Stopwatch, environment, synchronizer
 from vllm_ctc_spec.serving.cpu.threads import is_large
@@ -39,6 +42,16 @@ def save_drafters(target: Path, folder: Path, rows: list[str]) -> dict[str, tupl
         settings = {**SHARED, "draft_vocab_size": "full", **ARCHITECTURES[row]}
         shape = drafter_shape(TrainConfig(target=str(target), data="", **settings), config)
         saved[row] = folder / str(number), save_random_drafter(shape, folder / str(number))
+    return saved
+
+
+def save_vocabularies(drafter: Path, folder: Path, sizes: list[int]) -> dict[str, tuple[Path, int]]:
+    """Random drafters that differ from this one in the number of labels; 0: all of the target's tokens."""
+    config, saved = DrafterConfig.load(drafter), {}
+    for size in sizes:
+        shape = dataclasses.replace(config, draft_vocab_size=size)
+        where = folder / str(size)
+        saved[f"{shape.draft_vocab_size} labels"] = where, save_random_drafter(shape, where)
     return saved
 
 
@@ -84,7 +97,7 @@ def to_markdown(run: dict, drafts: dict[str, dict]) -> str:
     sizes = list(next(iter(drafts.values()))["ms"])
     lines = [
         f"Medians over decoding steps, {run['context']} tokens of context, {run['weights']}; chains of "
-        f"{SHARED['num_labels']}. In brackets: of it, the forward of the draft module.",
+        f"{run['labels']}. In brackets: of it, the forward of the draft module.",
         f"{machine_line(run)}; `{run['command']}`.",
         "",
         "| milliseconds a draft | parameters | " + " | ".join(f"{size} at a time" for size in sizes) + " |",
@@ -101,12 +114,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_pair_arguments(parser, overrides=["target"])
     parser.add_argument("--shape", choices=SHAPES, help="a target of this shape with dummy weights")
     parser.add_argument("--rows", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES), metavar="ROW")
+    parser.add_argument(
+        "--draft-vocab-sizes", type=int, nargs="+", metavar="LABELS",
+        help="instead of these rows: drafters like the pair's with so many labels, 0 for all tokens",
+    )  # fmt: skip
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens of every prompt")
     parser.add_argument("--max-tokens", type=int, default=32, help="of every request")
     parser.add_argument("--repeats", type=int, default=3, help="batches of each size")
     parser.add_argument("--output", type=Path, default=RESULTS / "draft_time", help="path without suffix")
-    return choose_pair(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.shape and args.draft_vocab_sizes:
+        parser.error("--draft-vocab-sizes are of drafters like the pair's; leave --shape out")
+    return choose_pair(args)
 
 
 def main(argv: list[str]) -> int:
@@ -124,7 +144,12 @@ def main(argv: list[str]) -> int:
             args.target, options = save_shape(args.shape, folder / "target"), {"load_format": LOAD_FORMAT}
         else:
             ready(args.pair, drafter=False)
-        saved = save_drafters(args.target, folder, args.rows)
+        if args.draft_vocab_sizes:
+            saved = save_vocabularies(args.pair.drafter, folder, args.draft_vocab_sizes)
+            labels = DrafterConfig.load(args.pair.drafter).num_labels
+        else:
+            saved = save_drafters(args.target, folder, args.rows)
+            labels = SHARED["num_labels"]
         found = in_own_process(
             measure, args.target, {row: where for row, (where, _) in saved.items()}, args.batch_sizes, args.context,
             args.max_tokens, args.repeats, options,
@@ -133,7 +158,7 @@ def main(argv: list[str]) -> int:
     weights = f"dummy weights of the shape {args.shape}" if args.shape else f"the target of the pair {args.pair.name}"
     run = describe_run(
         "benchmarks/draft_time.py", argv, context=args.context, threads=threads, machine_busy_percent_before=busy,
-        weights=weights,
+        weights=weights, labels=labels,
     )  # fmt: skip
     write_record(args.output, {"run": run, "drafts": drafts}, to_markdown(run, drafts))
     return 0

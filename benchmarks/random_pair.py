@@ -64,8 +64,9 @@ def save_shape(shape: str, folder: Path) -> Path:
 
 
 def save_random_drafter(config: DrafterConfig, folder: Path) -> int:
-    """Returns its number of parameters."""
-    table = torch.empty(config.vocab_size, config.hidden_size, device="meta")  # shared with the target, not saved
-    drafter = CTCDrafter(config, table, table)
+    """Returns its number of parameters. The labels of a draft vocabulary are the target's first tokens."""
+    table = torch.zeros(1, 1).expand(config.vocab_size, config.hidden_size)  # shared with the target, not saved
+    token_ids = torch.arange(config.draft_vocab_size) if config.has_draft_vocabulary else None
+    drafter = CTCDrafter(config, table, table, token_ids)
     drafter.save(folder)
     return sum(parameter.numel() for parameter in drafter.parameters())

@@ -1,5 +1,6 @@
 """The time of a draft by kind of drafter: one table from measured times, and a measurement of two small engines."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -47,6 +48,21 @@ def test_the_table_says_what_the_file_says(tmp_path, monkeypatch, capsys):
     for row in ROWS:
         assert f"| {row} | {drafts[row]['parameters'] / 1e6:.2f} M | 2.00 (1.00) | 8.00 (4.00) |" in text
     assert str(tmp_path) not in text
+
+
+def test_drafters_of_other_vocabularies_are_else_the_pairs(tmp_path):
+    drafter, _ = draft_time.save_drafters(make_target(tmp_path / "target"), tmp_path, ROWS[:1])[ROWS[0]]
+    shape = DrafterConfig.load(drafter)
+    rows = draft_time.save_vocabularies(drafter, tmp_path / "other", [8, 0])
+    assert list(rows) == ["8 labels", f"{shape.vocab_size} labels"]
+    small, full = (DrafterConfig.load(folder) for folder, _ in rows.values())
+    assert (small, full) == (dataclasses.replace(shape, draft_vocab_size=8), shape)
+
+
+def test_a_shapes_own_target_has_no_pair(capsys):
+    with pytest.raises(SystemExit):
+        draft_time.parse(["--shape", "tiny", "--draft-vocab-sizes", "8"])
+    assert "leave --shape out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -66,6 +66,12 @@ def test_rows_that_need_too_much_memory_are_split_with_the_same_responses(target
     assert len(sizes) == batches and sum(sizes) == 5
 
 
+def test_a_long_prompt_does_not_pad_short_ones():
+    """A step of a batch reads every row up to the longest: 15 short prompts and one of 1600 tokens took minutes."""
+    batches = generate._batches([1600, 100, 20, 110, 30, 900, 700], 96, 8192)
+    assert batches == [(96, [2, 4, 1, 3]), (96, [6, 5]), (96, [0])]
+
+
 def test_samples_follow_the_targets_law_whatever_its_folder_asks_for(tmp_path):
     folder = make_target(tmp_path)
     GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0, eos_token_id=3).save_pretrained(folder)

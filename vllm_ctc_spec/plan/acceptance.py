@@ -1,6 +1,7 @@
 """Acceptance length of every draft that may be planned: without a server, as `vllm-ctc eval` measures it, and of those
 that follow a request's own tokens in vLLM."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from vllm_ctc_spec.plan.step_times import StepSettings, start_engine
 from vllm_ctc_spec.training.acceptance import Acceptance
 from vllm_ctc_spec.training.batches import anchor_positions
 from vllm_ctc_spec.training.conversations import Asked, answer_all
+from vllm_ctc_spec.training.engine import UnseenBar
 from vllm_ctc_spec.training.eval_config import EvalConfig
 from vllm_ctc_spec.training.evaluate import OOM_REMEDIES, EvalPrompts, check_responses, load_drafter, load_target
 from vllm_ctc_spec.training.hidden_states import in_process
@@ -62,10 +64,13 @@ def served_acceptance(
             )
             for each in asked
         ]  # fmt: skip
-        outputs = llm.generate([{"prompt_token_ids": each.prompt} for each in asked], params, use_tqdm=False)
+        unseen = functools.partial(UnseenBar, bar.update)
+        outputs = llm.generate([{"prompt_token_ids": each.prompt} for each in asked], params, use_tqdm=unseen)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    answer_all(prompts.conversations, respond, prompts.build.follow)
+    num_answers = sum(conversation.num_answers for conversation in prompts.conversations)
+    with tqdm(total=num_answers, desc="responses in vLLM", unit="prompt", leave=False) as bar:
+        answer_all(prompts.conversations, respond, prompts.build.follow)
     several = [request for request, count in tokens.items() if count > 1]
     return Acceptance([tokens[request] - 1 for request in several], [steps[request] - 1 for request in several])
 

@@ -1,7 +1,6 @@
 """The target's responses in this process, by transformers' own `generate`, for an evaluation of drafts."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from tqdm import tqdm
@@ -13,6 +12,7 @@ from vllm_ctc_spec.training.target import Target
 
 ROWS_AT_ONCE = 32
 TOKENS_AT_ONCE = 65_536  # of prompts and responses in a batch: 10 GB of cache for an 8B model in bf16
+MOST_PADDING = 2  # a batch's longest prompt and response against its shortest: every step reads the padding
 
 
 def respond(
@@ -22,23 +22,35 @@ def respond(
 
     Like lengths are decoded together, for little padding. Sampled responses depend on the seed and on all prompts.
     """
-
-    def limit(row: int) -> int:
-        return min(max_new_tokens, target.max_length - len(prompts[row]))
-
     torch.manual_seed(seed)
     examples = {}
     with tqdm(total=len(prompts), desc=f"responses at temperature {temperature:g}", unit="prompt") as bar:
-        # One limit a batch: no row is decoded behind the target's last position.
-        for num_tokens, group in groupby(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), limit):
-            rows = list(group)
-            at_once = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // (len(prompts[rows[-1]]) + num_tokens)))
-            for start in range(0, len(rows), at_once):
-                chosen = rows[start : start + at_once]
-                responses = _generate(target, [prompts[row] for row in chosen], num_tokens, temperature)
-                examples |= {row: Example(prompts[row], ids) for row, ids in zip(chosen, responses)}
-                bar.update(len(chosen))
+        for num_tokens, rows in _batches(list(map(len, prompts)), max_new_tokens, target.max_length):
+            responses = _generate(target, [prompts[row] for row in rows], num_tokens, temperature)
+            examples |= {row: Example(prompts[row], ids) for row, ids in zip(rows, responses)}
+            bar.update(len(rows))
     return [examples[row] for row in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], max_new_tokens: int, max_length: int) -> list[tuple[int, list[int]]]:
+    """Rows of prompts of these lengths, each once, in batches with the number of tokens that their responses may have.
+
+    One number a batch: no row is decoded behind the target's last position.
+    """
+    batches: list[tuple[int, list[int]]] = []
+    shortest = 0  # of the last batch, response included
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        num_tokens = min(max_new_tokens, max_length - lengths[row])
+        whole = lengths[row] + num_tokens
+        if batches:
+            of_batch, rows = batches[-1]
+            most = min(ROWS_AT_ONCE, TOKENS_AT_ONCE // whole)
+            if num_tokens == of_batch and len(rows) < most and whole <= MOST_PADDING * shortest:
+                rows.append(row)
+                continue
+        batches.append((num_tokens, [row]))
+        shortest = whole
+    return batches
 
 
 def converse(
