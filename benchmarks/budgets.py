@@ -25,12 +25,12 @@ from kernel_time import copy_bandwidth
 from pair import RESULTS
 from record import describe_run, machine_line, write_record
 
-from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.draft.ctc import SAMPLED_WIDTH, default_width
 from vllm_ctc_spec.kernels.best_tokens import best_tokens
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
+from vllm_ctc_spec.kernels.prefix_chain import candidates, prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search.gpu import search_candidates
 from vllm_ctc_spec.kernels.tree_attention import tree_attention
 from vllm_ctc_spec.kernels.tree_mask import tree_mask_reference
@@ -96,8 +96,9 @@ def search_bytes(batch: int, num_nodes: int) -> float:
 
 
 def sampled_chain_bytes(batch: int, num_tokens: int) -> float:
-    """For every label the logits, the head and the row of q, over the whole vocabulary."""
-    return LABELS * (candidates_bytes(batch, num_tokens) + 2.0 * num_tokens * RANK + 4.0 * batch * num_tokens)
+    """Logits, tokens and head of every candidate once, and of every label the row of q, over the whole vocabulary."""
+    num_candidates = FRAMES * SAMPLED_WIDTH
+    return batch * (num_candidates * (2.0 * FRAMES + 8 + 2 * RANK) + 4.0 * LABELS * num_tokens)
 
 
 def graph_microseconds(run: Callable[[], object]) -> float:
@@ -158,9 +159,10 @@ def sampled_chain_stage(setting: Setting) -> Row:
     given, rows = frames(setting)._replace(markov=head(device)), torch.arange(batch, device=device)
     draft_logits = torch.empty(batch, LABELS, VOCABULARY, device=device)
     sampling = ChainSampling(torch.ones(batch, device=device), rows, rows, rows, draft_logits)
-    operations = 2.0 * LABELS * batch * VOCABULARY * (FRAMES + RANK)
+    tokens = candidates(given, SAMPLED_WIDTH)
+    operations = 2.0 * LABELS * batch * tokens.shape[1] * (FRAMES + RANK)
     floor = Floor(sampled_chain_bytes(batch, VOCABULARY), operations, peak)
-    time = graph_microseconds(lambda: prefix_chain(given, LABELS, sampling))
+    time = graph_microseconds(lambda: prefix_chain_triton(tokens, given, LABELS, sampling))
     return timed(time, CHAIN_MICROSECONDS[batch], floor, setting)
 
 

@@ -1,8 +1,7 @@
 """Inputs of every kernel at a shape, its reference, and the least number of bytes that it must read and write.
 
-The formula at each case counts every input and every output once. Chains are the exception: a label depends on the one
-before it, so each of the N sweeps over the vocabulary reads the logits and W_out again. On shapes that fit into a
-cache, a sweep may therefore be faster than memory allows.
+The formula at each case counts every input and every output once. On shapes that fit into a cache, a kernel may
+therefore be faster than memory allows.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.draft.ctc import SAMPLED_WIDTH, default_width
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.best_tokens import best_tokens, best_tokens_reference
 from vllm_ctc_spec.kernels.collapse import collapse, collapse_reference
@@ -20,7 +19,7 @@ from vllm_ctc_spec.kernels.ctc_transform import ctc_transform, ctc_transform_ref
 from vllm_ctc_spec.kernels.frame_stats import TILE, frame_stats, frame_stats_reference
 from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Texts, history_tree
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain, prefix_chain_reference
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 from vllm_ctc_spec.kernels.tree_attention import tree_attention, tree_attention_reference
 from vllm_ctc_spec.kernels.tree_layout import tree_layout, tree_layout_reference
@@ -109,7 +108,6 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     )
     small = 8 * b * t + 8 * b  # log_scale, log_blank, anchor
     head = 2 * RANK * e * b * n  # the rows of W_in and W_out at the nodes at least
-    sweeps = labels * (e * b * t * v + e * v * RANK)
     tree = small + e * b * t * v + TREE_BYTES * b * (1 + n)
     budget, width = Budget(n, default_width(n), min(8, t)), min(default_width(n), v)
     oracle = None if on_gpu else partial(oracle_chains, frames, labels)
@@ -138,9 +136,8 @@ def frame_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
             partial(greedy_chain, frames, labels, default_width(labels)), oracle,
         ),
         Case(
-            "prefix_chain, sampled", sweeps + small + 8 * b * labels + 4 * b + 4 * labels * b * v,  # and draft_logits
-            partial(prefix_chain, frames, labels, sampling),
-            partial(prefix_chain_reference, frames, labels, sampling) if on_gpu else None,
+            "prefix_chain", tree + head + 4 * labels * b * v,  # and draft_logits
+            partial(prefix_chain, frames, labels, SAMPLED_WIDTH, sampling), None,
         ),
         Case(
             "prefix_search", tree + head,  # logits once, for the candidates; the tree

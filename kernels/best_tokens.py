@@ -5,12 +5,14 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_ctc_spec.kernels._recursions import frame_prob
 from vllm_ctc_spec.kernels.frame_stats import TILE, frame_stats_triton
 
 _GROUP = 8  # tiles, of 8 parts of 8 tokens each
 assert TILE == _GROUP * _GROUP
 _GROUPS_OF_A_WARP = 256  # more of them spill registers on sm_90
-_SORTED_BY_A_WARP, _MAX_WARPS = 256, 8
+_CANDIDATES_OF_A_WARP, _MAX_WARPS = 256, 8
+_HEAD_TILE_OF_A_WARP = 1024  # products of candidates and columns of the head; more of them spill registers on sm_90
 
 
 def best_tokens(logits: torch.Tensor, width: int, tile_best: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,7 +56,7 @@ def best_tokens_triton(logits: torch.Tensor, width: int, tile_best: torch.Tensor
     block_m = triton.next_power_of_2(num_frames * width)
     _sort_tokens_kernel[(batch,)](
         of_frames[1], tokens, M=num_frames * width, BLOCK_M=block_m,
-        num_warps=max(1, min(_MAX_WARPS, block_m // _SORTED_BY_A_WARP)),
+        num_warps=warps_for(block_m),
     )  # fmt: skip
     return tokens
 
@@ -159,3 +161,52 @@ def _sort_tokens_kernel(
     m = tl.arange(0, BLOCK_M)
     tokens = tl.load(of_frames_ptr + row * M + m, mask=m < M, other=0x7FFFFFFF)
     tl.store(tokens_ptr + row * M + m, tl.sort(tokens).to(tl.int64), mask=m < M)
+
+
+def candidate_probs(tokens: torch.Tensor, logits: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """`p_t` of every candidate, on a GPU: `[B, T, BLOCK_M]` fp32, 0 for a duplicate and behind the last one, which are
+    no labels. tokens: [B, M] int64, ascending; log_scale: contiguous."""
+    (batch, num_frames, _), num_candidates = logits.shape, tokens.shape[1]
+    block_m = triton.next_power_of_2(num_candidates)
+    p = log_scale.new_empty(batch, num_frames, block_m)
+    candidates_kernel[(batch, num_frames)](
+        logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
+        T=num_frames, BLOCK_M=block_m, num_warps=warps_for(block_m),
+    )  # fmt: skip
+    return p
+
+
+def warps_for(block_m: int) -> int:
+    """Warps of a program that holds so many candidates."""
+    return max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_A_WARP))
+
+
+def head_block(rank: int, block_m: int) -> int:
+    """Columns of the head that such a program multiplies at once."""
+    return max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_A_WARP * warps_for(block_m) // block_m))
+
+
+@triton.jit
+def candidates_kernel(
+    logits_ptr,  # [B, T, V]
+    logits_stride_b,
+    logits_stride_t,
+    log_scale_ptr,  # [B, T] fp32
+    tokens_ptr,  # [B, M] int64, ascending
+    p_ptr,  # [B, T, BLOCK_M] fp32, written
+    num_candidates,
+    T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Grid (B, T)."""
+    row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    valid = m < num_candidates
+    tokens_ptr += row * num_candidates
+    token = tl.load(tokens_ptr + m, mask=valid, other=0)
+    before = tl.load(tokens_ptr + m - 1, mask=valid & (m > 0), other=-1)
+    is_first = valid & (token != before)
+    logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
+    x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
+    p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
+    tl.store(p_ptr + (row * T + frame) * BLOCK_M + m, p)

@@ -64,13 +64,12 @@ def gumbel_noise_reference(
     seeds: torch.Tensor,  # [...] int64
     positions: torch.Tensor,  # [...] int64
     labels: torch.Tensor,  # [...] int64
-    num_tokens: int,
-) -> torch.Tensor:  # [..., num_tokens] fp32
-    """The noise of all tokens at the given positions, drafted as the given labels of a chain."""
+    tokens: torch.Tensor,  # [..., K] int64
+) -> torch.Tensor:  # [..., K] fp32
+    """The noise of these tokens at the given positions, drafted as the given labels of a chain."""
     position = positions.unsqueeze(-1)
-    token = torch.arange(num_tokens, device=positions.device)
     bits = philox_reference(
-        seeds.unsqueeze(-1), token, position & _WORD, SALT + labels.unsqueeze(-1), (position >> 32) & _WORD
+        seeds.unsqueeze(-1), tokens, position & _WORD, SALT + labels.unsqueeze(-1), (position >> 32) & _WORD
     )
     u = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))

@@ -9,48 +9,79 @@ from vllm_ctc_spec.kernels.noise import gumbel_noise_reference
 
 
 def prefix_chain_reference(
-    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
+    tokens: torch.Tensor,  # [B, M] int64, ascending
+    frames: Frames,
+    num_labels: int,
+    sampling: ChainSampling,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two vectors of the state, w = n + b and b, are rows 0 and 1 of [B, 2, T]."""
-    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
-    num_frames = logits.shape[1]
-    p = torch.exp(logits.float() + log_scale[..., None])
-    p.masked_fill_(logits == -torch.inf, 0)  # a frame of -inf only may have an infinite log_scale
-    state, extend = _ctc(log_blank) if transitions is None else _between_frames(transitions)
-    if markov is not None:
-        w_in, w_out = markov[0], markov[1].float().T
-    if sampling is not None:
-        noise, inverse_temperature = _noise(sampling, num_labels, p.shape[2])
+    noise, inverse_temperature = _noise(sampling, num_labels, tokens)
 
-    last, frame_p = anchor[:, None], None
-    labels, alive_at, rows = [], [], []
+    def best(k: int, ell: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(noise[:, k], ell, inverse_temperature).max(dim=1, keepdim=True).indices
+
+    labels, alive, ells = _walk(tokens, frames, num_labels, best)
+    batch, num_tokens = len(tokens), frames.logits.shape[2]
+    rows = frames.log_scale.new_full((batch, num_labels, num_tokens), -torch.inf)
+    rows.scatter_reduce_(2, tokens[:, None].expand(-1, num_labels, -1), ells, "amax")  # of duplicates one is there
+    fill = labels[..., None]
+    rows.scatter_(2, fill, torch.where(alive[..., None], rows.gather(2, fill), 0.0))
+    active = sampling.requests >= 0
+    sampling.draft_logits[sampling.requests[active], :num_labels] = rows[active]
+    return labels, alive.sum(1, dtype=torch.int32)
+
+
+def log_q_of(tokens: torch.Tensor, frames: Frames, labels: torch.Tensor) -> torch.Tensor:
+    """log q of given labels [B, N], each given those before it, at temperature 1: [B, N] fp32, -inf where a chain
+    cannot have it. tokens: [B, M] int64, the candidates, ascending."""
+    found = tokens[:, None] == labels[..., None]  # [B, N, M]
+    place = found.to(torch.uint8).argmax(2)
+    _, alive, ells = _walk(tokens, frames, labels.shape[1], lambda k, ell: place[:, k, None])
+    log_q = (ells - ells.logsumexp(2, keepdim=True)).gather(2, place[..., None])[..., 0]
+    possible = (found.any(2) & alive).cumprod(1).bool()
+    return log_q.masked_fill(~possible, -torch.inf)
+
+
+def _walk(
+    tokens: torch.Tensor, frames: Frames, num_labels: int, choose: Callable[[int, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels [B, N], whether the chain has them [B, N], and `ell` of the candidates before each [B, N, M].
+
+    choose: f(k, ell) is the place of label k among the candidates, [B, 1]. The two vectors of the state, w = n + b and
+    b, are rows 0 and 1 of [B, 2, T].
+    """
+    logits, log_scale, log_blank, anchor, markov, transitions, _ = frames
+    num_frames, num_tokens = logits.shape[1:]
+    x = logits.gather(2, tokens[:, None].expand(-1, num_frames, -1)).float()
+    p = torch.exp(x + log_scale[..., None])
+    is_copy = torch.nn.functional.pad(tokens[:, 1:] == tokens[:, :-1], (1, 0))
+    # A frame of -inf only may have an infinite log_scale.
+    p.masked_fill_((x == -torch.inf) | is_copy[:, None], 0)
+    state, extend = _ctc(log_blank) if transitions is None else _between_frames(transitions)
+    outer = None if markov is None else markov[1][tokens].float()  # [B, M, r]
+
+    last, place, frame_p = anchor[:, None], None, None
+    labels, alive_at, ells = [], [], []
     for k in range(num_labels):
-        mass = torch.bmm(state[:, :1], p)[:, 0]  # S(v), [B, V]
+        mass = torch.bmm(state[:, :1], p)[:, 0]  # S(v), [B, M]
         if frame_p is not None:
-            mass.scatter_(1, last, torch.bmm(state[:, 1:], frame_p)[:, 0])
+            mass.scatter_(1, place, torch.bmm(state[:, 1:], frame_p)[:, 0])
         mass = torch.where(mass > IMPOSSIBLE, mass, 0.0)
         ell = mass.log()
-        if markov is not None:
-            ell = torch.addmm(ell, w_in[last[:, 0]].float(), w_out)
-        score = ell if sampling is None else torch.addcmul(noise[:, k], ell, inverse_temperature)
-        label = score.max(dim=1, keepdim=True).indices
-        drawn_mass = mass.gather(1, label)
+        if outer is not None:
+            ell = torch.baddbmm(ell[..., None], outer, markov[0][last[:, 0]].float()[..., None])[..., 0]
+        place = choose(k, ell)
+        drawn_mass = mass.gather(1, place)
         alive = drawn_mass > 0
-        label = torch.where(alive, label, last.clamp_max(p.shape[2] - 1))
-        if sampling is not None:
-            rows.append(ell.scatter_(1, label, torch.where(alive, ell.gather(1, label), 0.0)))
+        label = torch.where(alive, tokens.gather(1, place), last.clamp_max(num_tokens - 1))
         labels.append(label)
         alive_at.append(alive)
+        ells.append(ell)
 
-        frame_p = p.gather(2, label[:, None].expand(-1, num_frames, 1))  # p_t(y), [B, T, 1]
+        frame_p = p.gather(2, place[:, None].expand(-1, num_frames, 1))  # p_t(y), [B, T, 1]
         weight = torch.where(label == last, state[:, 1], state[:, 0]) * (alive / drawn_mass.clamp_min(IMPOSSIBLE))
         state = extend(frame_p[..., 0], weight)
         last = label
-
-    if sampling is not None:
-        active = sampling.requests >= 0
-        sampling.draft_logits[sampling.requests[active], :num_labels] = torch.stack(rows, 1)[active]
-    return torch.cat(labels, 1), torch.cat(alive_at, 1).sum(1, dtype=torch.int32)
+    return torch.cat(labels, 1), torch.cat(alive_at, 1), torch.stack(ells, 1)
 
 
 StateRecursion = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
@@ -89,12 +120,12 @@ def _products(p: torch.Tensor, below: torch.Tensor, one: torch.Tensor) -> torch.
     return torch.where(below, p[..., None], one).cumprod(1).mul_(below)
 
 
-def _noise(sampling: ChainSampling, num_labels: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gumbel noise [B, N, V], zero in greedy rows, and 1 / temperature [B, 1], one in greedy rows."""
+def _noise(sampling: ChainSampling, num_labels: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gumbel noise [B, N, M], zero in greedy rows, and 1 / temperature [B, 1], one in greedy rows."""
     requests = sampling.requests.clamp_min(0)
     temperature = sampling.temperature[requests][:, None]
     sampled = (temperature > 0) & (sampling.requests >= 0)[:, None]
     labels = torch.arange(num_labels, device=requests.device)
     positions = sampling.positions[:, None] + labels
-    noise = gumbel_noise_reference(sampling.seeds[requests][:, None], positions, labels, num_tokens)
+    noise = gumbel_noise_reference(sampling.seeds[requests][:, None], positions, labels, tokens[:, None])
     return noise * sampled[..., None], torch.where(sampled, 1 / temperature, 1.0)

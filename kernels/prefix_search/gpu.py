@@ -4,17 +4,22 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ctc_spec.kernels._recursions import along_transitions, behind_label, complement, frame_prob
-from vllm_ctc_spec.kernels.best_tokens import best_tokens_triton
+from vllm_ctc_spec.kernels._recursions import (
+    candidate_bias,
+    candidate_masses,
+    complement,
+    extend,
+    first_largest,
+    root_state,
+    store_state,
+)
+from vllm_ctc_spec.kernels.best_tokens import best_tokens_triton, candidate_probs, head_block, warps_for
 from vllm_ctc_spec.kernels.contract import DTYPES, IMPOSSIBLE, Budget, DraftTree, Frames
 
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
-_CANDIDATES_OF_WARP, _MAX_WARPS = 256, 8
 # The head's products of all pairs of candidates are made at once where they fit: one multiprocessor a request takes
 # longer to read the head again at every node.
 _BIAS_BYTES, _BIAS_TILE = 1 << 26, 64
-# Products of the head that a warp holds at once: more of them spill registers on sm_90.
-_HEAD_TILE_OF_WARP = 1024
 
 
 def prefix_search_triton(frames: Frames, budget: Budget, chain_only: torch.Tensor | None = None) -> DraftTree:
@@ -39,9 +44,8 @@ def search_candidates(
     rows = 1 + budget.nodes
     tree = DraftTree(**{name: logits.new_empty(batch, rows, dtype=dtype) for name, dtype in DTYPES.items()})
     block_m = triton.next_power_of_2(num_candidates)
-    num_warps = max(1, min(_MAX_WARPS, block_m // _CANDIDATES_OF_WARP))
+    num_warps = warps_for(block_m)
     rank = 0 if markov is None else markov[0].shape[1]
-    block_r = max(1, min(triton.next_power_of_2(rank), _HEAD_TILE_OF_WARP * num_warps // block_m))
     w_in, w_out = (None, None) if markov is None else markov
     bias, anchor = None, anchor.contiguous()
     if markov is not None and 4 * batch * (1 + num_candidates) * num_candidates <= _BIAS_BYTES:
@@ -52,11 +56,7 @@ def search_candidates(
             BLOCK_R=max(16, min(32, triton.next_power_of_2(rank))), BLOCK=_BIAS_TILE,
             PRECISION="tf32" if w_in.element_size() == 2 else "ieee", num_warps=8,
         )  # fmt: skip
-    p = log_scale.new_empty(batch, num_frames, block_m)
-    candidates_kernel[(batch, num_frames)](
-        logits, logits.stride(0), logits.stride(1), log_scale, tokens, p, num_candidates,
-        T=num_frames, BLOCK_M=block_m, num_warps=num_warps,
-    )  # fmt: skip
+    p = candidate_probs(tokens, logits, log_scale)
     search_kernel[(batch,)](
         tokens, p, log_scale, log_blank, None if transitions is None else transitions.contiguous(), anchor,
         None if chain_only is None else chain_only.contiguous().view(torch.int8),
@@ -64,35 +64,9 @@ def search_candidates(
         tree.tokens, tree.parents, tree.depths, tree.scores, tree.ancestors,
         num_candidates, min(budget.depth, num_frames), N=budget.nodes, T=num_frames,
         BLOCK_N=triton.next_power_of_2(budget.nodes), BLOCK_T=triton.next_power_of_2(num_frames), BLOCK_M=block_m,
-        RANK=rank, BLOCK_R=block_r, COMPLETE=budget.width == num_tokens, num_warps=num_warps,
+        RANK=rank, BLOCK_R=head_block(rank, block_m), COMPLETE=budget.width == num_tokens, num_warps=num_warps,
     )  # fmt: skip
     return tree
-
-
-@triton.jit
-def candidates_kernel(
-    logits_ptr,  # [B, T, V]
-    logits_stride_b,
-    logits_stride_t,
-    log_scale_ptr,  # [B, T] fp32
-    tokens_ptr,  # [B, M] int64, ascending
-    p_ptr,  # [B, T, BLOCK_M] fp32, written
-    num_candidates,
-    T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """`p_t` of every candidate; 0 for a duplicate and behind the last one: these are no children. Grid (B, T)."""
-    row, frame = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
-    valid = m < num_candidates
-    tokens_ptr += row * num_candidates
-    token = tl.load(tokens_ptr + m, mask=valid, other=0)
-    before = tl.load(tokens_ptr + m - 1, mask=valid & (m > 0), other=-1)
-    is_first = valid & (token != before)
-    logits_ptr += row * logits_stride_b + frame.to(tl.int64) * logits_stride_t
-    x = tl.load(logits_ptr + token, mask=is_first, other=-float("inf"))
-    p = frame_prob(x, tl.load(log_scale_ptr + row * T + frame))
-    tl.store(p_ptr + (row * T + frame) * BLOCK_M + m, p)
 
 
 @triton.jit
@@ -130,39 +104,6 @@ def bias_kernel(
 
 
 @triton.jit
-def _first_largest(x, place):
-    """The largest, and the first place of it. A maximum with its place is twice as many instructions."""
-    largest = tl.max(x, axis=0)
-    return largest, tl.min(tl.where(x == largest, place, 0x7FFFFFFF), axis=0)
-
-
-@triton.jit
-def _emission(p_ptr, weight_ptr, frame, T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`p(y)` of a frame, and the mass of `y` first appearing there. Both are 0 outside of the frames."""
-    inside = (frame >= 0) & (frame < T)
-    p = tl.load(p_ptr + frame * BLOCK_M, mask=inside, other=0.0)
-    return p, p * tl.load(weight_ptr + frame, mask=inside, other=0.0)
-
-
-@triton.jit
-def _extend(p_ptr, weight_ptr, blank, alive, T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
-    """`p_t(y)`, and the state `n`, `b` behind a label `y`, divided by `S(y)`; 0 where there is no label."""
-    t = tl.arange(0, BLOCK_T)
-    p, first = _emission(p_ptr, weight_ptr, t, T, BLOCK_M)
-    p_1, first_1 = _emission(p_ptr, weight_ptr, t - 1, T, BLOCK_M)
-    p_2, first_2 = _emission(p_ptr, weight_ptr, t - 2, T, BLOCK_M)
-    scale = tl.where(alive, 1.0 / tl.sum(first, axis=0), 0.0)
-    n, b = behind_label(blank, p_1, first_1 * scale, p_2, first_2 * scale)
-    return p, n, b
-
-
-@triton.jit
-def _store_state(state_ptr, w, b, t, T: tl.constexpr):
-    tl.store(state_ptr + t, w, mask=t < T)
-    tl.store(state_ptr + T + t, b, mask=t < T)
-
-
-@triton.jit
 def _child_scores(
     tokens_ptr,  # [M] int64
     p_ptr,  # [T, BLOCK_M] fp32
@@ -184,27 +125,15 @@ def _child_scores(
 ):
     """The score of every child of a node, -inf where there is none. place: where its last label stands; score: its own;
     repeat: `S(last)`; total: `M`."""
-    m = tl.arange(0, BLOCK_M)
-    valid = m < num_candidates
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    for t in tl.range(0, T, loop_unroll_factor=4):
-        mass += tl.load(state_ptr + t) * tl.load(p_ptr + t * BLOCK_M + m)
-    mass = tl.where(m == place, repeat, mass)
+    mass = candidate_masses(p_ptr, state_ptr, place, repeat, T, BLOCK_M)
     log_q = tl.where(mass > _IMPOSSIBLE, tl.log(mass), -float("inf"))
     if RANK > 0:
         if bias_ptr is not None:
-            log_q += tl.load(bias_ptr + (1 + place) * num_candidates + m, mask=valid, other=0.0)
+            m = tl.arange(0, BLOCK_M)
+            bias_ptr += (1 + place) * num_candidates
+            log_q += tl.load(bias_ptr + m, mask=m < num_candidates, other=0.0)
         else:
-            token = tl.load(tokens_ptr + m, mask=valid, other=0)
-            product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for start in range(0, RANK, BLOCK_R):
-                r = start + tl.arange(0, BLOCK_R)
-                inner = tl.load(w_in_ptr + last * RANK + r, mask=r < RANK, other=0.0).to(tl.float32)
-                outer = tl.load(
-                    w_out_ptr + token[:, None] * RANK + r[None, :], mask=valid[:, None] & (r[None, :] < RANK), other=0.0
-                )
-                product += inner[None, :] * outer.to(tl.float32)
-            log_q += tl.sum(product, axis=1)
+            log_q += candidate_bias(tokens_ptr, last, w_in_ptr, w_out_ptr, num_candidates, BLOCK_M, RANK, BLOCK_R)
         largest = tl.max(log_q, axis=0)
         if COMPLETE:
             z = tl.sum(tl.exp(log_q - largest), axis=0)
@@ -268,15 +197,10 @@ def search_kernel(
     log_scale = tl.load(log_scale_ptr + batch_row * T + t, mask=t < T, other=0.0)
     log_blank = tl.load(log_blank_ptr + batch_row * T + t, mask=t < T, other=0.0)
     label_mass = tl.where(log_scale < float("inf"), complement(log_blank), 0.0)
-    # Lane t holds the state before frame t + 1. Its last factor is the blank of frame t of 1..T, stored at t - 1.
-    if transitions_ptr is None:
-        behind = (t > 0) & (t < T)
-        blank = tl.exp(tl.load(log_blank_ptr + batch_row * T + t - 1, mask=behind, other=0.0))
-        b = tl.cumprod(blank, axis=0)
-    else:
+    if transitions_ptr is not None:
         transitions_ptr += batch_row * (1 + T) * T
-        b = tl.load(transitions_ptr + t, mask=t < T, other=0.0)
-    _store_state(state_ptr, b, b, t, T)
+    blank, b = root_state(log_blank_ptr + batch_row * T, transitions_ptr, T, BLOCK_T)
+    store_state(state_ptr, b, b, T, BLOCK_T)
     total = tl.sum(label_mass * b, axis=0)
     repeat, score, place, token, level = 0.0, 0.0, -1, anchor, 0
 
@@ -306,7 +230,7 @@ def search_kernel(
                 total, num_candidates, T, BLOCK_M, RANK, BLOCK_R, COMPLETE,
             )  # fmt: skip
             tl.store(child_ptr + row * BLOCK_M + m, child)
-            best, best_place = _first_largest(child, m)
+            best, best_place = first_largest(child, m)
             queue_score = tl.where(lane == row, best, queue_score)
             queue_order = tl.where(lane == row, (level * BLOCK_N + row) * BLOCK_M + best_place, queue_order)
         tl.debug_barrier()  # the children of this row are written
@@ -318,7 +242,7 @@ def search_kernel(
         place, parent, level = order % BLOCK_M, order // BLOCK_M % BLOCK_N, order // BLOCK_M // BLOCK_N
         sibling = tl.load(child_ptr + parent * BLOCK_M + m)
         is_later = (sibling < score) | ((sibling == score) & (m > place))
-        best, best_place = _first_largest(tl.where(is_later, sibling, -float("inf")), m)
+        best, best_place = first_largest(tl.where(is_later, sibling, -float("inf")), m)
         if chain_only_ptr is not None:
             best = tl.where(is_chain, -float("inf"), best)
         queue_score = tl.where(lane == parent, best, queue_score)
@@ -337,13 +261,8 @@ def search_kernel(
         tl.store(tree_scores_ptr + row, score, mask=alive)
         tl.store(tree_ancestors_ptr + row, ancestors, mask=alive)
         weight_ptr = state_ptr + parent * 2 * T + tl.where(is_repeat, T, 0)
-        if transitions_ptr is None:
-            p, n, b = _extend(p_ptr + place, weight_ptr, blank, alive, T, BLOCK_T, BLOCK_M)
-        else:
-            p, first = _emission(p_ptr + place, weight_ptr, t, T, BLOCK_M)
-            b = along_transitions(tl.where(alive, first, 0.0), transitions_ptr, T, BLOCK_T)
-            n = tl.zeros_like(b)
-        _store_state(state_ptr + row * 2 * T, n + b, b, t, T)
+        p, n, b = extend(p_ptr + place, weight_ptr, blank, transitions_ptr, alive, T, BLOCK_T, BLOCK_M)
+        store_state(state_ptr + row * 2 * T, n + b, b, T, BLOCK_T)
         repeat = tl.sum(p * b, axis=0)
         total = tl.sum(label_mass * (n + b) - p * n, axis=0)
 

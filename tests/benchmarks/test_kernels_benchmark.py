@@ -18,7 +18,7 @@ KERNELS = [
     "frame_stats",
     "history_tree",
     "kv_compaction",
-    "prefix_chain, sampled",
+    "prefix_chain",
     "prefix_search",
     "prefix_search, chain",
     "tree_attention",

@@ -84,34 +84,35 @@ def conditionals(row: Row, labels: list[int]) -> Iterator[torch.Tensor]:
             prefix, last = prefix.extend(row.log_probs, label), label
 
 
-def chain_gap(row: Row, labels: list[int], num_labels: int) -> float:
-    """How far the worst label is below the best of its step, or how much a chain that ended has left."""
-    gap = 0.0
-    for scores, label in zip(conditionals(row, labels), [*labels, None]):
-        if label is not None:
-            gap = max(gap, (scores.max() - scores[label]).item())
-        elif len(labels) < num_labels and scores.max() > ENDED:
-            return torch.inf
-    return gap
-
-
-def sampled_gaps(
-    frames: Frames, labels: torch.Tensor, lengths: torch.Tensor, sampling: ChainSampling
+def chain_gaps(
+    frames: Frames, tokens: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, sampling: ChainSampling
 ) -> Iterator[float]:
-    """For every sampled label: how far its law is from fp64's, where that is above 1e-12, and how far the label's
-    score, with its noise, is below the best."""
+    """For every label: how far its law among the candidates `tokens` [B, M] is from fp64's, where that is above 1e-12,
+    and how far the label's score, with its noise, is below the best. Infinity where a law has what is no candidate, and
+    where a chain has ended that had a label left."""
     for b in range(labels.shape[0]):
         chain, slot = labels[b, : lengths[b]].tolist(), int(sampling.requests[b])
+        outside = torch.ones(frames.logits.shape[2], dtype=torch.bool, device=tokens.device)
+        outside[tokens[b]] = False
         temperature = sampling.temperature[slot].double()
-        for k, (exact, label) in enumerate(zip(conditionals(row_of(frames, b), chain), chain)):
+        for k, exact in enumerate(conditionals(row_of(frames, b), chain)):
+            if k == labels.shape[1]:
+                break
+            exact = exact.masked_fill(outside.to(exact.device), -torch.inf)
             law = sampling.draft_logits[slot, k].double()
-            got, wanted = law.log_softmax(-1), exact.log_softmax(-1)
-            yield (got - wanted)[wanted > -27.6].abs().max().item()
-            position = sampling.positions[b : b + 1] + k
-            seed = sampling.seeds[slot : slot + 1]
-            noise = gumbel_noise_reference(seed, position, torch.full_like(position, k), len(law))[0].double()
-            scores = law / temperature + noise
-            yield (scores.max() - scores[label]).item()
+            if k == len(chain):
+                yield math.inf if exact.max() > ENDED else 0.0
+                break
+            yield 0.0 if law[outside].isneginf().all() else math.inf
+            wanted = exact.log_softmax(-1)
+            yield (law.log_softmax(-1) - wanted)[wanted > -27.6].abs().max().item()
+            scores = law
+            if temperature:
+                position, seed = sampling.positions[b : b + 1] + k, sampling.seeds[slot : slot + 1]
+                every = torch.arange(len(law), device=law.device)
+                noise = gumbel_noise_reference(seed, position, torch.full_like(position, k), every)[0].double()
+                scores = law / temperature + noise
+            yield (scores.max() - scores[chain[k]]).item()
 
 
 def search_gap(row: Row, tree: DraftTree, b: int, tokens: torch.Tensor, depth: int) -> float:

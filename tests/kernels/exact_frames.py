@@ -2,17 +2,17 @@
 
 import torch
 
-from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.draft.ctc import SAMPLED_WIDTH, default_width
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels.best_tokens import best_tokens_reference, best_tokens_triton
 from vllm_ctc_spec.kernels.collapse import collapse_triton
 from vllm_ctc_spec.kernels.contract import Budget, ChainSampling
 from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_reference, ctc_transform_triton
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
+from vllm_ctc_spec.kernels.prefix_chain import candidates, prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 
-from .exact import Case, chain_gap, row_of, sampled_gaps, search_gap, trained_frames
+from .exact import Case, chain_gaps, row_of, search_gap, trained_frames
 
 Error = tuple[float, float]  # what was found, and how much is right
 LOG = 1e-3  # of a log probability: the bias of a head in 16 bits is summed in fp32
@@ -54,31 +54,23 @@ def collapse_error(case: Case) -> Error:
 
 
 def chain_error(case: Case, transitions: bool = False) -> Error:
-    frames = trained_frames(case, transitions)
-    labels, lengths = prefix_chain_triton(frames, case.shape.frames)
-    gaps = [
-        chain_gap(row_of(frames, row), labels[row, : lengths[row]].tolist(), case.shape.frames)
-        for row in range(case.shape.batch)
-    ]
-    return max(gaps), LOG
-
-
-def transition_chain_error(case: Case) -> Error:
-    return chain_error(case, transitions=True)
-
-
-def sampled_chain_error(case: Case) -> Error:
-    shape, device, draw, frames = case.shape, case.device, case.generator(), trained_frames(case)
-    num_labels = min(4, shape.frames)
+    shape, device, draw, frames = case.shape, case.device, case.generator(), trained_frames(case, transitions)
+    is_greedy = torch.rand(shape.batch, generator=draw) < 0.3
+    num_labels = shape.frames
     sampling = ChainSampling(
-        temperature=(torch.rand(shape.batch, generator=draw) + 0.3).to(device),
+        temperature=(torch.rand(shape.batch, generator=draw) + 0.3).masked_fill(is_greedy, 0).to(device),
         seeds=torch.randint(2**62, (shape.batch,), generator=draw).to(device),
         positions=torch.randint(2**20, (shape.batch,), generator=draw).to(device),
         requests=torch.randperm(shape.batch, generator=draw).to(device),
         draft_logits=torch.full((shape.batch, num_labels, shape.vocabulary), torch.nan, device=device),
     )
-    labels, lengths = prefix_chain_triton(frames, num_labels, sampling)
-    return max(sampled_gaps(frames, labels, lengths, sampling)), LOG
+    tokens = candidates(frames, SAMPLED_WIDTH)
+    labels, lengths = prefix_chain_triton(tokens, frames, num_labels, sampling)
+    return max(chain_gaps(frames, tokens, labels, lengths, sampling)), LOG
+
+
+def transition_chain_error(case: Case) -> Error:
+    return chain_error(case, transitions=True)
 
 
 def budget_of(case: Case) -> Budget:
@@ -127,7 +119,6 @@ CHECKS = {
     "collapse": collapse_error,
     "prefix_chain": chain_error,
     "prefix_chain, transitions": transition_chain_error,
-    "prefix_chain, sampled": sampled_chain_error,
     "prefix_search": search_error,
     "prefix_search, transitions": transition_search_error,
     "ctc_transform": transform_error,

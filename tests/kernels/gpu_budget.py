@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 from compile_ahead import HOPPER, compiled
-from launches import Launch, chain, empty, frames_of, recorded_calls, search
+from launches import Launch, empty, frames_of, recorded_calls, sampled_chain, search
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import budgets  # noqa: E402
@@ -56,7 +56,7 @@ TURNS: dict[str, Callable[[dict, list[Counter]], list[float]]] = {
     # A comparison of a count in each of BITS - 1 steps.
     "_best_tokens_kernel": lambda x, bodies: [(x["BITS"] - 1) / body["FSETP"] for body in bodies],
     "search_kernel": lambda x, bodies: [x["N"], *turns_of_products(x, bodies[1:])],
-    "score_kernel": lambda x, bodies: [min(x["ROWS"], x["batch"])],
+    "chain_kernel": lambda x, bodies: [x["num_labels"], *turns_of_products({**x, "bias_ptr": None}, bodies[1:])],
 }
 BATCHES = 1, 64
 DRAFT_LABELS = 32_768
@@ -169,9 +169,8 @@ def bytes_of(launch: Launch) -> float:
         return float(logits.nbytes + tile_best.nbytes)
     if launch.kernel.__name__ == "bias_kernel":
         return float(launch.values["bias_ptr"].nbytes)
-    if launch.kernel.__name__ == "score_kernel":
-        batch, _, num_tokens = launch.values["logits_ptr"].shape
-        return budgets.sampled_chain_bytes(batch, num_tokens) / budgets.LABELS
+    if launch.kernel.__name__ == "clear_kernel":
+        return float(launch.values["draft_ptr"].nbytes)
     return 0.0
 
 
@@ -250,7 +249,7 @@ def calculate() -> list[Row]:
         launches = searched(batch, budgets.LABELS, chains=True)
         rows.append(row_of("greedy chain of 8 labels", batch, budgets.CHAIN_MICROSECONDS[batch], launches))
     for batch in BATCHES:
-        launches = launched(lambda batch=batch: chain(given(batch), True, budgets.LABELS))
+        launches = launched(lambda batch=batch: sampled_chain(given(batch), budgets.LABELS))
         rows.append(row_of("sampled chain of 8 labels", batch, budgets.CHAIN_MICROSECONDS[batch], launches))
     launches = candidates(1, DRAFT_LABELS) + searched(1, budgets.NODES, True, DRAFT_LABELS)
     budget = DRAFT_SHARE * TARGET_BYTES / BANDWIDTH * 1e6

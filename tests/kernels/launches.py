@@ -14,7 +14,7 @@ import torch
 import triton
 
 import vllm_ctc_spec.kernels
-from vllm_ctc_spec.draft.ctc import default_width
+from vllm_ctc_spec.draft.ctc import SAMPLED_WIDTH, default_width
 from vllm_ctc_spec.kernels import (
     best_tokens,
     collapse,
@@ -142,13 +142,12 @@ def frames_of(
     )
 
 
-def chain(frames: Frames, sampled: bool, num_labels: int = 16) -> None:
-    batch, _, num_tokens = frames.logits.shape
-    sampling = None
-    if sampled:
-        words = empty(batch, dtype=torch.int64)
-        sampling = ChainSampling(empty(batch), words, words, words, empty(batch, num_labels, num_tokens))
-    prefix_chain.prefix_chain_triton(frames, num_labels, sampling)
+def sampled_chain(frames: Frames, num_labels: int = 16) -> None:
+    batch, num_frames, num_tokens = frames.logits.shape
+    words = empty(batch, dtype=torch.int64)
+    sampling = ChainSampling(empty(batch), words, words, words, empty(batch, num_labels, num_tokens))
+    tokens = empty(batch, num_frames * SAMPLED_WIDTH, dtype=torch.int64)
+    prefix_chain.prefix_chain_triton(tokens, frames, num_labels, sampling)
 
 
 def transform(frames: Frames, num_nodes: int, width: int | None = None, chains: bool = True) -> None:
@@ -236,8 +235,7 @@ def default_shapes() -> None:
     collapse.collapse_triton(empty(BATCH, 12, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 8)
     for num_frames, steps in ((12, False), (24, True)):
         frames = frames_of(num_frames, torch.bfloat16, 64, steps)
-        for sampled in (False, True):
-            chain(frames, sampled, num_labels=8)
+        sampled_chain(frames, num_labels=8)
         for num_nodes in TREE_NODES:
             search(frames, num_nodes, chains=True)
             search(frames_of(num_frames, torch.bfloat16, 64, steps, batch=1), num_nodes, chains=True)
@@ -258,7 +256,7 @@ def largest_shapes() -> None:
     collapse.collapse_triton(
         empty(LARGE_BATCH, 64, dtype=torch.int64), LARGE_VOCABULARY, empty(LARGE_BATCH, dtype=torch.int64), 64
     )
-    chain(frames_of(24, torch.bfloat16, 256, steps=True, **large), sampled=True, num_labels=24)
+    sampled_chain(frames_of(24, torch.bfloat16, 256, steps=True, **large), num_labels=24)
     search(frames_of(64, torch.bfloat16, 256, steps=True, **large), 64, width=128, chains=True)
     transform(frames_of(64, torch.bfloat16, 0, batch=LARGE_BATCH), 64)
     verification(64, LARGE_BATCH)
@@ -271,14 +269,13 @@ def largest_shapes() -> None:
 def other_chains() -> None:
     collapse.collapse_triton(empty(BATCH, 32, dtype=torch.int64), VOCABULARY, empty(BATCH, dtype=torch.int64), 16)
     best_tokens.best_tokens_triton(empty(BATCH, 12, 40), 40)  # fewer tiles than candidates
-    chain(frames_of(12, torch.bfloat16, 0), sampled=False)
-    chain(frames_of(12, torch.float32, 64), sampled=False)
-    chain(frames_of(32, torch.float16, 0), sampled=True)
-    chain(frames_of(32, torch.float32, 256), sampled=True)
-    chain(frames_of(1, torch.bfloat16, 5), sampled=True)
-    chain(frames_of(12, torch.bfloat16, 0, steps=True), sampled=False)
-    chain(frames_of(64, torch.float32, 0, steps=True), sampled=True)
-    chain(frames_of(1, torch.float16, 0, steps=True), sampled=False)
+    sampled_chain(frames_of(12, torch.bfloat16, 0))
+    sampled_chain(frames_of(12, torch.float32, 64))
+    sampled_chain(frames_of(32, torch.float16, 0))
+    sampled_chain(frames_of(32, torch.float32, 256))
+    sampled_chain(frames_of(1, torch.bfloat16, 5))
+    sampled_chain(frames_of(12, torch.bfloat16, 0, steps=True))
+    sampled_chain(frames_of(64, torch.float32, 0, steps=True))
 
 
 def other_transforms() -> None:

@@ -67,10 +67,8 @@ def test_what_is_addressed_with_64_bits(compiled: dict) -> None:
         "attend_kernel key_ptr",
         "attend_kernel value_ptr",
         "candidates_kernel logits_ptr",
-        "extend_kernel draft_ptr",
-        "extend_kernel logits_ptr",
-        "score_kernel draft_ptr",
-        "score_kernel logits_ptr",
+        "chain_kernel draft_ptr",
+        "clear_kernel draft_ptr",
     ]
 
 

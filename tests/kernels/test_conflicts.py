@@ -12,7 +12,7 @@ from vllm_ctc_spec.kernels.ctc_transform import ctc_transform_triton
 from vllm_ctc_spec.kernels.history_tree import CLASSES, RANKS, Growth, Texts
 from vllm_ctc_spec.kernels.history_tree.gpu import history_tree_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
+from vllm_ctc_spec.kernels.prefix_chain import candidates, prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 from vllm_ctc_spec.kernels.tree_merge.gpu import tree_merge_triton
 
@@ -26,7 +26,7 @@ WITH_HEAD = FRAMES._replace(markov=markov_head(20, 5))
 
 
 def chain() -> None:
-    prefix_chain_triton(WITH_HEAD, 3, sampling_for(2, 3, 20, [1.0, 0.0]))
+    prefix_chain_triton(candidates(WITH_HEAD, 8), WITH_HEAD, 3, sampling_for(2, 3, 20, [1.0, 0.0]))
 
 
 def search() -> None:

@@ -16,7 +16,7 @@ from vllm_ctc_spec.kernels.best_tokens import best_tokens_triton
 from vllm_ctc_spec.kernels.contract import Budget
 from vllm_ctc_spec.kernels.frame_stats import frame_stats_triton
 from vllm_ctc_spec.kernels.kv_compaction import CachePointers, compact_kv_triton
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain_triton
+from vllm_ctc_spec.kernels.prefix_chain import candidates, prefix_chain_triton
 from vllm_ctc_spec.kernels.prefix_search import prefix_search_triton
 from vllm_ctc_spec.kernels.tree_attention import tree_attention_triton
 
@@ -80,6 +80,7 @@ def test_best_tokens(dimension: int, far: Far, triton_device: str) -> None:
 @pytest.mark.parametrize("rank", [0, 5])
 def test_prefix_chain(rank: int, dimension: int, what: str, far: Far, triton_device: str) -> None:
     near = random_frames(3, 4, 40, seed=1)._replace(markov=markov_head(40, rank)).to(triton_device)
+    tokens = candidates(near, 5)
 
     def run(is_far: bool) -> tuple[torch.Tensor, ...]:
         sampling = sampling_for(3, 4, 40, [1.0, 0.0, 0.7])
@@ -89,7 +90,7 @@ def test_prefix_chain(rank: int, dimension: int, what: str, far: Far, triton_dev
             frames = near._replace(logits=far(near.logits, dimension))
         elif is_far:
             sampling = sampling._replace(draft_logits=far(sampling.draft_logits, dimension))
-        labels, lengths = prefix_chain_triton(frames, 4, sampling)
+        labels, lengths = prefix_chain_triton(tokens, frames, 4, sampling)
         return labels, lengths, sampling.draft_logits.clone()
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)

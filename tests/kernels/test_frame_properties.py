@@ -14,10 +14,9 @@ from vllm_ctc_spec.draft.ctc import CHAINS, TREES, draft_chain, draft_tree
 from vllm_ctc_spec.kernels.collapse import collapse
 from vllm_ctc_spec.kernels.contract import Budget, Frames
 from vllm_ctc_spec.kernels.frame_stats import frame_stats
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import prefix_search
 
-from ..oracle.frames import from_odds, sampling_for
+from ..oracle.frames import from_odds, sampling_for, whole_chain
 
 BLANK, ANCHOR = 0, 9
 INF, NAN = math.inf, math.nan
@@ -156,7 +155,7 @@ def test_a_chain_follows_the_conditionals_of_all_alignments(temperature, example
         masses = prefix_masses(given_frames)
         num_tokens = given_frames.logits.shape[2]
         sampling = sampling_for(1, 4, num_tokens, [temperature])
-        labels, lengths = prefix_chain(given_frames, 4, sampling)
+        labels, lengths = whole_chain(given_frames, 4, sampling)
         prefix: tuple = ()
         for step, label in enumerate(labels[0, : lengths[0]].tolist()):
             conditionals = torch.tensor([masses[(*prefix, token)] for token in range(num_tokens)])

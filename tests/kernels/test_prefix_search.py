@@ -7,7 +7,6 @@ import torch
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.kernels import _compiled
 from vllm_ctc_spec.kernels.contract import Budget, Frames
-from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 from vllm_ctc_spec.kernels.prefix_search import greedy_chain, prefix_search
 
 from ..oracle.frames import (
@@ -23,6 +22,7 @@ from ..oracle.frames import (
     random_frames,
     token_frames,
     transitions_between,
+    whole_chain,
 )
 from .searches import Nodes, assert_same_nodes, certain_frames, nodes_of, realistic_frames
 
@@ -186,7 +186,7 @@ def test_chain_rows_are_the_greedy_chain_and_others_the_tree(
     mixed = prefix_search(frames, budget, chain_only)
     mixed.check(40)
     tree = prefix_search(frames, budget)
-    labels, lengths = prefix_chain(frames, min(num_nodes, depth))
+    labels, lengths = whole_chain(frames, min(num_nodes, depth))
     for row in range(4):
         if chain_only[row]:
             used = int(mixed.num_nodes[row])
@@ -205,7 +205,7 @@ def test_a_greedy_chain_of_all_tokens_is_that_of_the_sweeps(num_labels: int, lat
     frames = token_frames(5, 6, 40, seed=7)._replace(markov=markov_head(40, rank), transitions=transitions)
     frames.logits[0] = torch.nan
     labels, lengths = greedy_chain(frames, num_labels, 40)
-    swept, swept_lengths = prefix_chain(frames, num_labels)
+    swept, swept_lengths = whole_chain(frames, num_labels)
     assert lengths.dtype == swept_lengths.dtype and lengths.tolist() == swept_lengths.tolist()
     assert lengths[0] == 0 and lengths.max() > 1
     for row, used in enumerate(lengths.tolist()):

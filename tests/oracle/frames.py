@@ -5,6 +5,7 @@ import torch
 from vllm_ctc_spec.drafter import oracle
 from vllm_ctc_spec.drafter.lattice import NEG, FrameOutputs, Lattice, slot_transitions, transition_log_probs
 from vllm_ctc_spec.kernels.contract import ChainSampling, Frames
+from vllm_ctc_spec.kernels.prefix_chain import prefix_chain
 
 ANCHOR = 1
 NEVER = 7.5  # what rows of draft_logits hold that must not be written
@@ -145,6 +146,16 @@ def sampling_for(batch: int, num_labels: int, num_tokens: int, temperature: list
         requests=torch.stack([torch.arange(batch).flip(0), *torch.zeros(2, batch).long()], 1)[:, 0],
         draft_logits=torch.full((batch + 1, num_labels, num_tokens), NEVER),
     )
+
+
+def whole_chain(
+    frames: Frames, num_labels: int, sampling: ChainSampling | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`prefix_chain` with all tokens as candidates; without sampling a greedy one."""
+    batch, _, num_tokens = frames.logits.shape
+    if sampling is None:
+        sampling = sampling_for(batch, num_labels, num_tokens, [0.0] * batch)
+    return prefix_chain(frames, num_labels, num_tokens, sampling)
 
 
 def anchors(batch: int) -> torch.Tensor:

@@ -6,14 +6,13 @@ import functools
 import torch
 from torch import Tensor
 
-from vllm_ctc_spec.draft.ctc import default_width, draft_chain, draft_tree, read_frames
+from vllm_ctc_spec.draft.ctc import SAMPLED_WIDTH, default_width, draft_chain, draft_tree, read_frames
 from vllm_ctc_spec.drafter.lattice import FrameOutputs
 from vllm_ctc_spec.drafter.module import CTCDrafter
 from vllm_ctc_spec.kernels.contract import Budget, DraftTree, Frames
 from vllm_ctc_spec.kernels.frame_stats import FrameStats
+from vllm_ctc_spec.kernels.prefix_chain import chain_log_q
 from vllm_ctc_spec.training.batches import Batch, in_labels
-from vllm_ctc_spec.training.loss import log_labels
-from vllm_ctc_spec.training.vocabulary import label_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +54,10 @@ class Drafting:
         return dataclasses.replace(tree, tokens=self._tokens(tree.tokens))
 
     def log_q(self) -> Tensor:
-        """log q(y_k | y_<k) of the target's labels, given that the drafter goes on: `[N, U]`, -inf where impossible."""
-        lattice = self.outputs.lattice
-        anchors, labels, valid = in_labels(self.drafter.vocabulary, self.anchors, self.labels, self.valid)
-        scores = label_scores(
-            self.hidden[:, 1:],
-            self.drafter.draft_head,
-            anchors,
-            labels,
-            self.drafter.markov_tables,
-            exclude_repeats=lattice.blank_odds is not None,
-        )
-        law = log_labels(lattice, scores, labels, valid)
-        return law.given_going_on.masked_fill(~law.counted, -torch.inf)
+        """log q(y_k | y_<k) of the target's labels in sampled chains: `[N, U]`, -inf where impossible."""
+        frames, vocabulary = self._frames[0], self.drafter.vocabulary
+        _, labels, valid = in_labels(vocabulary, self.anchors, self.labels, self.valid)
+        return chain_log_q(frames, labels, SAMPLED_WIDTH).masked_fill(~valid, -torch.inf)
 
     def accepted(self, chain: Tensor) -> Tensor:
         """Labels of a chain `[N, U]` that the target says too: `[N]`."""

@@ -50,37 +50,23 @@ def forward_of(lattice: Lattice, scores: LabelScores, labels: Tensor) -> tuple[L
     return label_forward(log_label, logsigmoid(lattice.blank_odds), labels), holds_label
 
 
-class LogLabels(NamedTuple):
-    """The drafter's law at the labels, each `[N, U]` and 0 where not counted: log q(y_k | y_<k) of a drafter that may
-    stop; the same given that it goes on, as it is served; and the labels that are valid and feasible."""
+def prefix_loss(lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Tensor, decay: float = DECAY) -> RowLoss:
+    """`- sum_k omega_k log q(y_k | y_<k)`, the exact conditionals of a drafter that may stop.
 
-    log_q: Tensor
-    given_going_on: Tensor
-    counted: Tensor
-
-
-def log_labels(lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Tensor) -> LogLabels:
-    """Without the label-conditional head log q is log P_k - log P_{k-1}. With it, the mass that goes on after y_<k
-    keeps its size 1 - stop_k and is shared out by Q_k(v) exp(bias(v | y_{k-1})), renormalised over v."""
+    Without the label-conditional head log q is log P_k - log P_{k-1}. With it, the mass that goes on after y_<k
+    keeps its size 1 - stop_k and is shared out by Q_k(v) exp(bias(v | y_{k-1})), renormalised over v.
+    """
     forward, holds_label = forward_of(lattice, scores, labels)
     counted = feasible(forward.log_prefix, valid)
-    zero = forward.log_prefix.new_zeros(())
-    log_prefix = torch.where(counted, forward.log_prefix, zero)
+    log_prefix = torch.where(counted, forward.log_prefix, 0.0)
     log_before = torch.cat([torch.zeros_like(log_prefix[:, :1]), log_prefix[:, :-1]], 1)
-    log_goes_on = log_continuation(lattice, forward, log_before, counted)
     if scores.log_mass is None:
         log_q = log_prefix - log_before
-        given_going_on = log_q - log_goes_on
     else:
-        given_going_on = log_prefix + scores.label_bias - biased_log_mass(forward, holds_label, scores, counted)
-        log_q = log_goes_on + given_going_on
-    return LogLabels(torch.where(counted, log_q, zero), torch.where(counted, given_going_on, zero), counted)
-
-
-def prefix_loss(lattice: Lattice, scores: LabelScores, labels: Tensor, valid: Tensor, decay: float = DECAY) -> RowLoss:
-    """`- sum_k omega_k log q(y_k | y_<k)`, the drafter's exact conditionals."""
-    law = log_labels(lattice, scores, labels, valid)
-    return RowLoss(-(position_weights(law.counted, decay) * law.log_q).sum(1), law.counted)
+        log_goes_on = log_continuation(lattice, forward, log_before, counted)
+        log_q = log_goes_on + log_prefix + scores.label_bias - biased_log_mass(forward, holds_label, scores, counted)
+    log_q = torch.where(counted, log_q, 0.0)
+    return RowLoss(-(position_weights(counted, decay) * log_q).sum(1), counted)
 
 
 def log_continuation(lattice: Lattice, forward: LabelForward, log_before: Tensor, counted: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def slots_of_requests() -> Tensor:
     [
         ("prefix", "ctc", False, "search_kernel"),
         ("prefix", "transitions", False, "search_kernel"),
-        ("prefix", "slots", True, "score_kernel"),
+        ("prefix", "slots", True, "chain_kernel"),
         ("argmax", "ctc", False, "_collapse_kernel"),
     ],
 )
