@@ -100,8 +100,10 @@ def chain_gaps(
                 break
             exact = exact.masked_fill(outside.to(exact.device), -torch.inf)
             law = sampling.draft_logits[slot, k].double()
+            if exact.max() <= ENDED:
+                break  # whether it has ended is a matter of rounding
             if k == len(chain):
-                yield math.inf if exact.max() > ENDED else 0.0
+                yield math.inf
                 break
             yield 0.0 if law[outside].isneginf().all() else math.inf
             wanted = exact.log_softmax(-1)

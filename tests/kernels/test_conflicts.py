@@ -72,7 +72,7 @@ def test_nothing_is_left_to_chance(run: Callable[[], None], triton_device: str) 
 @pytest.mark.parametrize(
     ("run", "kernel"),
     [
-        (chain, "extend_kernel"),
+        (chain, "chain_kernel"),
         (search, "_best_tokens_kernel"),
         (search, "search_kernel"),
         (transform, "beam_kernel"),
