@@ -139,6 +139,7 @@ def test_a_damaged_text_in_a_parquet_file_costs_its_row(tmp_path):
     ("name", "content"),
     [("rows.parquet", b"PAR1 and no more"), ("rows.jsonl.gz", gzip.compress(b"{}" * 1000)[:20]),
      ("rows.jsonl.gz", b"no gzip"), ("nowhere.jsonl", None)],
+    ids=["no parquet", "half a gzip", "no gzip", "no file"],  # a gzip's bytes hold the time: no name for a test
 )  # fmt: skip
 def test_a_file_that_cannot_be_opened_is_one_sentence(name, content, tmp_path):
     if content is not None:
