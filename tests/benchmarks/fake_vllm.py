@@ -99,7 +99,9 @@ def main() -> None:
         "processes": [os.getpid(), child.pid],
         "port": port,
     }
-    RECORD.write_text(json.dumps(record))
+    # Appears whole: a test waits for the file, and reads it at once.
+    RECORD.with_suffix(".new").write_text(json.dumps(record))
+    RECORD.with_suffix(".new").rename(RECORD)
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
