@@ -99,7 +99,9 @@ def served(pair, kind_of_pair, engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CTCDraftModel, "compute_frames", recording_frames)
         patch.setattr(CTCProposer, "propose", recording_propose)
-        patch.setattr(draft_ctc, "default_width", lambda num_labels: 100)  # every token, as the oracle's chain
+        # Every token is a candidate, as of the oracle's chain.
+        patch.setattr(draft_ctc, "default_width", lambda num_labels: 100)
+        patch.setattr(draft_ctc, "SAMPLED_WIDTH", 100)
         llm = engine(
             pair.target, {"method": "ctc", "model": str(pair.drafter), **method},
             max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False, block_size=32,
