@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import Model
 
+from vllm_ctc_spec.kernels.prefix_chain.reference import prefix_chain_reference
 from vllm_ctc_spec.kernels.prefix_search.cpu import prefix_search_cpu
 
 RUN = {"vllm": None, "torch": "2", "python": "3", "gpu": "NVIDIA H200", "date": "2026-01-01", "command": "python x"}
@@ -14,7 +15,7 @@ RUN = {"vllm": None, "torch": "2", "python": "3", "gpu": "NVIDIA H200", "date": 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """measured(batches): rows and failures of small shapes; search and compaction are those of a CPU."""
+    """measured(batches): rows and failures of small shapes; searches and compaction are those of a CPU."""
 
     def once(run):
         run()
@@ -26,6 +27,7 @@ def measured(monkeypatch):
         MODEL=Model(context=32, heads=2, kv_heads=1, head_size=16, layers=2),
         stock_attention=lambda arguments: (2e6, "stock"), copy_bandwidth=lambda device, seconds: 1e6,
         search_candidates=lambda tokens, frames, budget: prefix_search_cpu(frames, budget),
+        prefix_chain_triton=prefix_chain_reference,
     ).items():  # fmt: skip
         monkeypatch.setattr(budgets, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
