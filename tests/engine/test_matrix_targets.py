@@ -164,11 +164,6 @@ def linear_attention(shape: dict) -> PretrainedConfig:
     return Qwen3NextConfig(**shape, architectures=["Qwen3NextForCausalLM"])
 
 
-def rotary_positions_of_three_kinds(shape: dict) -> PretrainedConfig:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    return Qwen3Config(**shape, rope_parameters=rope, architectures=["Qwen3ForCausalLM"])
-
-
 ON_A_CPU = "not testable on a CPU: refused there"
 
 
@@ -181,7 +176,6 @@ ON_A_CPU = "not testable on a CPU: refused there"
         for make, what in (
             (latent_attention, "MLA targets"),
             (linear_attention, "hybrid and recurrent targets"),
-            (rotary_positions_of_three_kinds, "targets with multimodal rotary positions"),
         )
     ],
 )
@@ -307,17 +301,6 @@ def test_a_target_of_8_bit_weights(engine, int8_pair, draft):
 
 
 NO_TORCHVISION = "not testable on a CPU: vLLM's CPU build is installed without torchvision"
-
-
-@pytest.mark.feature("multimodal targets", chain=NO_TORCHVISION, tree=NO_TORCHVISION)
-@pytest.mark.skipif(
-    find_spec("torchvision") is not None, reason="there is torchvision: multimodal targets can be tested"
-)
-@pytest.mark.parametrize("module", ["llava", "mistral3", "qwen2_5_vl", "qwen3_vl"])
-def test_multimodal_targets_need_torchvision(module):
-    """Those of vLLM's multimodal models that report auxiliary hidden states; with and without a drafter."""
-    with pytest.raises(ModuleNotFoundError, match="torchvision"):
-        importlib.import_module(f"vllm.model_executor.models.{module}")
 
 
 @pytest.mark.feature("diffusion targets", chain=NO_TORCHVISION)

@@ -84,7 +84,6 @@ def case(change: dict, what: str, why: str):
         case({"model_config__is_attention_free": True}, "hybrid and recurrent targets", NO_SEQUENCE),
         case({"model_config__is_encoder_decoder": True}, "encoder-decoder targets", NO_SEQUENCE),
         case({"model_config__is_diffusion": True}, "diffusion targets", NO_SEQUENCE),
-        case({"model_config__uses_mrope": True}, "targets with multimodal rotary positions", NO_SEQUENCE),
         case({"model_config__uses_alibi": True}, "targets with ALiBi", WINDOW),
         case({"model_config__hf_text_config": SimpleNamespace(sliding_window=512)}, "sliding-window targets", WINDOW),
         case(
@@ -127,7 +126,6 @@ def test_an_engine_that_trees_can_serve():
         ({"model_config__use_mla": True}, "MLA targets"),
         ({"model_config__is_hybrid": True}, "hybrid and recurrent targets"),
         ({"model_config__is_attention_free": True}, "hybrid and recurrent targets"),
-        ({"model_config__uses_mrope": True}, "targets with multimodal rotary positions"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),

@@ -259,7 +259,6 @@ TREES: tuple[tuple[str, Test], ...] = (
     ("hybrid and recurrent targets", _has_recurrent_layers),
     ("encoder-decoder targets", lambda config: config.model_config.is_encoder_decoder),
     ("diffusion targets", lambda config: config.model_config.is_diffusion),
-    ("targets with multimodal rotary positions", lambda config: config.model_config.uses_mrope),
     ("sliding-window targets", _has_window),
     ("targets with ALiBi", lambda config: config.model_config.uses_alibi),
     ("the attention backend {found} (use FLASH_ATTN or TRITON_ATTN)", _named_backend),
@@ -287,7 +286,6 @@ ON_CPU: tuple[tuple[str, Test], ...] = (
     # vLLM's attention there has blocks of 16 tokens for MLA, and of 32 for the drafter's layers.
     ("MLA targets", lambda config: config.model_config.use_mla),
     ("hybrid and recurrent targets", _has_recurrent_layers),
-    ("targets with multimodal rotary positions", lambda config: config.model_config.uses_mrope),
     ("context parallelism", _has_context_parallelism),
     ("batch-sharded sampling", lambda config: config.parallel_config.enable_batch_sharded_sampling),
     ("sampling masks (--return-sampling-mask)", lambda config: config.model_config.return_sampling_mask),

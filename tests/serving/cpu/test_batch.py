@@ -174,3 +174,16 @@ def test_apply_prompt_embeds(agree, dtype):
     assert torch.equal(rows[1], embeds[3][0]) and torch.equal(rows[2], inputs[2])
     assert torch.equal(rows[8:12], embeds[2][4:8]) and torch.equal(rows[12:17], embeds[1])
     assert torch.equal(rows[0], inputs[0]) and torch.equal(rows[4:8], inputs[4:8])
+
+
+def test_prepare_rope_positions(agree):
+    """Two prompts' chunks, one that begins and one that goes on, and two requests that decode, one of them drafts."""
+    dims, requests = 3, ints([2, 0, 3, 1])
+    positions = torch.zeros(dims, 21, dtype=torch.int64)
+    ours = agree(
+        "mm.rope._prepare_rope_positions_kernel", positions, positions.stride(0), tokens(MAX_REQS * dims, MAX_LEN),
+        dims * MAX_LEN, MAX_LEN, ints([-4, -7, 0, 5, 0, 0, 0, 0]), requests, ints([0, 6, 10, 11, 16]),
+        ints([20, 9, 6, 12, 0, 0, 0, 0]), ints([8, 13, 0, 12, 0, 0, 0, 0]), BLOCK_SIZE=4, NUM_DIMS=dims, grid=(4,),
+    )  # fmt: skip
+    written = ours.args[0]
+    assert torch.equal(written[:, 11:16], torch.arange(6, 11).expand(dims, 5)) and (written[:, 16:] == 0).all()

@@ -230,3 +230,22 @@ def apply_prompt_embeds(
                 continue
             offset = k * inputs_embeds_stride * inputs_embeds_ptr.itemsize
             ctypes.memmove(target + offset, sources[request] + (first + k) * row_bytes, row_bytes)
+
+
+def prepare_rope_positions(
+    positions_ptr, positions_stride, prefill_positions_ptr, prefill_positions_stride0, prefill_positions_stride1,
+    prefill_delta_ptr, idx_mapping_ptr, query_start_loc_ptr, prefill_lens_ptr, num_computed_tokens_ptr, BLOCK_SIZE,
+    NUM_DIMS,
+):  # fmt: skip
+    """Positions in each dimension of a multimodal rotary embedding: a prompt's own, and behind it, counted up."""
+    positions, prefill_positions, deltas, starts, prefill_lens, computed = arrays(
+        positions_ptr, prefill_positions_ptr, prefill_delta_ptr, query_start_loc_ptr, prefill_lens_ptr,
+        num_computed_tokens_ptr,
+    )  # fmt: skip
+    for row, request in enumerate(idx_mapping_ptr.tolist()):
+        start, end, first = int(starts[row]), int(starts[row + 1]), int(computed[request])
+        if first < prefill_lens[request]:
+            mine = prefill_positions[NUM_DIMS * request : NUM_DIMS * (request + 1)]
+            positions[:NUM_DIMS, start:end] = mine[:, first : first + end - start]
+        else:
+            positions[:NUM_DIMS, start:end] = np.arange(first, first + end - start) + deltas[request]

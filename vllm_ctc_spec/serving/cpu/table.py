@@ -38,6 +38,9 @@ KERNELS: dict[str, dict[Callable, str]] = {
         batch.post_update_num_computed_tokens: "dfc42d622c63",
         batch.expand_idx_mapping: "ee5c589d9bb7",
     },
+    "mm.rope": {
+        batch.prepare_rope_positions: "b8a0bb5fa8b9",
+    },
     "model_states.prompt_embeds": {
         batch.apply_prompt_embeds: "dc7da0046748",
     },

@@ -91,13 +91,19 @@ class TreeModelState(DefaultModelState):
         )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        # The same buffer on every step: CUDA graphs keep its address.
+        # The same buffers on every step: CUDA graphs keep their addresses.
         inputs = super().prepare_inputs(input_batch, req_states)
-        return {**inputs, "positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
+        if self.rope_state is None:
+            return {**inputs, "positions": self.layout.positions[: input_batch.num_tokens_after_padding]}
+        # Multimodal rotary positions [dimensions, tokens], counted up row by row too: from a row to its node's depth it
+        # is as far in every dimension.
+        rows = input_batch.num_tokens
+        self.rope_state.positions[:, :rows] += self.layout.positions[:rows] - input_batch.positions[:rows]
+        return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        return {**inputs, "positions": self.layout.positions[:num_tokens]}
+        return inputs if self.rope_state is not None else {**inputs, "positions": self.layout.positions[:num_tokens]}
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         return sampler, TreeRejectionSampler(self, sampler)
