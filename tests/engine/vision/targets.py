@@ -28,7 +28,7 @@ TEXT = {
     "initializer_range": 0.08, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 VISION_WIDTH, PATCH, HEADS, LAYERS = 32, 4, 2, 3
-OLD_NAME = re.compile(r"^(vision_tower\.)(?!vision_model)")  # of a CLIP tower: published checkpoints have it, vLLM reads it
+OLD_NAME = re.compile(r"^(vision_tower\.)(?!vision_model)")  # a CLIP tower's weights, as published and read by vLLM
 CHAT_TEMPLATE = (
     "{%% for m in messages %%}{{ m.role }}: {%% if m.content is string %%}{{ m.content }}{%% else %%}"
     "{%% for part in m.content %%}{%% if part.type == 'text' %%}{{ part.text }}{%% else %%}%s{%% endif %%}"
@@ -60,9 +60,8 @@ def llava(folder: Path) -> PreTrainedModel:
         "crop_size": {"height": side, "width": side},
     }  # fmt: skip
     selection = {"vision_feature_select_strategy": "default"}
-    _save_processor(
-        folder, "LlavaProcessor", image, patch_size=PATCH, image_token="<image>", num_additional_image_tokens=1, **selection
-    )
+    tokens = {"image_token": "<image>", "num_additional_image_tokens": 1}
+    _save_processor(folder, "LlavaProcessor", image, patch_size=PATCH, **tokens, **selection)
     vision = {
         "model_type": "clip_vision_model", "hidden_size": VISION_WIDTH, "intermediate_size": 64,
         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "image_size": side, "patch_size": PATCH,
