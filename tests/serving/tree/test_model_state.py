@@ -86,3 +86,17 @@ def test_a_graph_of_verifications_captures_our_attention(state, rows, attend):
     prepare(state, batch([5, 5], [5, 5]), CUDAGraphMode.FULL)
     assert state.layout.positions.data_ptr() == address
     assert state.layout.num_rows.tolist() == [5, 5, 0, 0, 0, 0, 0, 0]
+
+
+def test_multimodal_rotary_positions_follow_the_depths_in_every_dimension(state, monkeypatch):
+    """A verification behind a prompt: both nodes of the second request are children of its anchor."""
+    rows = batch([3, 3], [1, 3])
+    state.layout.positions[:6] = torch.tensor([0, 1, 2, 3, 4, 4])
+    rope = SimpleNamespace(positions=torch.tensor([[7, 7, 7, 9, 10, 11], [7, 8, 9, 12, 13, 14]]))
+    monkeypatch.setattr(
+        DefaultModelState, "prepare_inputs", lambda self, batch, requests: {"positions": self.rope_state.positions}
+    )
+    state.rope_state, buffer = rope, rope.positions
+    positions = state.prepare_inputs(rows, None)["positions"]
+    assert positions is buffer  # CUDA graphs keep its address
+    assert positions.tolist() == [[7, 7, 7, 9, 10, 10], [7, 8, 9, 12, 13, 13]]
